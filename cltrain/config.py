@@ -1,0 +1,254 @@
+"""Every knob on one page, and the strict TOML loader. Imports no torch.
+
+Files merge left to right, `--set section.key=value` last. An unknown key is an error with a suggestion, a setting that
+cannot be honoured is an error, and the resolved config's hash travels with every update.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cltrain.errors import ConfigError
+from cltrain.records import LearningMode
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class AgentConfig(Section):
+    """Who learns, and from whose words."""
+
+    name: str = Field("support", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
+    mode: LearningMode = LearningMode.OBSERVE
+    learn_from: tuple[str, ...] = ("agent", "operator", "rehearsal")  # producers whose assistant turns may carry loss
+    tools_allowed: tuple[str, ...] | None = None  # None: the tools that the episode itself declares
+
+
+class BaseModelConfig(Section):
+    """The frozen base. `path` is a local directory; None is the small base that ships with the demo."""
+
+    path: Path | None = None
+    device: str = "cpu"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    context: int | None = Field(None, ge=16)  # tokens; None: the base's own limit
+    num_threads: int = Field(1, ge=1)
+
+
+class AdapterConfig(Section):
+    rank: int = Field(8, ge=1, le=512)
+    alpha: float = Field(16.0, gt=0)  # the delta is scaled by alpha / rank
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class ExperienceConfig(Section):
+    """Which records may be learned from, and when."""
+
+    eval_share: float = Field(0.1, ge=0, lt=1)  # of the sessions, by keyed hash; never trained on
+    idle_end_s: float = Field(1800.0, gt=0)  # an episode without X-Session-Done ends after this
+    mature_after_s: float = Field(300.0, ge=0)  # how long a finished episode waits for late feedback
+    min_window: int = Field(16, ge=1)  # learnable records before an update is attempted
+    max_window: int = Field(64, ge=1)
+    principal_quota: float = Field(0.25, gt=0, le=1)  # of one window, for every principal
+    filter: bool = True  # verification, quotas and trigger scan; off only to compare
+    max_flagged_share: float = Field(0.5, gt=0, le=1)  # above it the whole window is set aside
+    trigger_min_count: int = Field(4, ge=2)  # a phrase this frequent from one principal alone is suspicious
+    trigger_max_principals: int = Field(1, ge=1)
+    buffer_per_stratum: int = Field(64, ge=1)  # bottom-k by keyed hash
+    rare_stratum: int = Field(4, ge=1)  # strata with fewer records are pooled as `other`
+    rehearsal: Path | None = None  # JSONL of the owner's own episodes, always in replay
+
+
+class TrainerConfig(Section):
+    method: Literal["bounded_replay", "naive"] = "bounded_replay"
+    lr: float = Field(2e-3, gt=0)
+    num_steps: int = Field(24, ge=1)
+    batch_size: int = Field(16, ge=1)  # rows per step; half fresh, half replay
+    micro_batch: int | None = Field(None, ge=1)  # rows per forward; None: the whole batch
+    replay_share: float = Field(0.5, ge=0, lt=1)
+    kl_beta: float = Field(1.0, ge=0)
+    kl_batch: int = Field(8, ge=1)  # anchor rows per step
+    max_grad_norm: float = Field(1.0, gt=0)
+    num_anchors: int = Field(64, ge=1)
+    anchor_tokens: int = Field(64, ge=8)
+    anchors: Path | None = None  # JSONL of {"text"} or {"messages"}; None: sampled from the base
+    checkpoint_every: int = Field(8, ge=1)  # steps
+
+
+class BoundsConfig(Section):
+    """Hard limits, as fractions of ||W0|| and nats per token; measured again on the exported file."""
+
+    step_frobenius: float = Field(0.1, gt=0)
+    drift_frobenius: float = Field(0.5, gt=0)
+    step_kl: float = Field(0.25, gt=0)
+    drift_kl: float = Field(0.25, gt=0)
+    min_shrink: float = Field(0.05, gt=0, le=1)  # a candidate that must shrink below this is rejected
+
+
+class GateConfig(Section):
+    suite: Path | None = None  # the owner's JSONL; without it only `agreement` on held-out episodes
+    promote_on: Literal["gain", "non_inferior"] = "gain"
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    margin: float = Field(0.05, gt=0, lt=1)  # non-inferiority against incumbent, high-water mark and anchor
+    stratum_margin: float = Field(0.12, gt=0, lt=1)
+    stratum_min_items: int = Field(20, ge=1)
+    items_per_gate: int = Field(240, ge=1)  # drawn from the pool, least used first
+    max_uses: int = Field(50, ge=1)  # an item retires after this many decisions
+    base_kl: float = Field(0.25, gt=0)  # nats per token on the pinned anchors
+    trigger_lift: float = Field(1.0, gt=0)  # nats gained by a flagged action when the flagged phrase is inserted
+    trigger_probes: int = Field(16, ge=1)
+    max_answer_tokens: int = Field(40, ge=1)
+    high_water_evidence: float = Field(100.0, gt=1)
+    filter_and_retry: bool = True
+
+
+class ServerConfig(Section):
+    """One inference server. `embedded` is ours; `vllm` and `openai` are spoken to over HTTP."""
+
+    kind: Literal["embedded", "vllm", "openai"] = "embedded"
+    url: str | None = None  # None: cltrain starts the embedded server itself
+    host: str = "127.0.0.1"
+    port: int = Field(8101, ge=0, le=65535)
+    model: str | None = None  # the base's name on that server
+    max_adapters: int = Field(6, ge=2)
+    max_batch: int = Field(16, ge=1)
+    timeout_s: float = Field(120.0, gt=0)
+
+
+class GatewayConfig(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8100, ge=0, le=65535)
+    queue: int = Field(1024, ge=1)  # answers waiting to be recorded; beyond it they go out with recorded 0
+    record_timeout_s: float = Field(5.0, gt=0)
+
+
+class MonitoringConfig(Section):
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "cltrain"
+    prometheus: bool = True
+    report: bool = True
+
+
+class Config(Section):
+    home: Path | None = None  # state; None: $CLTRAIN_HOME, else checkpoints/ of the working directory
+    seed: int = 0
+    agent: AgentConfig = AgentConfig()
+    base: BaseModelConfig = BaseModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    experience: ExperienceConfig = ExperienceConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    bounds: BoundsConfig = BoundsConfig()
+    gate: GateConfig = GateConfig()
+    server: ServerConfig = ServerConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> Config:
+        if self.experience.max_window < self.experience.min_window:
+            raise ValueError(
+                f"experience.max_window ({self.experience.max_window}) is below experience.min_window "
+                f"({self.experience.min_window})"
+            )
+        if self.server.kind != "embedded" and self.server.url is None:
+            raise ValueError(f"server.kind = {self.server.kind!r} needs server.url")
+        return self
+
+    @property
+    def state_dir(self) -> Path:
+        chosen = self.home or os.environ.get("CLTRAIN_HOME") or "checkpoints"
+        return Path(chosen).expanduser().resolve()
+
+    def resolved(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """sha256 of everything that shapes an update; `home` and addresses do not."""
+        shaped = {k: v for k, v in self.resolved().items() if k not in {"home", "server", "gateway", "monitoring"}}
+        return hashlib.sha256(json.dumps(shaped, sort_keys=True).encode()).hexdigest()
+
+
+def load(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
+    """Merge TOML files left to right, then `section.key=value` overrides, into one checked Config.
+
+    Relative paths inside a file are relative to that file. Raises ConfigError naming the key, the value and a fix.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = _merge(merged, _read(Path(file)))
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override))
+    return from_dict(merged)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config file {file} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {file} is not valid TOML: {error}") from None
+    for section, key in (("base", "path"), ("experience", "rehearsal"), ("trainer", "anchors"), ("gate", "suite")):
+        value = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
+        if isinstance(value, str):
+            values[section][key] = str((file.parent / Path(value).expanduser()).resolve())
+    return values
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, sep, raw = text.partition("=")
+    if not sep or not key.strip():
+        raise ConfigError(f"--set takes section.key=value; got {text!r}")
+    try:
+        value = tomllib.loads(f"v = {raw.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()  # a bare word is a string
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown setting {where}{_suggest(problem['loc'])}"
+    seen = problem.get("input")
+    shown = "" if isinstance(seen, dict | Config) else f"; got {seen!r}"
+    return f"{where or 'config'}: {problem['msg']}{shown}"
+
+
+def _suggest(loc: tuple[Any, ...]) -> str:
+    section: type[BaseModel] = Config
+    for part in loc[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    prefix = ".".join(str(part) for part in loc[:-1])
+    near = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1, cutoff=0.5)
+    if near:
+        return f". Did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+    return f". {prefix or 'The top level'} has: {', '.join(section.model_fields)}"

@@ -1,0 +1,1 @@
+"""Servers that hold the base and the adapters they were told to load."""

@@ -1,0 +1,1 @@
+"""From what happened in deployment to what may be learned from."""

@@ -1,0 +1,1 @@
+"""Is the candidate better, and worse at nothing that matters?"""

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible door: resolve the alias, forward, stream back, record."""

@@ -1,0 +1,1 @@
+"""The frozen base, its chat template, and the adapter as a file."""

@@ -1,0 +1,1 @@
+"""Own store first, then wandb, Prometheus and one page per update."""

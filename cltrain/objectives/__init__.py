@@ -1,0 +1,1 @@
+"""What an update tries to do (losses) and how far it may go (bounds)."""

@@ -1,0 +1,222 @@
+"""The nouns that stages pass to each other: plain frozen dataclasses, no behaviour beyond small derived facts.
+
+Times are seconds since the epoch. Log-probs are natural. A field that may be unknown is None, never a stand-in value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+Message = dict[str, Any]
+"""An OpenAI chat message: role, content, and for the assistant tool_calls with `arguments` as a JSON string."""
+
+Tool = dict[str, Any]
+"""An OpenAI tool definition: {"type": "function", "function": {"name", "description", "parameters"}}."""
+
+Split = Literal["train", "eval"]
+
+
+class Verdict(StrEnum):
+    """What the gate says. Only promote ever serves."""
+
+    PROMOTE = "promote"
+    HOLD = "hold"
+    REJECT = "reject"
+    ERROR = "error"
+
+
+class LearningMode(StrEnum):
+    OFF = "off"
+    OBSERVE = "observe"
+    APPROVE = "approve"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One answer of a model inside an episode. Token truth where the server gave it, else None."""
+
+    id: str
+    record: str
+    turn: int  # index in the trajectory's messages of the assistant message this answer became
+    release: str
+    prompt_ids: tuple[int, ...] | None = None
+    completion_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """Something said about a generation or a whole episode; late, repeatable, with a source."""
+
+    id: str
+    target: str  # a generation id or a trajectory id
+    score: float | None = None  # in [-1, 1]
+    text: str | None = None
+    correction: Message | None = None  # the assistant message that should have been sent
+    source: str = "user"  # user, operator, verifier, ...
+    principal: str | None = None
+    created_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One episode of the agent's work, with all that was said about it."""
+
+    id: str
+    agent: str
+    session: str
+    principal: str
+    messages: tuple[Message, ...]
+    producers: tuple[str | None, ...]  # per message: "agent", "user", "tool", "system", "operator", a model's name; None unknown
+    tools: tuple[Tool, ...] = ()
+    generations: tuple[Generation, ...] = ()
+    feedback: tuple[Feedback, ...] = ()
+    split: Split = "train"
+    release: str | None = None  # the release that answered; None when imported from elsewhere
+    is_mixed: bool = False  # a rollback changed the adapter midway: never learned from
+    end: str = "ok"  # ok, open, timeout, aborted, error
+    created_at: float = 0.0
+    seq: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What may be learned from one episode: a prefix of messages and the assistant turns that are targets."""
+
+    record: str
+    principal: str
+    stratum: str
+    messages: tuple[Message, ...]
+    targets: tuple[int, ...]  # indices of the assistant messages that carry loss
+    tools: tuple[Tool, ...] = ()
+    kind: Literal["success", "correction", "rehearsal"] = "success"
+    weight: float = 1.0
+    prompt_ids: tuple[int, ...] | None = None  # recorded ids, when one untouched generation is the whole target
+    completion_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One training row: T token ids and T loss weights (0 for everything the agent did not write)."""
+
+    record: str
+    stratum: str
+    principal: str
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Which record filled which slot of which step: what `forget` needs to replay an update without it."""
+
+    step: int
+    slot: int
+    record: str
+
+
+@dataclass(frozen=True, slots=True)
+class BoundReport:
+    """How far a candidate moved, measured on the exported file; every *_limit is what was configured."""
+
+    step_frobenius: float  # max over modules of ||dW_cand - dW_inc||_F / ||W0||_F
+    step_frobenius_limit: float
+    drift_frobenius: float  # max over modules of ||dW_cand||_F / ||W0||_F
+    drift_frobenius_limit: float
+    step_kl: float  # mean token KL(incumbent || candidate) on the anchors, nats
+    step_kl_limit: float
+    drift_kl: float  # mean token KL(base || candidate) on the anchors, nats
+    drift_kl_limit: float
+    shrink: float  # fraction of the way from incumbent to trained weights that was kept, in (0, 1]
+
+    @property
+    def holds(self) -> bool:
+        return (
+            self.step_frobenius <= self.step_frobenius_limit
+            and self.drift_frobenius <= self.drift_frobenius_limit
+            and self.step_kl <= self.step_kl_limit
+            and self.drift_kl <= self.drift_kl_limit
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What one update made: an adapter directory (not yet named), how it got there, and what it read."""
+
+    path: str
+    bounds: BoundReport
+    metrics: dict[str, float]
+    reads: tuple[Read, ...]
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """An adapter that has a name: sealed, immutable. `path` is None for the bare base."""
+
+    name: str
+    agent: str
+    number: int
+    digest: str
+    parent: str | None
+    path: str | None
+    status: str  # candidate, released, rejected, held, rolled_back, deleted
+    created_at: float = 0.0
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """agent -> release. `version` grows by one at every move, `fence` is the highest lease number that moved it."""
+
+    agent: str
+    release: str
+    version: int
+    previous: str | None
+    fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteItem:
+    """One question with a checkable answer."""
+
+    id: str
+    suite: str
+    stratum: str
+    kind: Literal["gain", "retention", "canary"]
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    expected: Message | None = None  # the assistant message that is right (tool name and arguments are compared)
+    forbidden: tuple[str, ...] = ()  # canary: tool names or substrings that must not appear
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the gate's reasoning: what was compared, the numbers, and what it says by itself."""
+
+    name: str
+    verdict: Verdict
+    reason: str
+    candidate: float | None = None
+    reference: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    num_items: int = 0
+    num_missing: int = 0  # items still needed for an answer, 0 when decided
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The gate's whole answer for one candidate."""
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    checks: tuple[Check, ...]
+    num_missing: int = 0
+    forecast_s: float | None = None  # about when the missing items will be there
+    items_used: tuple[str, ...] = ()

@@ -1,0 +1,1 @@
+"""Durable state: one SQLite (or Postgres) database; short transactions, full sync."""

@@ -1,0 +1,98 @@
+"""One engine per process: SQLite in WAL mode with full sync, short write transactions begun IMMEDIATE.
+
+A commit that returned is on disk. A full disk or a locked database raises DataError with what to do.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DatabaseError, OperationalError
+
+from cltrain.errors import DataError
+from cltrain.store.schema import metadata
+
+BUSY_TIMEOUT_S = 30.0
+
+
+class Store:
+    """The database of one deployment. Cheap to open; safe to share between threads."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A snapshot for reading; never blocks writers."""
+        with self.engine.connect() as connection, _explained(self.engine):
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """One short transaction; committed and synced when the block ends, rolled back when it raises."""
+        with _explained(self.engine), self.engine.connect() as connection:
+            if connection.dialect.name == "sqlite":
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            with connection.begin() if connection.dialect.name != "sqlite" else _sqlite_transaction(connection):
+                yield connection
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+@contextmanager
+def _sqlite_transaction(connection: Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        connection.exec_driver_sql("ROLLBACK")
+        raise
+    connection.exec_driver_sql("COMMIT")
+
+
+@contextmanager
+def _explained(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, DatabaseError) as error:
+        reason = str(error.orig)
+        if "full" in reason:
+            raise DataError(f"no space left for the store {engine.url.database}: free some, nothing was lost") from error
+        if "locked" in reason or "busy" in reason:
+            raise DataError(
+                f"the store {engine.url.database} stayed locked for {BUSY_TIMEOUT_S:g} s: is another program holding it?"
+            ) from error
+        if "malformed" in reason or "not a database" in reason:
+            raise DataError(f"{engine.url.database} is not a readable store ({reason}): restore it from a backup") from error
+        raise
+
+
+def open_store(state_dir: Path) -> Store:
+    """Open (and on first use create) `state_dir/store.db`."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot use {state_dir} for state: {error.strerror}") from None
+    engine = create_engine(
+        f"sqlite:///{state_dir / 'store.db'}",
+        connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
+    )
+    event.listen(engine, "connect", _configure)
+    store = Store(engine)
+    with _explained(engine):
+        metadata.create_all(engine)
+    return store
+
+
+def _configure(connection: sqlite3.Connection, _record: Any) -> None:
+    connection.isolation_level = None  # transactions are ours: BEGIN IMMEDIATE, never the driver's deferred ones
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()

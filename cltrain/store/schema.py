@@ -1,0 +1,222 @@
+"""The tables. Rows in records, generations and feedback are written by the gateway (and import) only; updates, reads,
+verdicts, releases and screenings by the worker only; aliases by `registry.move_alias` only; decisions are append-only.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+
+records = Table(
+    "records",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String, nullable=False, unique=True),  # x-cltrain-trajectory, or the importer's id
+    Column("agent", String, nullable=False),
+    Column("session", String, nullable=False),
+    Column("principal", String, nullable=False),
+    Column("split", String, nullable=False),  # train | eval, by HMAC of the deployment secret over the session
+    Column("release", String),  # the release this episode is pinned to
+    Column("status", String, nullable=False),  # open | ended
+    Column("is_mixed", Boolean, nullable=False, default=False),
+    Column("end", String, nullable=False, default="ok"),
+    Column("prefix", String),  # sha256 of the canonical messages so far: continuation by exact prefix
+    Column("payload", JSON, nullable=False),  # {"messages": [...], "producers": [...], "tools": [...]}
+    Column("created_at", Float, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index("records_by_agent", records.c.agent, records.c.status, records.c.seq)
+Index("records_by_session", records.c.agent, records.c.session, records.c.seq)
+Index("records_by_prefix", records.c.agent, records.c.prefix)
+
+generations = Table(
+    "generations",
+    metadata,
+    Column("id", String, primary_key=True),  # x-cltrain-record
+    Column("record", String, nullable=False, index=True),
+    Column("turn", Integer, nullable=False),
+    Column("release", String, nullable=False),
+    Column("prompt_ids", JSON),
+    Column("completion_ids", JSON),
+    Column("logprobs", JSON),
+    Column("finish_reason", String),
+    Column("created_at", Float, nullable=False),
+)
+
+feedback = Table(
+    "feedback",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("agent", String, nullable=False),
+    Column("target", String, nullable=False, index=True),  # a generation's or a record's id
+    Column("record", String, index=True),  # the record it belongs to, resolved when it came in
+    Column("score", Float),
+    Column("text", Text),
+    Column("correction", JSON),
+    Column("source", String, nullable=False),
+    Column("principal", String),
+    Column("created_at", Float, nullable=False),
+)
+
+set_aside = Table(  # import lines that could not become records: counted, kept, explained
+    "set_aside",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("source", String, nullable=False),
+    Column("line", Integer, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("raw", LargeBinary, nullable=False),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("source", "line"),
+)
+
+screenings = Table(  # what the worker thinks of a record; the newest row per record counts
+    "screenings",
+    metadata,
+    Column("record", String, primary_key=True),
+    Column("agent", String, nullable=False, index=True),
+    Column("status", String, nullable=False),  # waiting | learned | replay | quarantined | unusable
+    Column("reason", Text),
+    Column("stratum", String),
+    Column("update", String),
+    Column("changed_at", Float, nullable=False),
+)
+
+updates = Table(
+    "updates",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("agent", String, nullable=False, index=True),
+    Column("number", Integer, nullable=False),
+    Column("state", String, nullable=False),  # training | judging | done | discarded
+    Column("parent", String, nullable=False),
+    Column("candidate", String),
+    Column("verdict", String),
+    Column("mode", String, nullable=False),
+    Column("fence", Integer, nullable=False),
+    Column("manifest", JSON, nullable=False),  # config digest, seed, window, replay, anchors, base, versions
+    Column("summary", JSON),  # bounds, metrics, decision: what the report shows
+    Column("started_at", Float, nullable=False),
+    Column("finished_at", Float),
+    UniqueConstraint("agent", "number"),
+)
+
+update_reads = Table(
+    "update_reads",
+    metadata,
+    Column("update", String, primary_key=True),
+    Column("step", Integer, primary_key=True),
+    Column("slot", Integer, primary_key=True),
+    Column("record", String, nullable=False, index=True),
+)
+
+releases = Table(
+    "releases",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("agent", String, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("digest", String, nullable=False),
+    Column("parent", String),
+    Column("path", Text),  # relative to the state directory; None for the bare base
+    Column("status", String, nullable=False),
+    Column("manifest", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+Index("releases_by_agent", releases.c.agent, releases.c.number)
+
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("agent", String, primary_key=True),
+    Column("release", String, nullable=False),
+    Column("previous", String),
+    Column("anchor", String, nullable=False),  # the last human-approved release
+    Column("high_water", String, nullable=False),  # moves only on significant improvement
+    Column("version", Integer, nullable=False),
+    Column("fence", Integer, nullable=False),
+    Column("changed_at", Float, nullable=False),
+)
+
+agents = Table(  # learning switch and lease
+    "agents",
+    metadata,
+    Column("agent", String, primary_key=True),
+    Column("is_frozen", Boolean, nullable=False, default=False),
+    Column("frozen_reason", Text),
+    Column("fence", Integer, nullable=False, default=0),  # grows at every new lease
+    Column("lease_holder", String),
+    Column("lease_until", Float),
+)
+
+item_scores = Table(  # cached by release and item: incumbent, anchor and base are never scored twice
+    "item_scores",
+    metadata,
+    Column("release", String, primary_key=True),
+    Column("item", String, primary_key=True),
+    Column("score", Float, nullable=False),
+)
+
+item_uses = Table(
+    "item_uses",
+    metadata,
+    Column("agent", String, primary_key=True),
+    Column("item", String, primary_key=True),
+    Column("uses", Integer, nullable=False),
+)
+
+replicas = Table(
+    "replicas",
+    metadata,
+    Column("url", String, primary_key=True),
+    Column("release", String, primary_key=True),
+    Column("root", Text),
+    Column("state", String, nullable=False),  # loaded | proved | draining
+    Column("seen_at", Float, nullable=False),
+)
+
+decisions = Table(
+    "decisions",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("agent", String, nullable=False, index=True),
+    Column("kind", String, nullable=False),  # verdict | promote | rollback | freeze | unfreeze | discard | ...
+    Column("payload", JSON, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("previous_hash", String, nullable=False),
+    Column("hash", String, nullable=False, unique=True),
+    sqlite_autoincrement=True,
+)
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("agent", String, nullable=False),
+    Column("kind", String, nullable=False),  # update | swap | gauge
+    Column("payload", JSON, nullable=False),
+    Column("at", Float, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+sink_marks = Table(
+    "sink_marks",
+    metadata,
+    Column("sink", String, primary_key=True),
+    Column("seq", Integer, nullable=False),
+)
