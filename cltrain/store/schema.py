@@ -107,7 +107,7 @@ updates = Table(
     Column("parent", String, nullable=False),
     Column("candidate", String),
     Column("verdict", String),
-    Column("mode", String, nullable=False),
+    Column("mode", String, nullable=False),  # off never runs; trial judges and throws away
     Column("fence", Integer, nullable=False),
     Column("manifest", JSON, nullable=False),  # config digest, seed, window, replay, anchors, base, versions
     Column("summary", JSON),  # bounds, metrics, decision: what the report shows
@@ -162,6 +162,18 @@ agents = Table(  # learning switch and lease
     Column("fence", Integer, nullable=False, default=0),  # grows at every new lease
     Column("lease_holder", String),
     Column("lease_until", Float),
+)
+
+requests = Table(  # asked of the running worker by CLI and API; the worker alone answers
+    "requests",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("agent", String, nullable=False, index=True),
+    Column("kind", String, nullable=False),  # update | trial
+    Column("options", JSON, nullable=False),
+    Column("outcome", JSON),  # None until done
+    Column("created_at", Float, nullable=False),
+    sqlite_autoincrement=True,
 )
 
 item_scores = Table(  # cached by release and item: incumbent, anchor and base are never scored twice

@@ -1,0 +1,5 @@
+"""python -m cltrain"""
+
+from cltrain.cli import main
+
+main()

@@ -1,0 +1,267 @@
+"""The same things from Python: a `Deployment` is one state directory and one agent in it. Imports no torch.
+
+What must work while everything else is down (status, freeze, unfreeze, rollback) touches the store alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+from sqlalchemy import func, insert, select
+
+from cltrain import launch
+from cltrain.config import Config, load
+from cltrain.errors import DataError, ServerError
+from cltrain.registry import aliases, decisions, releases
+from cltrain.store import schema
+from cltrain.store.database import Store, open_store
+
+Progress = Callable[[str], None]
+LEASE_S = 15.0
+
+
+def quiet(_line: str) -> None:
+    """A progress callback that says nothing."""
+
+
+class Deployment:
+    """One agent's state: what serves, what is waiting, what was decided."""
+
+    def __init__(self, config: Config, arguments: Sequence[str] = ()) -> None:
+        self.config = config
+        self.arguments = tuple(arguments)  # what a child process is started with to see the same configuration
+        self.store: Store = open_store(config.state_dir)
+
+    @classmethod
+    def open(cls, arguments: Sequence[str] = ()) -> Deployment:
+        """From `--config=FILE` and `--set=KEY=VALUE` words. Raises ConfigError naming what is wrong."""
+        files = [Path(word.removeprefix("--config=")) for word in arguments if word.startswith("--config=")]
+        overrides = [word.removeprefix("--set=") for word in arguments if word.startswith("--set=")]
+        return cls(load(files, overrides), arguments)
+
+    @property
+    def agent(self) -> str:
+        return self.config.agent.name
+
+    # ------------------------------------------------------------ state
+
+    def status(self) -> dict[str, Any]:
+        """What serves, what is waiting, what the last five updates said; answers within a second."""
+        agent, s = self.agent, schema
+        with self.store.read() as connection:
+            alias = connection.execute(select(s.aliases).where(s.aliases.c.agent == agent)).first()
+            switch = connection.execute(select(s.agents).where(s.agents.c.agent == agent)).first()
+            recent = connection.execute(
+                select(s.updates).where(s.updates.c.agent == agent).order_by(s.updates.c.number.desc()).limit(5)
+            ).all()
+
+            def count(table: Any, *where: Any) -> int:
+                return int(connection.execute(select(func.count()).select_from(table).where(*where)).scalar_one())
+
+            num_records = count(s.records, s.records.c.agent == agent)
+            num_feedback = count(s.feedback, s.feedback.c.agent == agent)
+            num_set_aside = count(s.set_aside)
+            screened = connection.execute(
+                select(s.screenings.c.status, func.count()).where(s.screenings.c.agent == agent).group_by("status")
+            ).all()
+        try:
+            chain = decisions.verify_chain(self.store)
+            chain_state, num_decisions = "unbroken", chain.num_entries
+        except DataError as error:
+            chain_state, num_decisions = f"BROKEN: {error}", -1
+        now = time.time()
+        is_worked_on = switch is not None and switch.lease_until is not None and switch.lease_until > now
+        return {
+            "agent": agent,
+            "mode": str(self.config.agent.mode),
+            "frozen": bool(switch and switch.is_frozen),
+            "frozen_reason": switch.frozen_reason if switch else None,
+            "release": alias.release if alias else None,
+            "previous": alias.previous if alias else None,
+            "anchor": alias.anchor if alias else None,
+            "high_water": alias.high_water if alias else None,
+            "records": num_records,
+            "screenings": {row[0]: int(row[1]) for row in screened},
+            "feedback": num_feedback,
+            "set_aside": num_set_aside,
+            "decisions": num_decisions,
+            "chain": chain_state,
+            "processes": {
+                "gateway": _is_up(launch.gateway_url(self.config)),
+                "server": _is_up(launch.server_url(self.config)),
+                "worker": "up" if is_worked_on else "down",
+            },
+            "updates": [
+                {
+                    "number": row.number,
+                    "id": row.id,
+                    "state": row.state,
+                    "verdict": row.verdict,
+                    "candidate": row.candidate,
+                    "reason": "; ".join((row.summary or {}).get("reasons", ())[:1]),
+                }
+                for row in recent
+            ],
+        }
+
+    # ------------------------------------------------------------ switches
+
+    def freeze(self, reason: str = "asked for by the owner") -> dict[str, Any]:
+        """Nothing is learned until `unfreeze`; an update under way is discarded at its end."""
+        aliases.freeze(self.store, self.agent, now=time.time(), reason=reason)
+        return {"agent": self.agent, "frozen": True, "reason": reason}
+
+    def unfreeze(self) -> dict[str, Any]:
+        aliases.unfreeze(self.store, self.agent, now=time.time())
+        return {"agent": self.agent, "frozen": False, "mode": str(self.config.agent.mode)}
+
+    def rollback(
+        self, to: str | None = None, *, keep_learning: bool = False, reason: str = "asked for by the owner"
+    ) -> dict[str, Any]:
+        """Serve an earlier release again (default: the one before), with every process down if need be."""
+        done = aliases.rollback(
+            self.store, self.agent, to=to, now=time.time(), reason=reason, freeze=not keep_learning
+        )
+        return {**asdict(done.alias), "undone": done.undone, "quarantined": done.num_quarantined, "frozen": done.is_frozen}
+
+    def promote(self, release: str) -> dict[str, Any]:
+        """A human's yes: every server gets the release first, then the alias moves and the anchor with it.
+
+        Raises ServerError when a server cannot load it, ConflictError when the gate said no.
+        """
+        found = releases.get(self.store, release)
+        releases.verify_release(self.config.state_dir, found)
+        directory = releases.release_dir(self.config.state_dir, found)
+        if directory is not None:
+            self._client().load(release, directory)
+        alias = aliases.move_alias(
+            self.store,
+            self.agent,
+            expected=aliases.read_alias(self.store, self.agent),
+            to=release,
+            fence=None,
+            now=time.time(),
+            is_human=True,
+        )
+        return asdict(alias)
+
+    # ------------------------------------------------------------ learning
+
+    def update(self, *, trial: bool = False, wait_s: float = 3600.0, on_progress: Progress = quiet) -> dict[str, Any]:
+        """One update now; by the running worker if there is one, else in this process (which then imports torch).
+
+        A trial is trained and judged like any other and then thrown away. Returns verdict, reasons, candidate, ...
+        """
+        if self._worker_is_up():
+            return self.request("trial" if trial else "update", wait_s=wait_s)
+        with self._own_server(on_progress):
+            from cltrain.worker import Worker
+
+            with Worker(self.config, self.store, on_progress=on_progress) as worker:
+                return worker.update(is_trial=trial)
+
+    def gate(self, release: str, *, on_progress: Progress = quiet) -> dict[str, Any]:
+        """Judge a release against what serves now; nothing moves."""
+        with self._own_server(on_progress):
+            from cltrain.worker import Worker
+
+            with Worker(self.config, self.store, on_progress=on_progress, takes_lease=False) as worker:
+                return worker.judge_again(release)
+
+    def request(self, kind: str, options: dict[str, Any] | None = None, *, wait_s: float = 3600.0) -> dict[str, Any]:
+        """Ask the running worker for something and wait for its answer. Raises ServerError after `wait_s` seconds."""
+        request = self.post_request(kind, options)
+        deadline = time.monotonic() + wait_s
+        while (outcome := self.request_outcome(request)) is None:
+            if time.monotonic() > deadline:
+                raise ServerError(f"the worker did not answer request {request} within {wait_s:g} s; see its log")
+            time.sleep(0.05)
+        if "error" in outcome:
+            raise ServerError(f"the worker could not do it: {outcome['error']}")
+        return outcome
+
+    def post_request(self, kind: str, options: dict[str, Any] | None = None) -> int:
+        """Leave a request for the worker; returns its number."""
+        row = {"agent": self.agent, "kind": kind, "options": options or {}, "created_at": time.time()}
+        with self.store.write() as connection:
+            result = connection.execute(insert(schema.requests).values(**row))
+            assert result.inserted_primary_key is not None
+            return int(result.inserted_primary_key[0])
+
+    def request_outcome(self, request: int) -> dict[str, Any] | None:
+        with self.store.read() as connection:
+            query = select(schema.requests.c.outcome).where(schema.requests.c.id == request)
+            outcome: dict[str, Any] | None = connection.execute(query).scalar()
+        return outcome
+
+    # ------------------------------------------------------------ input and output
+
+    def import_file(self, file: Path, *, producer: str | None = None) -> dict[str, Any]:
+        """Take past episodes in; every line is imported, a duplicate, or set aside with a reason.
+
+        With the base's tokenizer at hand the report also counts the episodes that are too long for its context.
+        """
+        from cltrain.experience.ingest import import_file
+        from cltrain.experience.recording import Recorder, load_secret
+
+        secret = load_secret(self.config.state_dir)
+        with Recorder(self.store, secret, self.config.experience.eval_share) as recorder:
+            report = asdict(import_file(recorder, file, self.agent, producer=producer))
+        from cltrain.worker import count_fitting
+
+        return {**report, **count_fitting(self.config, self.store, self.agent)}
+
+    def report(self, number: int | None = None) -> Path:
+        """Write the page of one update, or of the whole run; returns its path."""
+        from cltrain.reporting import write_report
+
+        return write_report(self.store, self.config, number)
+
+    def run_process(self, name: str) -> None:
+        """Be one of the processes until told to stop. Raises ConfigError for an unknown name."""
+        from cltrain.processes import run_process
+
+        run_process(name, self.config, self.store)
+
+    def doctor(self) -> list[dict[str, str]]:
+        """What would go wrong: one finding a line, `state` good, note or bad."""
+        from cltrain.doctor import examine
+
+        return examine(self.config, self.store)
+
+    # ------------------------------------------------------------ inside
+
+    def _worker_is_up(self) -> bool:
+        with self.store.read() as connection:
+            query = select(schema.agents.c.lease_until).where(schema.agents.c.agent == self.agent)
+            until = connection.execute(query).scalar()
+        return until is not None and until > time.time()
+
+    def _own_server(self, on_progress: Progress) -> Any:
+        """A server for as long as this process needs one, unless the configured one answers already."""
+        if _is_up(launch.server_url(self.config)) == "up":
+            return nullcontext()
+        if "server" not in launch.needed(self.config):
+            raise ServerError(f"{launch.server_url(self.config)} does not answer: start it, or leave server.url out")
+        return launch.Fleet(self.config, self.arguments, ("server",), on_event=on_progress)
+
+    def _client(self) -> Any:
+        from cltrain.deploy.client import ServerClient
+
+        model = self.config.server.model or "base"
+        return ServerClient(launch.server_url(self.config), model, self.config.server.timeout_s)
+
+
+def _is_up(url: str) -> str:
+    try:
+        return "up" if httpx.get(f"{url}/health", timeout=0.3).status_code == 200 else "unwell"
+    except httpx.HTTPError:
+        return "down"
+
+

@@ -1,0 +1,222 @@
+"""One client for every server that speaks vLLM's dialect, the embedded one among them. Imports no torch.
+
+Nothing is retried here: the caller knows what a failure means. Every failure is a ServerError, never a made-up answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cltrain.errors import ServerError
+from cltrain.records import Message, Tool
+
+SCORE_ROWS = 16  # sequences per scoring request
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One generated message. Token ids and log-probs are None when the server did not give them."""
+
+    message: Message
+    model: str
+    prompt_ids: tuple[int, ...] | None
+    completion_ids: tuple[int, ...] | None
+    logprobs: tuple[float, ...] | None
+    finish_reason: str | None
+
+
+Answers = list[Answer]  # named here because ServerClient.list hides the built-in inside the class
+Scores = list[float]
+AllScores = list[Scores]
+
+
+class ServerClient:
+    """A server at `url`; `model` is the base's name there. Safe to share between threads; close it when done."""
+
+    def __init__(self, url: str, model: str, timeout_s: float = 120.0) -> None:
+        self.url = url.rstrip("/")
+        self.model = model
+        self._http = httpx.Client(
+            base_url=self.url, timeout=timeout_s, limits=httpx.Limits(max_connections=None), trust_env=False
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> ServerClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def health(self) -> bool:
+        """Whether the server answers at all."""
+        try:
+            return self._http.get("/health", timeout=5.0).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def list(self) -> dict[str, str]:
+        """Loaded adapters: name -> root directory, without the base."""
+        cards = self._json("GET", "/v1/models").get("data", [])
+        return {card["id"]: card.get("root") or "" for card in cards if card.get("parent") and card["id"] != self.model}
+
+    def load(self, name: str, path: Path) -> None:
+        """Load an adapter under a new name. Idempotent: the same root already there is success.
+
+        Raises ServerError when another directory has the name, or the server refuses; never reloads in place, because
+        that serves mixed weights (three ways in vLLM 0.32).
+        """
+        if not path.is_absolute():
+            raise ServerError(f"adapter path {path} must be absolute: a server takes a relative one for a hub's name")
+        response = self._send("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        if response.status_code == 200:
+            return
+        if response.status_code == 404 and not response.text.startswith('{"error"'):
+            raise ServerError(
+                f"{self.url} has no /v1/load_lora_adapter: vLLM has it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 "
+                "and --enable-lora"
+            )
+        root = self.list().get(name)
+        if root == str(path):
+            return
+        if root is not None:
+            raise ServerError(f"{self.url} already serves {name} from {root}, not from {path}: names are never reused")
+        raise ServerError(f"{self.url} did not load {name}: {_reason(response)}")
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; requests that began on it finish. One that is not there is fine."""
+        response = self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        if response.status_code not in (200, 404):
+            raise ServerError(f"{self.url} did not unload {name}: {_reason(response)}")
+
+    def generate(
+        self,
+        model: str,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Answer:
+        """One chat answer by exactly that model. Raises ServerError also when another model's name comes back."""
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "logprobs": True,
+            "return_token_ids": True,
+        }
+        if tools:
+            body["tools"] = list(tools)
+        if seed is not None:
+            body["seed"] = seed
+        answer = self._json("POST", "/v1/chat/completions", body)
+        try:
+            choice = answer["choices"][0]
+            self._check_model(answer, model)
+            kept = ("role", "content", "tool_calls")
+            entries = (choice.get("logprobs") or {}).get("content")
+            return Answer(
+                message={key: choice["message"][key] for key in kept if choice["message"].get(key) or key == "content"},
+                model=answer["model"],
+                prompt_ids=_ids(answer.get("prompt_token_ids")),
+                completion_ids=_ids(choice.get("token_ids")),
+                logprobs=None if entries is None else tuple(float(entry["logprob"]) for entry in entries),
+                finish_reason=choice.get("finish_reason"),
+            )
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ServerError(f"{self.url} answered something that is no chat completion: {error!r}") from None
+
+    def generate_many(
+        self,
+        model: str,
+        prompts: Sequence[tuple[Sequence[Message], Sequence[Tool]]],
+        max_tokens: int,
+        concurrency: int = 16,
+    ) -> Answers:
+        """Greedy answers in the order of the prompts, `concurrency` at a time. The first failure is raised."""
+        if not prompts:
+            return []
+        with ThreadPoolExecutor(max(1, min(concurrency, len(prompts)))) as pool:
+            tasks = [pool.submit(self.generate, model, m, t, max_tokens=max_tokens) for m, t in prompts]
+            try:
+                return [task.result() for task in tasks]
+            except ServerError:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def score(self, model: str, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Scores:
+        """The log-prob that the model gives to each completion token."""
+        return self.score_many(model, [(prompt_ids, completion_ids)])[0]
+
+    def score_many(self, model: str, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> AllScores:
+        """As `score`, for many (prompt ids, completion ids), in few requests. A prompt has at least one token."""
+        found: AllScores = []
+        for start in range(0, len(pairs), SCORE_ROWS):
+            part = pairs[start : start + SCORE_ROWS]
+            body = {
+                "model": model,
+                "prompt": [[*prompt, *completion] for prompt, completion in part],
+                "max_tokens": 1,
+                "temperature": 0.0,
+                "prompt_logprobs": 0,
+            }
+            answer = self._json("POST", "/v1/completions", body)
+            self._check_model(answer, model)
+            try:
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                found += [_scores(choice, *pair) for choice, pair in zip(choices, part, strict=True)]
+            except (KeyError, TypeError, ValueError) as error:
+                raise ServerError(
+                    f"{self.url} gave no log-probs for the prompt (vLLM's prompt_logprobs): {error!r}"
+                ) from None
+        return found
+
+    def _check_model(self, answer: dict[str, Any], model: str) -> None:
+        if answer.get("model") != model:
+            raise ServerError(f"{self.url} was asked for {model} and answered as {answer.get('model')}")
+
+    def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        response = self._send(method, path, body)
+        if response.status_code != 200:
+            raise ServerError(f"{self.url}{path} answered {response.status_code}: {_reason(response)}")
+        try:
+            answer = response.json()
+        except ValueError:
+            raise ServerError(f"{self.url}{path} answered something that is not JSON: {response.text[:200]}") from None
+        if not isinstance(answer, dict):
+            raise ServerError(f"{self.url}{path} answered something that is not an object: {response.text[:200]}")
+        return answer
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            return self._http.request(method, path, json=body)
+        except httpx.TimeoutException:
+            raise ServerError(f"{self.url}{path} did not answer in time (server.timeout_s)") from None
+        except httpx.HTTPError as error:
+            raise ServerError(f"{self.url}{path} cannot be reached: {error}") from None
+
+
+def _scores(choice: dict[str, Any], prompt: Sequence[int], completion: Sequence[int]) -> Scores:
+    entries = choice["prompt_logprobs"][len(prompt) :]
+    return [float(entry[str(token)]["logprob"]) for token, entry in zip(completion, entries, strict=True)]
+
+
+def _ids(value: Any) -> tuple[int, ...] | None:
+    return None if value is None else tuple(int(token) for token in value)
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{response.status_code} {response.text[:200]}"

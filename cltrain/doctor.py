@@ -1,0 +1,98 @@
+"""What would go wrong, looked for before it does. Reads and probes; changes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from cltrain import launch
+from cltrain.config import Config
+from cltrain.errors import CltrainError
+from cltrain.models.digest import base_digest, base_path
+from cltrain.registry.decisions import verify_chain
+from cltrain.store.database import Store
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "wandb", "triton", "safetensors")
+MIN_FREE_BYTES = 1 << 30
+GUARDED_ROUTES = ("/adapters", "/pause", "/collective_rpc")  # open on vLLM even with an API key
+
+
+def examine(config: Config, store: Store) -> list[dict[str, str]]:
+    """One finding a line: `what`, `detail`, and `state` good, note or bad."""
+    findings = [_package(name) for name in PACKAGES]
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("state", lambda: _disk(config.state_dir)),
+        ("base", lambda: _base(config)),
+        ("decisions", lambda: f"{verify_chain(store).num_entries} in an unbroken chain"),
+    ]
+    for what, check in checks:
+        try:
+            findings.append(_finding("good", what, check()))
+        except (CltrainError, OSError) as error:
+            findings.append(_finding("bad", what, str(error)))
+    findings += [_port(config, name) for name in ("server", "gateway")]
+    return findings + _open_routes(config)
+
+
+def _finding(state: str, what: str, detail: str) -> dict[str, str]:
+    return {"state": state, "what": what, "detail": detail}
+
+
+def _package(name: str) -> dict[str, str]:
+    if importlib.util.find_spec(name) is None:
+        return _finding("note" if name in ("triton", "wandb") else "bad", name, "is not installed")
+    return _finding("good", name, importlib.metadata.version(name))
+
+
+def _disk(state_dir: Path) -> str:
+    free = shutil.disk_usage(state_dir).free
+    if free < MIN_FREE_BYTES:
+        raise OSError(f"only {free >> 20} MiB free in {state_dir}")
+    if not os.access(state_dir, os.W_OK):
+        raise OSError(f"{state_dir} cannot be written")
+    return f"{state_dir}, {free >> 30} GiB free"
+
+
+def _base(config: Config) -> str:
+    directory = base_path(config.base.path)
+    return f"{directory} ({base_digest(directory)[:12]})"
+
+
+def _port(config: Config, name: str) -> dict[str, str]:
+    section = config.server if name == "server" else config.gateway
+    url = launch.server_url(config) if name == "server" else launch.gateway_url(config)
+    if name in launch.needed(config):
+        try:
+            launch.check_port_is_free(section.host, section.port, f"{name}.port")
+            return _finding("good", name, f"{url} is free to listen on")
+        except CltrainError as error:
+            busy = str(error)
+    else:
+        busy = f"{url} does not answer"
+    try:
+        is_ours = httpx.get(f"{url}/health", timeout=1.0).status_code == 200
+    except httpx.HTTPError:
+        is_ours = False
+    return _finding("good", name, f"{url} answers") if is_ours else _finding("bad", name, busy)
+
+
+def _open_routes(config: Config) -> list[dict[str, str]]:
+    """Routes of a foreign server that change it without a key."""
+    if config.server.kind == "embedded":
+        return []
+    found = []
+    for route in GUARDED_ROUTES:
+        try:
+            code = httpx.post(f"{launch.server_url(config)}{route}", json={}, timeout=1.0).status_code
+        except httpx.HTTPError:
+            continue
+        if code not in (401, 403, 404, 405):
+            detail = f"POST {route} is open without a key ({code}): keep this server on a private network"
+            found.append(_finding("note", "server", detail))
+    return found

@@ -1,0 +1,73 @@
+"""What the gate asks of servers and trainer, wired to one deployment: answers, log-probs, the pool of questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from cltrain.config import Config
+from cltrain.deploy.client import ServerClient
+from cltrain.experience import window
+from cltrain.gate.judge import Contest, judge
+from cltrain.gate.suites import load_suite
+from cltrain.models.base import Base
+from cltrain.models.chat import render_example
+from cltrain.models.scoring import last_answer
+from cltrain.plans import Plan
+from cltrain.records import Decision, Example, Message, SuiteItem, Tool
+from cltrain.registry import aliases, releases
+from cltrain.store.database import Store
+
+
+class Evidence:
+    """The gate's view of one deployment; holds the owner's suite."""
+
+    def __init__(
+        self, config: Config, store: Store, base: Base, server: ServerClient, on_progress: Callable[[str], None]
+    ) -> None:
+        self.config, self.store, self.base, self.server = config, store, base, server
+        self.on_progress = on_progress
+        self.suite = load_suite(config.gate.suite) if config.gate.suite is not None else []
+
+    def judge(
+        self, candidate: str, plan: Plan, *, base_kl: float, used_before: Sequence[str] = (), is_retry: bool = False
+    ) -> Decision:
+        """The gate's decision on a candidate that the server has loaded. A retry is judged on items not used before."""
+        held_out, rate_per_s = window.heldout_items(
+            self.store, plan.agent, learn_from=self.config.agent.learn_from, tools_allowed=self.config.agent.tools_allowed
+        )
+        marks = aliases.read_references(self.store, plan.agent)
+        return judge(
+            self.store,
+            plan.agent,
+            Contest(candidate, plan.parent, marks.high_water, marks.anchor),
+            [*self.suite, *held_out],
+            self.config.gate,
+            taught=plan.taught,
+            answer_many=self.answer_many,
+            base_kl=base_kl,
+            score=self.score,
+            suspicions=plan.suspicious,
+            rate_per_s=rate_per_s,
+            seed=plan.seed,
+            used_before=used_before,
+            fresh_only=is_retry,
+            on_chunk=lambda done, planned: self.on_progress(f"update {plan.number}: judged on {done} of {planned} items"),
+        )
+
+    def answer_many(self, release: str, items: Sequence[SuiteItem]) -> list[Message]:
+        """One greedy answer per item, by exactly that release."""
+        prompts = [(item.messages, item.tools) for item in items]
+        answers = self.server.generate_many(
+            self.served_name(release), prompts, self.config.gate.max_answer_tokens, self.config.server.max_batch
+        )
+        return [answer.message for answer in answers]
+
+    def score(self, release: str, messages: Sequence[Message], tools: Sequence[Tool], answer: Message) -> float:
+        """Summed log-prob of an answer's tokens, nats."""
+        example = Example("probe", "gate", "probe", (*messages, answer), (len(messages),), tuple(tools))
+        prompt, completion = last_answer(render_example(self.base.tokenizer, self.base.context, example))
+        return sum(self.server.score(self.served_name(release), prompt, completion))
+
+    def served_name(self, release: str) -> str:
+        """The bare base answers under the server's own name for it."""
+        return self.server.model if releases.get(self.store, release).path is None else release

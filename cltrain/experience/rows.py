@@ -1,0 +1,176 @@
+"""How one turn, one piece of feedback or one whole episode becomes rows, inside the caller's transaction."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import Connection, exists, insert, null, select, update
+
+from cltrain.errors import ConflictError, DataError
+from cltrain.records import Feedback, Generation, Message, Split, Tool, Trajectory
+from cltrain.store.schema import feedback, generations, records
+
+BRANCH = re.compile(r"^(traj-[0-9a-f]{32})~[0-9a-f]+$")
+
+
+class UnknownTarget(DataError):
+    """Feedback names neither a record nor a generation of this store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One answered (or failed) request of an episode, with the whole conversation it leaves behind."""
+
+    record: str
+    agent: str
+    session: str
+    principal: str
+    release: str
+    messages: tuple[Message, ...]  # the request's, then the answer when there is one
+    producers: tuple[str | None, ...]
+    tools: tuple[Tool, ...]
+    prefix: str  # hash of `messages`
+    after: str | None  # the stored record must still have this prefix, else the turn is kept as a branch; None: new
+    generation: Generation | None  # None: nothing came, `end` says why
+    end: str = "ok"
+    is_mixed: bool = False
+    is_done: bool = False
+
+
+def episode_of(record: str) -> str:
+    """The episode that a record belongs to; requests of one session that do not extend each other are its branches."""
+    branch = BRANCH.match(record)
+    return branch.group(1) if branch else record
+
+
+def write_turn(connection: Connection, turn: Turn, split: Split, now: float) -> str:
+    row = connection.execute(
+        select(records.c.prefix, records.c.status, records.c.is_mixed).where(records.c.id == turn.record)
+    ).first()
+    record = turn.record
+    if turn.generation is None and row is not None:  # nothing came: the conversation stays as it was
+        if row.prefix == turn.after:
+            connection.execute(update(records).where(records.c.id == record).values(end=turn.end, updated_at=now))
+        return record
+    if row is not None and row.prefix != turn.after:
+        mark = turn.generation.id if turn.generation else turn.prefix
+        record, row = f"{episode_of(record)}~{hashlib.sha256(mark.encode()).hexdigest()[:12]}", None
+    values = {
+        "release": turn.release,
+        "status": "ended" if turn.is_done or (row is not None and row.status == "ended") else "open",
+        "is_mixed": turn.is_mixed or (row is not None and row.is_mixed),
+        "end": turn.end,
+        "prefix": turn.prefix,
+        "payload": {"messages": turn.messages, "producers": turn.producers, "tools": turn.tools},
+        "updated_at": now,
+    }
+    if row is not None:
+        connection.execute(update(records).where(records.c.id == record).values(**values))
+    else:
+        origin = {"id": record, "agent": turn.agent, "session": turn.session, "principal": turn.principal}
+        connection.execute(insert(records).values(**origin, split=split, created_at=now, **values))
+    if turn.generation is not None:
+        write_generation(connection, replace(turn.generation, record=record), now)
+    if turn.is_done:
+        end_episode(connection, record, None, now)
+    return record
+
+
+def write_generation(connection: Connection, generation: Generation, now: float) -> None:
+    connection.execute(
+        insert(generations).values(
+            id=generation.id,
+            record=generation.record,
+            turn=generation.turn,
+            release=generation.release,
+            prompt_ids=_or_null(generation.prompt_ids),
+            completion_ids=_or_null(generation.completion_ids),
+            logprobs=_or_null(generation.logprobs),
+            finish_reason=generation.finish_reason,
+            created_at=now,
+        )
+    )
+
+
+def write_feedback(connection: Connection, given: Feedback, now: float) -> bool:
+    stored = connection.scalar(select(feedback.c.target).where(feedback.c.id == given.id))
+    if stored == given.target:
+        return False
+    if stored is not None:
+        raise ConflictError(f"feedback {given.id!r} is already stored for {stored!r}: use a new id")
+    record = connection.scalar(select(generations.c.record).where(generations.c.id == given.target)) or given.target
+    agent = connection.scalar(select(records.c.agent).where(records.c.id == record))
+    if agent is None:
+        raise UnknownTarget(f"no record or generation {given.target!r}: use x-cltrain-record or x-cltrain-trajectory")
+    connection.execute(
+        insert(feedback).values(
+            id=given.id,
+            agent=agent,
+            target=given.target,
+            record=record,
+            score=given.score,
+            text=given.text,
+            correction=_or_null(given.correction),
+            source=given.source,
+            principal=given.principal,
+            created_at=given.created_at or now,
+        )
+    )
+    return True
+
+
+def write_trajectory(connection: Connection, trajectory: Trajectory) -> bool:
+    if connection.scalar(select(exists().where(records.c.id == trajectory.id))):
+        return False
+    connection.execute(
+        insert(records).values(
+            id=trajectory.id,
+            agent=trajectory.agent,
+            session=trajectory.session,
+            principal=trajectory.principal,
+            split=trajectory.split,
+            release=trajectory.release,
+            status="open" if trajectory.end == "open" else "ended",
+            is_mixed=trajectory.is_mixed,
+            end="ok" if trajectory.end == "open" else trajectory.end,
+            payload={
+                "messages": trajectory.messages,
+                "producers": trajectory.producers,
+                "tools": trajectory.tools,
+            },
+            created_at=trajectory.created_at,
+            updated_at=trajectory.created_at,
+        )
+    )
+    for generation in trajectory.generations:
+        write_generation(connection, replace(generation, record=trajectory.id), trajectory.created_at)
+    for given in trajectory.feedback:
+        write_feedback(connection, given, trajectory.created_at)
+    return True
+
+
+def end_episode(connection: Connection, record: str, end: str | None, now: float) -> int:
+    row = connection.execute(select(records.c.agent, records.c.session).where(records.c.id == record)).first()
+    if row is None:
+        return 0
+    episode = episode_of(record)
+    is_open = (records.c.agent == row.agent) & (records.c.session == row.session) & (records.c.status == "open")
+    ids = [i for i in connection.scalars(select(records.c.id).where(is_open)) if episode_of(i) == episode]
+    changed: dict[str, Any] = {"status": "ended", "updated_at": now} | ({"end": end} if end else {})
+    for part in parts(ids):
+        connection.execute(update(records).where(records.c.id.in_(part)).values(**changed))
+    return len(ids)
+
+
+def _or_null(value: Any) -> Any:
+    """SQL NULL for None: a JSON column would store the text `null`, which IS NOT NULL."""
+    return null() if value is None else value
+
+
+def parts(ids: Sequence[str], size: int = 400) -> Iterator[Sequence[str]]:
+    """SQLite takes a limited number of parameters in one statement."""
+    return (ids[start : start + size] for start in range(0, len(ids), size))

@@ -1,0 +1,147 @@
+"""The OpenAI-compatible door as an ASGI app, and the process that serves it. Sole writer of records and feedback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import NoReturn
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from cltrain.config import Config
+from cltrain.errors import ConfigError
+from cltrain.experience.recording import Recorder, load_secret
+from cltrain.gateway.chat import Door
+from cltrain.gateway.episodes import Episodes
+from cltrain.gateway.intake import answered, list_served, take_feedback, take_trajectories
+from cltrain.gateway.metrics import Metrics
+from cltrain.gateway.tokens import Route
+from cltrain.gateway.upstream import Upstream
+from cltrain.models.digest import base_digest, base_path
+from cltrain.store.database import Store, open_store
+
+log = logging.getLogger(__name__)
+
+MAX_SWEEP_PAUSE_S = 30.0
+KEEPALIVE_S = 75  # longer than clients keep idle connections, so that none is closed under a request
+GRACE_S = 10
+
+
+def create_gateway(
+    store: Store,
+    config: Config,
+    upstream: Upstream,
+    clock: Callable[[], float] = time.time,
+    *,
+    base_release: str | None = None,
+) -> FastAPI:
+    """The app. `base_release` names the bare base before any release; None: from the digest of `base.path`."""
+    agent = config.agent.name
+    if base_release is None:
+        base_release = f"{agent}-v000000-{base_digest(base_path(config.base.path))[:12]}"
+    secret = load_secret(config.state_dir)
+    recorder = Recorder(store, secret, config.experience.eval_share, capacity=config.gateway.queue)
+    timeout_s = config.gateway.record_timeout_s
+    episodes = Episodes(store, agent, base_release, timeout_s)
+    metrics = Metrics()
+    door = Door(agent, episodes, upstream, recorder, metrics, timeout_s, clock)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(_sweep(door, config.experience.idle_end_s))
+        try:
+            yield
+        finally:
+            sweeping.cancel()
+            await asyncio.gather(sweeping, return_exceptions=True)
+            await asyncio.to_thread(recorder.close)
+            await upstream.close()
+
+    app = FastAPI(title="cltrain gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.door = door
+
+    async def generate(route: Route, request: Request) -> Response:
+        with metrics.in_flight.track_inprogress():
+            response = await answered(door.generate(route, request))
+        metrics.requests.labels(route, response.status_code).inc()
+        return response
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await generate("chat", request)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await generate("completion", request)
+
+    @app.post("/v1/feedback")
+    async def post_feedback(request: Request) -> Response:
+        return await answered(take_feedback(door, request))
+
+    @app.post("/v1/trajectories")
+    async def post_trajectories(request: Request) -> Response:
+        return await answered(take_trajectories(door, request))
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return await answered(list_served(door, store))
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok", "agent": agent, "store": "down" if episodes.watch.is_down else "ok"})
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        metrics.waiting.set(recorder.num_waiting)
+        return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def run_gateway(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT, then commit what waits. Raises ConfigError when the port is taken."""
+    host, port = config.gateway.host, config.gateway.port
+    listener = _listen(host, port)
+    with listener:
+        store = open_store(config.state_dir)
+        try:
+            app = create_gateway(store, config, Upstream.of(config))
+            options = uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                timeout_keep_alive=KEEPALIVE_S,
+                timeout_graceful_shutdown=GRACE_S,
+            )
+            print(f"gateway on http://{host}:{listener.getsockname()[1]}/v1, model = {config.agent.name}", flush=True)
+            uvicorn.Server(options).run(sockets=[listener])
+        finally:
+            store.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"gateway.port = {port} cannot be used on {host} ({error.strerror}): stop what listens there or choose "
+            "another with --set gateway.port=PORT"
+        ) from None
+
+
+async def _sweep(door: Door, idle_s: float) -> NoReturn:
+    """End the episodes that went quiet."""
+    while True:
+        try:
+            now, busy = door.clock(), door.episodes.busy
+            await asyncio.wrap_future(door.recorder.sweep_idle(door.agent, idle_s=idle_s, now=now, busy=busy))
+        except Exception as error:  # the next round tries again; answering goes on meanwhile
+            log.warning("idle episodes were not ended: %s", error)
+        await asyncio.sleep(min(MAX_SWEEP_PAUSE_S, idle_s / 4))

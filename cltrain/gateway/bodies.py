@@ -1,0 +1,234 @@
+"""Checks what clients send and turns it into our nouns; every refusal names the field, the value and what is right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cltrain.errors import DataError
+from cltrain.gateway.episodes import producer_of
+from cltrain.records import Feedback, Message, Trajectory
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+OURS = frozenset({"agent", "operator", "rehearsal", "user", "tool", "system"})  # no sender may claim these as its model
+MAX_NAME = 256
+TRUE = frozenset({"1", "true", "yes"})
+
+
+def parse(raw: bytes, what: str = "the body") -> dict[str, Any]:
+    """A JSON object. Raises DataError saying where it stops being one."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{what} must be a JSON object; got {type(value).__name__}")
+    return value
+
+
+def name_of(value: Any, what: str) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
+        raise DataError(f"{what} must be a string of 1 to {MAX_NAME} characters; got {_shown(value)}")
+    if not _is_unicode(value):
+        raise DataError(f"{what} is not valid Unicode: {_shown(value)}")
+    return value
+
+
+def principal_of(headers: Mapping[str, str], body: dict[str, Any]) -> str:
+    """Header X-Cltrain-Principal, else the `user` field, else anonymous."""
+    return name_of(headers.get("x-cltrain-principal") or body.get("user") or "anonymous", "the principal")
+
+
+def session_of(headers: Mapping[str, str]) -> str | None:
+    given = headers.get("x-session-id")
+    return None if given is None else name_of(given, "X-Session-Id")
+
+
+def is_done(headers: Mapping[str, str]) -> bool:
+    return headers.get("x-session-done", "").strip().lower() in TRUE
+
+
+def chat_messages(body: dict[str, Any]) -> tuple[Message, ...]:
+    """The messages of a chat request, shape checked. Raises DataError."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"messages must be a non-empty list; got {_shown(messages)}")
+    for position, message in enumerate(messages):
+        where = f"messages[{position}]"
+        if not isinstance(message, dict):
+            raise DataError(f"{where} must be an object; got {_shown(message)}")
+        if message.get("role") not in ROLES:
+            raise DataError(f"{where}.role must be one of {', '.join(ROLES)}; got {_shown(message.get('role'))}")
+        if not isinstance(message.get("content"), str | list | None):
+            raise DataError(f"{where}.content must be a string, a list of parts or null")
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(c, dict) and _function(c) is not None for c in calls):
+            raise DataError(f"{where}.tool_calls must be a list of {{id, type, function: {{name, arguments}}}}")
+    return tuple(messages)
+
+
+def tools_of(body: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    tools = body.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
+        raise DataError(f"tools must be a list of objects; got {_shown(tools)}")
+    return tuple(tools)
+
+
+def unrecordable(route: str, body: dict[str, Any]) -> str | None:
+    """Why this request's answer cannot be one turn of an episode, or None."""
+    if body.get("n") not in (None, 1):
+        return "several choices"
+    if route == "completion" and (body.get("echo") or body.get("best_of") not in (None, 1)):
+        return "echo or best_of"
+    if route == "completion" and isinstance(body.get("prompt"), list) and not _are_ids(body["prompt"]):
+        return "several prompts"
+    return None
+
+
+def completion_messages(body: dict[str, Any]) -> tuple[Message, ...]:
+    """A raw prompt as one user message; its text is None where the client sent token ids."""
+    prompt = body.get("prompt")
+    if not isinstance(prompt, str | list) or not prompt:
+        raise DataError(f"prompt must be a non-empty string or list; got {_shown(prompt)}")
+    return ({"role": "user", "content": prompt if isinstance(prompt, str) else None},)
+
+
+def feedback_of(body: dict[str, Any], headers: Mapping[str, str], fresh_id: str, now: float) -> Feedback:
+    """Raises DataError for anything that is not feedback."""
+    known = {"target", "id", "score", "text", "correction", "source", "principal"}
+    if unknown := sorted(set(body) - known):
+        raise DataError(f"feedback has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    score = None if body.get("score") is None else score_of(body["score"], "score")
+    text = body.get("text")
+    if text is not None and not (isinstance(text, str) and _is_unicode(text)):
+        raise DataError(f"text must be a string of valid Unicode; got {_shown(text)}")
+    correction = None if body.get("correction") is None else correction_of(body["correction"])
+    if score is None and text is None and correction is None:
+        raise DataError("feedback needs a score, a text or a correction")
+    principal = body.get("principal") or headers.get("x-cltrain-principal")
+    return Feedback(
+        id=name_of(body.get("id") or fresh_id, "id"),
+        target=name_of(body.get("target"), "target"),
+        score=score,
+        text=text,
+        correction=correction,
+        source=name_of(body.get("source") or "user", "source"),
+        principal=None if principal is None else name_of(principal, "principal"),
+        created_at=now,
+    )
+
+
+def score_of(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{what} must be a number in [-1, 1]; got {_shown(value)}")
+    if not -1 <= value <= 1:  # false for NaN as well
+        raise DataError(f"{what} must be a finite number in [-1, 1]; got {_shown(value)}")
+    return float(value)
+
+
+def correction_of(value: Any) -> Message:
+    """A corrected answer (text, or an assistant message) as one assistant message. Raises DataError."""
+    if isinstance(value, str):
+        value = {"content": value}
+    if not isinstance(value, dict):
+        raise DataError(f"correction must be a string or an assistant message; got {_shown(value)}")
+    if value.get("role", "assistant") != "assistant":
+        raise DataError(f"correction.role must be 'assistant'; got {_shown(value['role'])}")
+    content, calls = value.get("content"), value.get("tool_calls") or []
+    if content is not None and not isinstance(content, str):
+        raise DataError(f"correction.content must be a string or null; got {_shown(content)}")
+    if not isinstance(calls, list):
+        raise DataError(f"correction.tool_calls must be a list; got {_shown(calls)}")
+    if not content and not calls:
+        raise DataError("correction is empty: it needs content or tool_calls")
+    message: Message = {"role": "assistant", "content": content}
+    if calls:
+        message["tool_calls"] = [call_of(call, i, "correction") for i, call in enumerate(calls)]
+    return message
+
+
+def call_of(call: Any, position: int, where: str) -> dict[str, Any]:
+    """One tool call in OpenAI's form, its arguments a JSON object as a string. Raises DataError."""
+    what = f"{where}.tool_calls[{position}]"
+    function = _function(call) if isinstance(call, dict) else None
+    if function is None:
+        raise DataError(f"{what} must be {{function: {{name, arguments}}}}; got {_shown(call)}")
+    arguments = function.get("arguments")
+    try:
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError as error:
+        raise DataError(
+            f"{what}: the arguments of {function['name']!r} are no JSON ({error}): {_shown(arguments)}"
+        ) from None
+    if not isinstance(parsed, dict):
+        raise DataError(f"{what}: the arguments of {function['name']!r} must be a JSON object; got {_shown(arguments)}")
+    text = arguments if isinstance(arguments, str) else json.dumps(parsed)
+    call_id = call.get("id") if isinstance(call.get("id"), str) else f"call_{position}"
+    return {"id": call_id, "type": "function", "function": {"name": function["name"], "arguments": text}}
+
+
+def trajectory_of(body: dict[str, Any], agent: str, now: float) -> Trajectory:
+    """An episode that happened elsewhere. Its assistant turns have the body's `model` as producer, else nobody known.
+
+    Raises DataError: no id, malformed messages, arguments that are no JSON, a reward out of [-1, 1].
+    """
+    given = name_of(body.get("id"), "id")
+    if body.get("agent", agent) != agent:
+        raise DataError(f"agent {_shown(body['agent'])} is not served here; this gateway records {agent!r}")
+    model = None if body.get("model") is None else name_of(body["model"], "model")
+    if model in OURS:
+        raise DataError(f"model {model!r} is a producer that only this deployment itself may be")
+    messages = []
+    for position, message in enumerate(chat_messages(body)):
+        calls = message.get("tool_calls") or []
+        checked = [call_of(call, i, f"messages[{position}]") for i, call in enumerate(calls)]
+        messages.append({**message, "tool_calls": checked} if checked else message)
+    reward = body.get("reward", body.get("score"))
+    said: tuple[Feedback, ...] = ()
+    principal = name_of(body.get("principal") or "anonymous", "principal")
+    if reward is not None:
+        source = name_of(body.get("source") or "import", "source")
+        score = score_of(reward, "reward")
+        said = (Feedback(f"{given}:reward", given, score, source=source, principal=principal, created_at=now),)
+    return Trajectory(
+        id=given,
+        agent=agent,
+        session=name_of(body.get("session") or given, "session"),
+        principal=principal,
+        messages=tuple(messages),
+        producers=tuple(model if m["role"] == "assistant" else producer_of(m) for m in messages),
+        tools=tools_of(body),
+        feedback=said,
+        created_at=now,
+    )
+
+
+def lines_of(raw: bytes) -> list[tuple[int, bytes]]:
+    """(line number from 1, line) of every line that holds something."""
+    return [(i, line) for i, line in enumerate(raw.split(b"\n"), start=1) if line.strip()]
+
+
+def _function(call: dict[str, Any]) -> dict[str, Any] | None:
+    function = call.get("function", call)
+    return (
+        function if isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"] else None
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    """A JSON escape can spell half a surrogate pair, which no database column takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _are_ids(prompt: list[Any]) -> bool:
+    return all(isinstance(i, int) for i in prompt)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

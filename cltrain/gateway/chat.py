@@ -1,0 +1,292 @@
+"""One generation, from request to committed answer: resolve, forward, record, then let the answer go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from cltrain.errors import ConflictError, DataError
+from cltrain.experience.recording import Recorder, RecorderFull, Turn, UnknownTarget
+from cltrain.gateway import bodies
+from cltrain.gateway.episodes import Episodes, Lease, prefix_hashes
+from cltrain.gateway.errors import Refusal, UpstreamFailure
+from cltrain.gateway.metrics import Metrics
+from cltrain.gateway.streaming import EventStream, error_event, relay
+from cltrain.gateway.tokens import Answer, Collected, Route, Wanted, ask, read_answer, strip
+from cltrain.gateway.upstream import Upstream
+from cltrain.records import Generation, Message
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+PATHS: dict[Route, str] = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A checked request."""
+
+    route: Route
+    body: dict[str, Any]
+    messages: tuple[Message, ...]
+    principal: str
+    session: str | None
+    is_done: bool
+    why_unrecordable: str | None
+    record: str  # x-cltrain-record of the answer to come
+
+
+@dataclass(frozen=True)
+class Door:
+    """What every request needs; one per gateway."""
+
+    agent: str
+    episodes: Episodes
+    upstream: Upstream
+    recorder: Recorder
+    metrics: Metrics
+    record_timeout_s: float
+    clock: Callable[[], float]
+
+    async def generate(self, route: Route, request: Request) -> Response:
+        """Answer one generation request. Raises Refusal."""
+        start = time.perf_counter()
+        asked = _asked(route, bodies.parse(await request.body()), request)
+        lease = await self.episodes.begin(
+            asked.body["model"], asked.session, asked.principal, asked.messages, is_chat=route == "chat"
+        )
+        try:
+            return await self._generate(asked, lease, request, start)
+        except Refusal as error:
+            await self._failed(asked, lease, error)
+            raise
+        except BaseException:  # cancelled, or broken: the episode must not stay taken
+            await self._failed(asked, lease, UpstreamFailure(499, "cancelled"))
+            raise
+
+    async def _generate(self, asked: Asked, lease: Lease, request: Request, start: float) -> Response:
+        path, headers = PATHS[asked.route], _headers(lease, asked.record)
+        body = await self._forwarded(asked, lease)
+        passed_on = {k: v for k, v in request.headers.items() if k == "authorization"}
+        wanted = Wanted.by(asked.body)
+        if asked.body.get("stream"):
+            response = await _unless_gone(request, self.upstream.stream(path, body, passed_on), lease)
+            return self._event_stream(asked, lease, response, wanted, start)
+        raw = await _unless_gone(request, self.upstream.post(path, body, passed_on), lease)
+        answer = read_answer(asked.route, raw)
+        reason = await self._commit(asked, lease, answer)
+        strip(raw, wanted)
+        raw["model"] = lease.release
+        self.metrics.seconds.labels(asked.route).observe(time.perf_counter() - start)
+        return JSONResponse(raw, headers={**headers, **_recorded_headers(reason)})
+
+    async def settle(self, future: Future[T]) -> T:
+        """Wait for a commit. Raises Refusal 503 when the store does not make it in time."""
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self.record_timeout_s)
+        except TimeoutError:
+            self.episodes.watch.failed(f"no commit within {self.record_timeout_s:g} s")
+            raise Refusal(503, "the store is busy: nothing was acknowledged, send it again", kind="api_error") from None
+        except (UnknownTarget, ConflictError, RecorderFull):
+            raise
+        except (DataError, SQLAlchemyError, OSError) as error:
+            self.episodes.watch.failed(error)
+            raise Refusal(503, f"not stored, nothing was acknowledged: {error}", kind="api_error") from error
+        except (ValueError, OverflowError, TypeError) as error:  # a value that no column takes
+            raise Refusal(400, f"cannot be stored: {error}") from error
+
+    async def _forwarded(self, asked: Asked, lease: Lease) -> dict[str, Any]:
+        body = {**asked.body, "model": await self.upstream.base_model() if lease.is_base else lease.release}
+        return ask(asked.route, body) if self.upstream.gives_token_ids else body
+
+    def _event_stream(
+        self, asked: Asked, lease: Lease, response: httpx.Response, wanted: Wanted, start: float
+    ) -> EventStream:
+        collected = Collected(asked.route)
+        is_over = False
+
+        async def commit() -> dict[str, Any]:
+            nonlocal is_over
+            is_over = True
+            reason = await self._commit(asked, lease, collected.answer())
+            said = {"recorded": int(reason is None), "trajectory": lease.episode, "record": asked.record}
+            return said if reason is None else {**said, "reason": reason}
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            nonlocal is_over
+            chunks, num_choices = self.upstream.chunks(response), asked.body.get("n") or 1
+            try:
+                async for block in relay(chunks, collected, wanted, lease.release, num_choices, commit):
+                    yield block
+            except Refusal as error:
+                is_over = True
+                await self._failed(asked, lease, error)
+                yield error_event(error)
+
+        async def on_end() -> None:
+            if not is_over:
+                await self._failed(asked, lease, UpstreamFailure(499, "the client left midway"))
+            await response.aclose()
+            self.metrics.seconds.labels(asked.route).observe(time.perf_counter() - start)
+
+        headers = {**_headers(lease, asked.record), "x-cltrain-recorded": "pending"}
+        return EventStream(events(), headers, on_end)
+
+    async def _commit(self, asked: Asked, lease: Lease, answer: Answer) -> str | None:
+        """Record the answer; None when it is on disk, else the reason why it is not."""
+        messages = (*asked.messages, answer.message)
+        prefix = prefix_hashes(messages)[-1]
+        try:
+            reason = await self._record(asked, lease, answer, messages, prefix)
+        finally:
+            await self.episodes.finish(lease, prefix, is_done=asked.is_done)
+        if reason is None:
+            self.metrics.recorded.inc()
+            if self.upstream.gives_token_ids and answer.completion_ids is None:
+                self.metrics.without_ids.inc()
+        else:
+            self.metrics.unrecorded.labels(reason).inc()
+        return reason
+
+    async def _record(
+        self, asked: Asked, lease: Lease, answer: Answer, messages: tuple[Message, ...], prefix: str
+    ) -> str | None:
+        if asked.why_unrecordable is not None:
+            return asked.why_unrecordable
+        if not lease.is_recordable or self.episodes.watch.is_down:
+            return "store unreachable"
+        generation = Generation(
+            id=asked.record,
+            record=lease.record,
+            turn=len(messages) - 1,
+            release=lease.release,
+            prompt_ids=answer.prompt_ids,
+            completion_ids=answer.completion_ids,
+            logprobs=answer.logprobs,
+            finish_reason=answer.finish_reason,
+        )
+        author = "agent" if asked.route == "chat" else None  # a raw completion has no messages to check it against
+        turn = self._turn(asked, lease, messages, (*lease.producers, author), prefix, generation)
+        try:
+            await self.settle(self.recorder.record_turn(turn, now=self.clock()))
+        except RecorderFull:
+            return "queue full"
+        except (Refusal, DataError, ConflictError) as error:
+            log.warning("answer %s went out unrecorded: %s", asked.record, error)
+            return "store unreachable"
+        return None
+
+    async def _failed(self, asked: Asked, lease: Lease, error: Refusal) -> None:
+        """Nothing came: note it on the episode, without waiting for the commit. A client's own mistake is not noted."""
+        await self.episodes.finish(lease)
+        if not isinstance(error, UpstreamFailure) or not lease.is_recordable or asked.why_unrecordable:
+            return
+        prefix = prefix_hashes(asked.messages)[-1]
+        turn = self._turn(asked, lease, asked.messages, lease.producers, prefix, None, error.end)
+        try:
+            self.recorder.record_turn(turn, now=self.clock()).add_done_callback(_log_failure)
+        except DataError as problem:
+            log.warning("a failed turn of %s is not noted: %s", lease.episode, problem)
+
+    def _turn(
+        self,
+        asked: Asked,
+        lease: Lease,
+        messages: tuple[Message, ...],
+        producers: tuple[str | None, ...],
+        prefix: str,
+        generation: Generation | None,
+        end: str = "ok",
+    ) -> Turn:
+        return Turn(
+            record=lease.record,
+            agent=self.agent,
+            session=lease.session,
+            principal=lease.principal,
+            release=lease.release,
+            messages=messages,
+            producers=producers,
+            tools=bodies.tools_of(asked.body),
+            prefix=prefix,
+            after=lease.after,
+            generation=generation,
+            end=end,
+            is_mixed=lease.is_mixed,
+            is_done=asked.is_done and generation is not None,
+        )
+
+
+def _asked(route: Route, body: dict[str, Any], request: Request) -> Asked:
+    bodies.name_of(body.get("model"), "model")
+    messages = bodies.chat_messages(body) if route == "chat" else bodies.completion_messages(body)
+    bodies.tools_of(body)
+    num_choices = body.get("n")
+    if num_choices is not None and (
+        isinstance(num_choices, bool) or not isinstance(num_choices, int) or num_choices < 1
+    ):
+        raise DataError(f"n must be a positive integer; got {num_choices!r}")
+    return Asked(
+        route=route,
+        body=body,
+        messages=messages,
+        principal=bodies.principal_of(request.headers, body),
+        session=bodies.session_of(request.headers),
+        is_done=bodies.is_done(request.headers),
+        why_unrecordable=bodies.unrecordable(route, body),
+        record=f"gen-{uuid.uuid4().hex}",
+    )
+
+
+def _headers(lease: Lease, record: str) -> dict[str, str]:
+    return {
+        "x-cltrain-adapter": lease.release,
+        "x-cltrain-trajectory": lease.episode,
+        "x-cltrain-record": record,
+    }
+
+
+def _recorded_headers(reason: str | None) -> dict[str, str]:
+    if reason is None:
+        return {"x-cltrain-recorded": "1"}
+    return {"x-cltrain-recorded": "0", "x-cltrain-unrecorded": reason}
+
+
+async def _unless_gone(request: Request, work: Awaitable[T], lease: Lease) -> T:
+    """Await the server, but let go of it at once when the client leaves."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise UpstreamFailure(499, "the client left before the answer came")
+        return working.result()
+    except Refusal as error:
+        if error.status != 404 or not lease.is_alias:
+            raise
+        message = f"{lease.release} is not loaded on the inference server yet ({error}): try again"
+        raise UpstreamFailure(503, message, code="release_not_loaded") from None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _log_failure(future: Future[str]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        log.warning("a failed turn is not noted: %s", error)

@@ -1,0 +1,303 @@
+"""Which episode a request belongs to, and which release answers it.
+
+An episode keeps its release until it ends; only a rollback moves it, and then it is marked mixed. When the store
+cannot be read, what was read last serves and nothing is recorded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from cltrain.errors import DataError
+from cltrain.experience.recording import episode_of
+from cltrain.gateway.errors import Refusal, unknown_model
+from cltrain.records import Message
+from cltrain.store.database import Store
+from cltrain.store.schema import aliases, records, releases
+
+log = logging.getLogger(__name__)
+
+UNDONE = frozenset({"rolled_back", "deleted", "rejected"})
+MAX_REMEMBERED = 10_000  # pins kept in memory for the time when the store cannot be read
+MAX_LOOKED_UP = 400  # of the newest prefixes of one conversation
+STORE_RETRY_S = 2.0
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """One request's place: give it back with `Episodes.finish`."""
+
+    episode: str  # x-cltrain-trajectory
+    record: str
+    session: str
+    principal: str
+    release: str
+    is_base: bool
+    is_alias: bool  # the client named the agent, not a release
+    after: str | None = None
+    producers: tuple[str | None, ...] = ()  # of the request's messages
+    is_mixed: bool = False
+    is_recordable: bool = True  # False: the store could not be read
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one look into the store found."""
+
+    alias: str | None
+    open_records: tuple[Any, ...]  # rows of this session, or matching the messages; oldest turn first
+    producers: dict[str, tuple[str | None, ...]]  # of those whose conversation this one continues
+    releases: dict[str, Any]  # rows by name
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a request says about where it belongs. `hashes` as from `prefix_hashes`; empty: never a continuation."""
+
+    model: str
+    session: str | None
+    principal: str
+    messages: Sequence[Message]
+    hashes: Sequence[str]
+
+
+class StoreWatch:
+    """Remembers for a moment that the store failed, so that requests do not queue up behind it."""
+
+    def __init__(self) -> None:
+        self._down_until = 0.0
+        self._is_down = False
+
+    @property
+    def is_down(self) -> bool:
+        return time.monotonic() < self._down_until
+
+    def failed(self, reason: object) -> None:
+        self._down_until = time.monotonic() + STORE_RETRY_S
+        if not self._is_down:
+            log.warning("the store cannot be used, answers go out unrecorded: %s", reason)
+        self._is_down = True
+
+    def worked(self) -> None:
+        if self._is_down:
+            log.warning("the store works again")
+        self._is_down = False
+
+
+def canonical(message: Message) -> list[Any]:
+    """What makes two messages the same: role, text, calls, whom they answer. Clients add and drop the rest."""
+    content = message.get("content") or ""
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(str(p.get("text", "")) for p in content)
+    calls = [
+        [call.get("id"), (call.get("function") or {}).get("name"), (call.get("function") or {}).get("arguments")]
+        for call in message.get("tool_calls") or []
+    ]
+    return [message.get("role"), content, calls, message.get("tool_call_id"), message.get("name")]
+
+
+def prefix_hashes(messages: Sequence[Message]) -> list[str]:
+    """For every i the sha256 of messages[: i + 1] in canonical form, each hash chained on the one before."""
+    hashes: list[str] = []
+    previous = ""
+    for message in messages:
+        text = json.dumps(canonical(message), separators=(",", ":"), sort_keys=True)
+        previous = hashlib.sha256(f"{previous}\n{text}".encode()).hexdigest()
+        hashes.append(previous)
+    return hashes
+
+
+def producer_of(message: Message) -> str | None:
+    """Who wrote a message that came in a request: an assistant's turn that we did not see made has no known author."""
+    role = message.get("role")
+    return {"user": "user", "tool": "tool", "function": "tool", "system": "system", "developer": "system"}.get(
+        str(role)
+    )
+
+
+def look(connection: Connection, agent: str, wish: Wish) -> Seen:
+    columns = (records.c.id, records.c.release, records.c.prefix, records.c.is_mixed)
+    mine = (records.c.agent == agent) & (records.c.principal == wish.principal) & (records.c.status == "open")
+    newest = wish.hashes[-MAX_LOOKED_UP:]
+    by = records.c.session == wish.session if wish.session is not None else records.c.prefix.in_(newest)
+    newest_last = (records.c.updated_at, records.c.seq)
+    rows = tuple(connection.execute(select(*columns).where(mine, by).order_by(*newest_last)))
+    continued = [row.id for row in rows if row.prefix in set(wish.hashes)][-MAX_LOOKED_UP:]
+    payloads = connection.execute(select(records.c.id, records.c.payload).where(records.c.id.in_(continued)))
+    producers = {row.id: tuple(row.payload["producers"]) for row in payloads}
+    alias = connection.scalar(select(aliases.c.release).where(aliases.c.agent == agent))
+    names = [n for n in {wish.model, alias, *(row.release for row in rows)} if n is not None]
+    about = select(releases.c.name, releases.c.status, releases.c.path)
+    known = connection.execute(about.where(releases.c.agent == agent, releases.c.name.in_(names)))
+    return Seen(alias, rows, producers, {row.name: row for row in known})
+
+
+class Episodes:
+    """Requests in flight and what was read last; everything durable is in the store."""
+
+    def __init__(self, store: Store, agent: str, base_release: str, timeout_s: float) -> None:
+        self.base_release = base_release
+        self.watch = StoreWatch()
+        self._store = store
+        self._agent = agent
+        self._timeout_s = timeout_s
+        self._lock = asyncio.Lock()  # looking and claiming are one step
+        self._leases: list[Lease] = []
+        self._remembered: OrderedDict[tuple[str, str, str], Lease] = OrderedDict()
+        self._last_alias: str | None = None
+        self._is_base: dict[str, bool] = {}  # of every release that answered since the start
+
+    @property
+    def busy(self) -> frozenset[str]:
+        """Records that a request in flight will write to."""
+        return frozenset(lease.record for lease in self._leases)
+
+    async def begin(
+        self, model: str, session: str | None, principal: str, messages: Sequence[Message], *, is_chat: bool = True
+    ) -> Lease:
+        """Raises Refusal: 404 for a model that may not serve, 503 when it was never read and the store is down."""
+        wish = Wish(model, session, principal, messages, prefix_hashes(messages) if is_chat else [])
+        async with self._lock:
+            seen = None if self.watch.is_down else await self._look(wish)
+            if seen is None:
+                return self._from_memory(wish)
+            lease = self._decide(seen, wish)
+            self._leases.append(lease)
+            return lease
+
+    async def finish(self, lease: Lease, prefix: str | None = None, *, is_done: bool = False) -> None:
+        """The request is over; `prefix` is the hash of the conversation with its answer, when there is one."""
+        async with self._lock:
+            if lease in self._leases:
+                self._leases.remove(lease)
+            keys = [("session", lease.principal, lease.session)]
+            if prefix is not None:
+                keys.append(("prefix", lease.principal, prefix))
+            for key in keys:
+                self._remembered.pop(key, None)
+                if not is_done:
+                    self._remembered[key] = lease
+            while len(self._remembered) > MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+
+    async def _look(self, wish: Wish) -> Seen | None:
+        """None when the store cannot be read in time."""
+
+        def read() -> Seen:
+            with self._store.read() as connection:
+                return look(connection, self._agent, wish)
+
+        try:
+            seen = await asyncio.wait_for(asyncio.to_thread(read), self._timeout_s)
+        except (DataError, SQLAlchemyError, OSError) as error:  # a TimeoutError is an OSError
+            self.watch.failed(error or type(error).__name__)
+            return None
+        self.watch.worked()
+        return seen
+
+    def _decide(self, seen: Seen, wish: Wish) -> Lease:
+        alias = self._last_alias = seen.alias or self.base_release
+        is_alias = wish.model == self._agent
+        position = {prefix: i for i, prefix in enumerate(wish.hashes)}
+        named = seen.releases.get(wish.model)
+        is_moved = named is not None and named.status in UNDONE  # live episodes that asked for it go on elsewhere
+        rows = [
+            row for row in seen.open_records if is_alias or row.release == wish.model or (is_moved and row.is_mixed)
+        ]
+        episode, pinned = self._open_session(wish, rows, is_alias)
+        match = self._continued(rows, position, episode if wish.session is not None else None)
+        if match is not None:
+            episode, pinned = episode_of(match.id), match.release
+        release = pinned or (alias if is_alias else wish.model)
+        is_undone = release in seen.releases and seen.releases[release].status in UNDONE
+        if pinned is not None and is_undone:
+            release = alias
+        elif pinned is None and not is_alias:
+            self._check_named(wish.model, seen)
+        is_base = release == self.base_release or (release in seen.releases and seen.releases[release].path is None)
+        self._is_base[release] = is_base
+        known: tuple[str | None, ...] = ()
+        if match is not None:
+            known = seen.producers.get(match.id, ())[: position[match.prefix] + 1]
+            record = match.id
+        else:
+            fresh = uuid.uuid4().hex
+            record = f"traj-{fresh}" if episode is None else f"{episode}~{fresh[:12]}"
+        return Lease(
+            episode=episode_of(record),
+            record=record,
+            session=wish.session or episode_of(record),
+            principal=wish.principal,
+            release=release,
+            is_base=is_base,
+            is_alias=is_alias,
+            after=None if match is None else match.prefix,
+            producers=known + tuple(producer_of(m) for m in wish.messages[len(known) :]),
+            is_mixed=match is not None and (match.is_mixed or release != match.release),
+        )
+
+    def _open_session(self, wish: Wish, rows: Sequence[Any], is_alias: bool) -> tuple[str | None, str | None]:
+        """(episode, release) of the session's open episode, stored or with its first answer still to come."""
+        if wish.session is None:
+            return None, None
+        if rows:
+            return episode_of(rows[-1].id), rows[-1].release
+        for lease in reversed(self._leases):
+            is_same = (lease.session, lease.principal) == (wish.session, wish.principal)
+            if is_same and (is_alias or lease.release == wish.model):
+                return lease.episode, lease.release
+        return None, None
+
+    def _continued(self, rows: Sequence[Any], position: dict[str, int], episode: str | None) -> Any:
+        """The free record whose conversation is the longest prefix of the request's, or None."""
+        busy = self.busy
+        free = [row for row in rows if row.prefix in position and row.id not in busy]
+        if episode is not None:
+            free = [row for row in free if episode_of(row.id) == episode]
+        return max(free, key=lambda row: position[row.prefix], default=None)
+
+    def _check_named(self, model: str, seen: Seen) -> None:
+        row = seen.releases.get(model)
+        if model == self.base_release and (row is None or row.status not in UNDONE):
+            return
+        if row is None:
+            raise unknown_model(model, self._agent)
+        if row.status != "released":
+            raise unknown_model(model, self._agent, f"may not serve (it is {row.status.replace('_', ' ')})")
+
+    def _from_memory(self, wish: Wish) -> Lease:
+        """The store cannot be read: an episode keeps its release, a new one gets the alias that was read last."""
+        prefixes = [("prefix", wish.principal, h) for h in reversed(wish.hashes)]
+        keys = prefixes if wish.session is None else [("session", wish.principal, wish.session)]
+        before = next((self._remembered[key] for key in keys if key in self._remembered), None)
+        is_alias = wish.model == self._agent
+        if before is not None and (is_alias or wish.model == before.release):
+            episode, release = before.episode, before.release
+        else:
+            named = self._last_alias if is_alias else wish.model
+            if named is None or named not in self._is_base:
+                message = f"the store cannot be read, and {wish.model!r} was never resolved before"
+                raise Refusal(503, message, kind="api_error", code="store_unreachable")
+            episode, release = f"traj-{uuid.uuid4().hex}", named
+        return Lease(
+            episode=episode,
+            record=episode,
+            session=wish.session or episode,
+            principal=wish.principal,
+            release=release,
+            is_base=self._is_base[release],
+            is_alias=is_alias,
+            is_recordable=False,
+        )

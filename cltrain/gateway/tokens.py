@@ -1,0 +1,185 @@
+"""Token truth: ask the server for the ids and log-probs it used, keep them, show the client what it asked for.
+
+Ids or log-probs that are incomplete or do not line up become None: a guess is never stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cltrain.gateway.errors import UpstreamFailure
+from cltrain.records import Message
+
+Route = Literal["chat", "completion"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said and, where the server told, with which tokens."""
+
+    message: Message
+    finish_reason: str | None = None
+    prompt_ids: tuple[int, ...] | None = None
+    completion_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the client itself asked for; everything else that we asked for is taken out again."""
+
+    token_ids: bool
+    logprobs: bool
+    usage: bool  # in a stream
+
+    @staticmethod
+    def by(body: dict[str, Any]) -> Wanted:
+        options = body.get("stream_options")
+        is_asked = body.get("logprobs") not in (None, False)
+        return Wanted(
+            bool(body.get("return_token_ids")),
+            is_asked,
+            isinstance(options, dict) and bool(options.get("include_usage")),
+        )
+
+
+def ask(route: Route, body: dict[str, Any]) -> dict[str, Any]:
+    """The client's body plus what token truth needs."""
+    asked = {**body, "return_token_ids": True}
+    if body.get("logprobs") in (None, False):
+        asked["logprobs"] = True if route == "chat" else 1
+    if body.get("stream"):
+        asked["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+    return asked
+
+
+def strip(answer: dict[str, Any], wanted: Wanted) -> None:
+    """Take out of an answer or a chunk, in place, what the client did not ask for."""
+    holders = [answer, *(c for c in answer.get("choices") or [] if isinstance(c, dict))]
+    for holder in holders:
+        if not wanted.token_ids:
+            holder.pop("token_ids", None)
+            holder.pop("prompt_token_ids", None)
+        if not wanted.logprobs and "logprobs" in holder:
+            holder["logprobs"] = None
+
+
+def read_answer(route: Route, answer: dict[str, Any]) -> Answer:
+    """The first choice of a whole answer. Raises UpstreamFailure when it has none."""
+    collected = Collected(route)
+    for position, choice in enumerate(answer.get("choices") or []):
+        if isinstance(choice, dict) and position == 0:
+            as_delta = {**choice, "delta": choice.get("message")} if route == "chat" else choice
+            collected.add({**answer, "choices": [as_delta]})
+    if not collected.has_choice:
+        raise UpstreamFailure(502, "the inference server's answer has no choices")
+    return collected.answer()
+
+
+@dataclass
+class Collected:
+    """The first choice of a stream, put together chunk by chunk."""
+
+    route: Route
+    has_choice: bool = False
+    finished: set[int] = field(default_factory=set)
+    _texts: list[str] = field(default_factory=list)
+    _has_text: bool = False
+    _calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _finish_reason: str | None = None
+    _prompt_ids: Any = None
+    _ids: list[int] = field(default_factory=list)
+    _logprobs: list[Any] = field(default_factory=list)
+    _has_gap: bool = False
+    _num_counted: int | None = None  # completion tokens by the server's own count
+
+    def add(self, chunk: dict[str, Any]) -> None:
+        """Raises UpstreamFailure for a chunk that is none."""
+        usage = chunk.get("usage")
+        if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
+            self._num_counted = usage["completion_tokens"]
+        if chunk.get("prompt_token_ids"):
+            self._prompt_ids = chunk["prompt_token_ids"]
+        choices = chunk.get("choices") or []
+        if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
+            raise UpstreamFailure(502, f"the inference server's answer has malformed choices: {str(choices)[:200]}")
+        for choice in choices:
+            if choice.get("finish_reason") is not None:
+                self.finished.add(choice.get("index", 0))
+            if choice.get("index", 0) == 0:
+                self._add_choice(choice)
+
+    def _add_choice(self, choice: dict[str, Any]) -> None:
+        self.has_choice = True
+        self._finish_reason = choice.get("finish_reason") or self._finish_reason
+        if choice.get("prompt_token_ids"):
+            self._prompt_ids = choice["prompt_token_ids"]
+        text = choice.get("text")
+        calls: list[dict[str, Any]] = []
+        if self.route == "chat":
+            delta = choice.get("delta")
+            if not isinstance(delta, dict):
+                raise UpstreamFailure(502, "the inference server's answer has a choice without a message")
+            text, calls = delta.get("content"), delta.get("tool_calls") or []
+        if isinstance(text, str):
+            self._has_text = True
+            self._texts.append(text)
+        for position, call in enumerate(calls):
+            self._add_call(position, call)
+        ids = choice.get("token_ids")
+        if ids is not None:
+            self._ids.extend(ids)
+        elif text or calls:
+            self._has_gap = True
+        self._logprobs.extend(_logprobs_of(choice.get("logprobs")))
+
+    def _add_call(self, position: int, call: dict[str, Any]) -> None:
+        kept = self._calls.setdefault(call.get("index", position), {"id": "", "name": "", "arguments": ""})
+        function = call.get("function") or {}
+        kept["id"] = call.get("id") or kept["id"]
+        kept["name"] += function.get("name") or ""
+        kept["arguments"] += function.get("arguments") or ""
+
+    def answer(self) -> Answer:
+        text = "".join(self._texts)
+        is_said = self._has_text and (text != "" or not self._calls)  # a stream opens with empty text before its calls
+        message: Message = {"role": "assistant", "content": text if is_said else None}
+        if self._calls:
+            message["tool_calls"] = [
+                {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
+                for _, c in sorted(self._calls.items())
+            ]
+        ids = self._ids if self._are_whole() else None
+        logprobs = self._logprobs if ids is not None and _line_up(self._logprobs, ids) else None
+        prompt = self._prompt_ids if ids is not None and _are_ids(self._prompt_ids) else None
+        return Answer(
+            message,
+            self._finish_reason,
+            None if prompt is None else tuple(prompt),
+            None if ids is None else tuple(ids),
+            None if logprobs is None else tuple(float(p) for p in logprobs),
+        )
+
+    def _are_whole(self) -> bool:
+        if self._has_gap or not self._ids or not _are_ids(self._ids):
+            return False
+        return self._num_counted is None or self._num_counted == len(self._ids)
+
+
+def _logprobs_of(given: Any) -> Sequence[Any]:
+    if not isinstance(given, dict):
+        return ()
+    if isinstance(given.get("content"), list):
+        return [entry.get("logprob") for entry in given["content"]]
+    return given.get("token_logprobs") or ()
+
+
+def _are_ids(ids: Any) -> bool:
+    return isinstance(ids, list) and all(isinstance(i, int) and i >= 0 for i in ids)
+
+
+def _line_up(logprobs: Sequence[Any], ids: Sequence[int]) -> bool:
+    return len(logprobs) == len(ids) and all(isinstance(p, int | float) and math.isfinite(p) for p in logprobs)

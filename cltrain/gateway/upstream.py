@@ -1,0 +1,153 @@
+"""The one HTTP client of the inference server: sends a body, gives JSON or a byte stream, explains every failure.
+
+A request whose kept-alive connection the server had just closed is sent once more; nothing else is retried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import httpx
+
+from cltrain.config import Config
+from cltrain.gateway.errors import Refusal, UpstreamFailure
+
+Kind = Literal["embedded", "vllm", "openai"]
+MAX_CONNECT_S = 10.0
+KEEPALIVE_S = 4.0  # below uvicorn's 5, so that we rarely meet a connection that is being closed
+
+
+class Upstream:
+    """An OpenAI-compatible server. `base_model` is the base's name there; None: the first model without a parent."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        kind: Kind = "embedded",
+        base_model: str | None = None,
+        timeout_s: float = 120.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.kind = kind
+        self.timeout_s = timeout_s
+        self._base_model = base_model
+        self._client = httpx.AsyncClient(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout_s, connect=min(MAX_CONNECT_S, timeout_s), pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEEPALIVE_S),
+            transport=transport,
+            trust_env=kind == "openai",  # a server of our own is never behind the proxy of the environment
+        )
+
+    @staticmethod
+    def of(config: Config) -> Upstream:
+        server = config.server
+        url = server.url or f"http://{server.host}:{server.port}"
+        name = server.model or ("base" if server.kind == "embedded" else None)
+        return Upstream(url, kind=server.kind, base_model=name, timeout_s=server.timeout_s)
+
+    @property
+    def gives_token_ids(self) -> bool:
+        return self.kind in ("embedded", "vllm")
+
+    async def base_model(self) -> str:
+        """The base's name on the server. Raises UpstreamFailure when it must be asked and cannot be."""
+        if self._base_model is None:
+            bases = [str(m["id"]) for m in await self.models() if not m.get("parent")]
+            if not bases:
+                raise UpstreamFailure(502, f"the server at {self.url} lists no base model: set server.model")
+            self._base_model = bases[0]
+        return self._base_model
+
+    async def models(self) -> list[dict[str, Any]]:
+        """What GET /v1/models of the server lists; empty when it has no such route."""
+        with self._explained():
+            response = await self._client.get("/v1/models")
+        if response.status_code != 200:
+            return []
+        listed = _json(response.content, self.url).get("data")
+        return [m for m in listed if isinstance(m, dict) and "id" in m] if isinstance(listed, list) else []
+
+    async def post(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
+        """One whole answer. Raises UpstreamFailure (502, 504), or Refusal with the server's own 4xx."""
+        with self._explained():
+            async with asyncio.timeout(self.timeout_s):
+                response = await self._send(path, body, headers, stream=False)
+                content = response.content
+        if response.status_code != 200:
+            raise self._refused(response.status_code, content)
+        return _json(content, self.url)
+
+    async def stream(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
+        """An open event stream; iterate it with `chunks` and close it. Raises as `post`."""
+        with self._explained():
+            response = await self._send(path, body, headers, stream=True)
+            if response.status_code != 200:
+                try:
+                    content = await response.aread()
+                finally:
+                    await response.aclose()
+                raise self._refused(response.status_code, content)
+        return response
+
+    async def chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        with self._explained():
+            async for chunk in response.aiter_bytes():
+                yield chunk
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _send(self, path: str, body: dict[str, Any], headers: dict[str, str], *, stream: bool) -> httpx.Response:
+        content = json.dumps(body).encode()
+        sent = {"content-type": "application/json", **headers}
+        request = self._client.build_request("POST", path, content=content, headers=sent)
+        try:
+            return await self._client.send(request, stream=stream)
+        except httpx.RemoteProtocolError:
+            return await self._client.send(request, stream=stream)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.TimeoutException, TimeoutError):
+            message = f"the inference server at {self.url} did not answer within {self.timeout_s:g} s"
+            raise UpstreamFailure(504, message, end="timeout", code="upstream_timeout") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            what = str(error) or type(error).__name__
+            raise UpstreamFailure(502, f"no answer from the inference server at {self.url}: {what}") from None
+
+    def _refused(self, status: int, content: bytes) -> Refusal:
+        try:
+            body = json.loads(content)
+        except ValueError:
+            body = None
+        said = _said(body) or content[:300].decode(errors="replace")
+        if status < 400 or status >= 500:
+            return UpstreamFailure(502, f"the inference server at {self.url} answered {status}: {said}")
+        return Refusal(status, said, body=body if isinstance(body, dict) and "error" in body else None)
+
+
+def _said(body: Any) -> str | None:
+    if not isinstance(body, dict):
+        return None
+    error = body.get("error", body)
+    said = error.get("message", error.get("detail")) if isinstance(error, dict) else error
+    return None if said is None else str(said)
+
+
+def _json(content: bytes, url: str) -> dict[str, Any]:
+    try:
+        answer = json.loads(content)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise UpstreamFailure(502, f"the inference server at {url} answered no JSON object: {content[:200]!r}")
+    return answer

@@ -1,0 +1,144 @@
+"""Starts the processes of one deployment, waits until they answer, restarts one that died, ends those it started.
+
+Each process is `cltrain run --only NAME` with the caller's own config arguments, so each may also be run by hand, alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from cltrain.config import Config
+from cltrain.errors import ConfigError, ServerError
+
+PROCESSES = ("server", "gateway", "worker")
+MAX_RESTARTS = 20
+
+
+def server_url(config: Config) -> str:
+    return config.server.url or f"http://{config.server.host}:{config.server.port}"
+
+
+def gateway_url(config: Config) -> str:
+    return f"http://{config.gateway.host}:{config.gateway.port}"
+
+
+def needed(config: Config) -> tuple[str, ...]:
+    """The processes that this configuration starts; a server that already runs elsewhere is not ours."""
+    return tuple(name for name in PROCESSES if name != "server" or config.server.url is None)
+
+
+def check_port_is_free(host: str, port: int, setting: str) -> None:
+    """Raise ConfigError when nothing could listen on host:port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{setting} = {port} cannot be used on {host} ({error.strerror}): "
+                f"stop what listens there or choose another with --set {setting}=PORT"
+            ) from None
+
+
+@dataclass
+class Fleet:
+    """The processes of one deployment that this program started. Use as a context manager."""
+
+    config: Config
+    arguments: Sequence[str]  # --config and --set, handed to every process
+    names: tuple[str, ...]
+    on_event: Callable[[str], None] = print
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    restarts: int = 0
+
+    def __enter__(self) -> Fleet:
+        if "server" in self.names:
+            check_port_is_free(self.config.server.host, self.config.server.port, "server.port")
+        if "gateway" in self.names:
+            check_port_is_free(self.config.gateway.host, self.config.gateway.port, "gateway.port")
+        try:
+            for name in self.names:
+                self.start(name)
+                self.wait_until_up(name)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def log_file(self, name: str) -> Path:
+        return self.config.state_dir / "logs" / f"{name}.log"
+
+    def start(self, name: str) -> None:
+        log = self.log_file(name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "cltrain", "run", "--only", name, *self.arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.config.base.num_threads), "HF_HUB_OFFLINE": "1"}
+        with log.open("ab") as out:
+            self.processes[name] = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+
+    def wait_until_up(self, name: str, timeout_s: float = 120.0) -> None:
+        url = {"server": server_url(self.config), "gateway": gateway_url(self.config)}.get(name)
+        deadline = time.monotonic() + timeout_s
+        while url is not None:
+            if (code := self.processes[name].poll()) is not None:
+                raise ServerError(f"{name} ended with code {code} at its start:\n{self.tail(name)}")
+            try:
+                if httpx.get(f"{url}/health", timeout=2.0).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            if time.monotonic() > deadline:
+                raise ServerError(f"{name} did not answer on {url} within {timeout_s:g} s; see {self.log_file(name)}")
+            time.sleep(0.05)
+
+    def tail(self, name: str, num_lines: int = 15) -> str:
+        return "\n".join(self.log_file(name).read_text(errors="replace").splitlines()[-num_lines:])
+
+    def revive(self) -> list[str]:
+        """Restart what died since the last look; returns the names. Gives up after MAX_RESTARTS in all."""
+        dead = [name for name, process in self.processes.items() if process.poll() is not None]
+        for name in dead:
+            self.restarts += 1
+            if self.restarts > MAX_RESTARTS:
+                raise ServerError(f"{name} keeps ending; see {self.log_file(name)}:\n{self.tail(name)}")
+            self.on_event(f"{name} ended with code {self.processes[name].returncode}; starting it again")
+            self.start(name)
+        for name in dead:
+            self.wait_until_up(name)
+        return dead
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        for process in reversed(list(self.processes.values())):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        for process in self.processes.values():
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes.clear()
+
+
+def run_until_signal(fleet: Fleet, poll_s: float = 0.5) -> None:
+    """Keep the fleet up until SIGTERM or SIGINT."""
+    stopping: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda signum, _frame: stopping.append(signum))
+    while not stopping:
+        fleet.revive()
+        time.sleep(poll_s)

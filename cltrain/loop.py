@@ -1,0 +1,259 @@
+"""One update, from the incumbent to a verdict: read this file first. Stages meet here and nowhere else.
+
+`run_update` fixes what will be read and writes it down (plans.py); `finish` trains, seals, checks, loads, proves,
+judges and concludes. A crash anywhere leaves a plan that `finish` carries on with, or that is discarded whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cltrain import plans
+from cltrain.config import Config
+from cltrain.deploy import proof, residents
+from cltrain.deploy.client import ServerClient
+from cltrain.deploy.preflight import check_adapter
+from cltrain.errors import ConflictError, DataError, ServerError
+from cltrain.evidence import Evidence
+from cltrain.experience import window
+from cltrain.experience.screens import screen
+from cltrain.gate.decision import moves_high_water
+from cltrain.models.adapter import AdapterFile, read_adapter
+from cltrain.models.base import Base
+from cltrain.models.chat import render_rows
+from cltrain.models.scoring import last_answer, token_log_probs
+from cltrain.plans import Plan
+from cltrain.records import Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict
+from cltrain.registry import aliases, releases
+from cltrain.store.database import Store
+from cltrain.trainer.update import train_update
+
+NUM_PROBES = 4
+NOISE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}  # nats between two forwards of the same weights
+SURPRISING = 0.2  # share of a rejected window that the second attempt leaves out
+
+
+@dataclass
+class Rooms:
+    """What every update of one agent needs at hand; made once per worker."""
+
+    config: Config
+    store: Store
+    base: Base
+    server: ServerClient
+    evidence: Evidence
+    secret: bytes
+    anchors: Sequence[TokenRow]
+    anchors_digest: str
+    rehearsal: Sequence[Example]
+    fence: int
+    clock: Callable[[], float] = time.time
+    on_progress: Callable[[str], None] = print
+
+    @property
+    def agent(self) -> str:
+        return self.config.agent.name
+
+
+@dataclass
+class Attempt:
+    """One training and judging: what was learned, what it made, what the gate said, how long each step took."""
+
+    learned: Sequence[TokenRow]
+    decision: Decision
+    candidate: Candidate | None = None
+    release: Release | None = None
+    proof: proof.Proof | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
+
+
+def run_update(
+    rooms: Rooms, *, is_trial: bool = False, upto: int | None = None, is_filtered: bool = True
+) -> dict[str, Any]:
+    """Learn once from what is waiting; what serves changes only if the gate says so. Returns what the report shows.
+
+    `upto`: only records with seq at most this. A trial is judged like any other and thrown away; `is_filtered` False
+    leaves verification, quotas and trigger scan out, to see what the gate alone says.
+    """
+    alias = aliases.read_alias(rooms.store, rooms.agent)
+    config = rooms.config.experience
+    waiting = window.next_window(
+        rooms.store, rooms.agent, config, learn_from=rooms.config.agent.learn_from,
+        tools_allowed=rooms.config.agent.tools_allowed, now=rooms.clock(), upto=upto,
+    )  # fmt: skip
+    if waiting.num_missing:
+        return plans.nothing_to_learn(rooms.agent, alias.release, waiting)
+    screened = screen(
+        waiting.examples, config.model_copy(update={"filter": config.filter and is_filtered}),
+        tools_allowed=rooms.config.agent.tools_allowed,
+    )  # fmt: skip
+    fresh, unusable = render(rooms, screened.kept)
+    learned_before = window.replay_examples(rooms.store, rooms.agent, config, rooms.secret)
+    replay, _ = render(rooms, [*learned_before, *rooms.rehearsal])
+    plan = plans.open_plan(
+        rooms.store, rooms.config, alias, releases.get(rooms.store, alias.release), examples=waiting.examples,
+        fresh=fresh, replay=replay, suspicious=screened.suspicious, refusal=screened.reason,
+        set_aside=[*((example.record, reason) for example, reason in screened.set_aside), *unusable],
+        base_digest=rooms.base.digest, anchors_digest=rooms.anchors_digest, fence=rooms.fence, is_trial=is_trial,
+        now=rooms.clock(),
+    )  # fmt: skip
+    return finish(rooms, plan)
+
+
+def finish(rooms: Rooms, plan: Plan) -> dict[str, Any]:
+    """Carry a plan, new or interrupted, to its conclusion."""
+    if plan.refusal is not None:
+        return conclude(rooms, plan, Attempt((), Decision(Verdict.REJECT, (f"window refused: {plan.refusal}",), ())))
+    if not plan.fresh:
+        missing = rooms.config.experience.min_window
+        reason = f"every record of the window was set aside; {missing} usable ones are missing"
+        return conclude(rooms, plan, Attempt((), Decision(Verdict.HOLD, (reason,), (), missing)))
+    attempt = try_update(rooms, plan, plan.fresh, number=1)
+    if attempt.decision.verdict is Verdict.REJECT and rooms.config.gate.filter_and_retry and not plan.is_trial:
+        calmer = without_most_surprising(rooms, plan, attempt)
+        if calmer:
+            rooms.on_progress(f"update {plan.number}: rejected, tries once more on {len(calmer)} of {len(plan.fresh)} records")
+            attempt = try_update(rooms, plan, calmer, number=2, used_before=attempt.decision.items_used)
+    return conclude(rooms, plan, attempt)
+
+
+def try_update(
+    rooms: Rooms, plan: Plan, fresh: Sequence[TokenRow], *, number: int, used_before: Sequence[str] = ()
+) -> Attempt:
+    """Train on `fresh`, then seal, check, load, prove and judge. Outages and broken numbers are verdict error."""
+    attempt = Attempt(fresh, Decision(Verdict.ERROR, ("never judged",), ()))
+    incumbent = adapter_of(rooms, plan.parent)
+    try:
+        with attempt.timed("train"):
+            attempt.candidate = train_update(
+                rooms.base, incumbent=incumbent, adapter=rooms.config.adapter, fresh=fresh, replay=plan.replay,
+                anchors=rooms.anchors, trainer=rooms.config.trainer, bounds=rooms.config.bounds,
+                seed=plan.seed + number, work_dir=plan.work_dir / str(number),
+                on_step=lambda step, _: rooms.on_progress(f"update {plan.number}: trained {step + 1} steps"),
+            )  # fmt: skip
+        with attempt.timed("seal"):
+            manifest = plans.manifest_of(plan, attempt.candidate, number, [row.record for row in fresh])
+            attempt.release = releases.seal(
+                rooms.store, rooms.config.state_dir, rooms.agent, Path(attempt.candidate.path), plan.parent, manifest,
+                now=rooms.clock(),
+            )  # fmt: skip
+            plans.judging(rooms.store, plan, attempt.release.name)
+            directory = releases.release_dir(rooms.config.state_dir, attempt.release)
+            assert directory is not None
+            check_adapter(directory, base_dir=rooms.base.path, base_digest=rooms.base.digest)
+        with attempt.timed("load"):
+            tidy_server(rooms)
+            rooms.server.load(attempt.release.name, directory)
+        with attempt.timed("prove"):
+            attempt.proof = prove(rooms, plan, attempt.release.name, read_adapter(directory), incumbent, fresh)
+        with attempt.timed("gate"):
+            kl = attempt.candidate.bounds.drift_kl
+            attempt.decision = rooms.evidence.judge(
+                attempt.release.name, plan, base_kl=kl, used_before=used_before, is_retry=number > 1
+            )
+    except (ServerError, DataError) as error:  # an update that cannot be judged is an answer, and the worker goes on
+        attempt.decision = Decision(Verdict.ERROR, (f"{type(error).__name__}: {error}",), ())
+    return attempt
+
+
+def conclude(rooms: Rooms, plan: Plan, attempt: Attempt) -> dict[str, Any]:
+    """Make the verdict true: move the alias or not, file the window's records, write down what the report shows."""
+    decision, mode, candidate = attempt.decision, rooms.config.agent.mode, attempt.release
+    is_served = False
+    if decision.verdict is Verdict.PROMOTE and mode is LearningMode.AUTO and not plan.is_trial:
+        assert candidate is not None
+        try:
+            with attempt.timed("swap"):
+                aliases.move_alias(
+                    rooms.store, rooms.agent, expected=plan.alias, to=candidate.name, fence=rooms.fence,
+                    now=rooms.clock(), raises_high_water=moves_high_water(decision),
+                )  # fmt: skip
+            is_served = True
+        except ConflictError as error:  # rolled back, frozen or taken over meanwhile
+            decision = Decision(Verdict.ERROR, (f"discarded: {error}",), decision.checks)
+    if candidate is not None and not is_served and (plan.is_trial or decision.verdict is not Verdict.PROMOTE):
+        is_held = decision.verdict is Verdict.HOLD and not plan.is_trial
+        status = "held" if is_held else "rejected"
+        releases.set_status(rooms.store, candidate.name, status, now=rooms.clock(), reason=decision.reasons[0][:300])
+    summary = plans.summary_of(
+        plan, decision, candidate=candidate.name if candidate else None, made=attempt.candidate, learned=attempt.learned,
+        proof=attempt.proof.verdict if attempt.proof else None, seconds=attempt.seconds, mode=mode,
+        serving=aliases.read_alias(rooms.store, rooms.agent).release, is_served=is_served, now=rooms.clock(),
+    )  # fmt: skip
+    plans.close_plan(
+        rooms.store, plan, attempt.candidate, summary, learned=attempt.learned, is_served=is_served, now=rooms.clock()
+    )
+    return summary
+
+
+def prove(
+    rooms: Rooms, plan: Plan, name: str, after: AdapterFile, before: AdapterFile | None, fresh: Sequence[TokenRow]
+) -> proof.Proof:
+    """Show that the server answers with these weights, on the learned rows where candidate and incumbent differ most."""
+    rows = list(fresh[:32])
+    pairs = [last_answer(row) for row in rows]
+    ours, theirs = token_log_probs(rooms.base, after, rows), token_log_probs(rooms.base, before, rows)
+    gaps = [max(abs(a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(ours, theirs, strict=True)]
+    chosen = sorted(range(len(rows)), key=lambda i: -gaps[i])[:NUM_PROBES]
+    tails = [len(pairs[i][1]) for i in chosen]
+    found = proof.prove(
+        rooms.server, name, plan.parent, [pairs[i] for i in chosen],
+        [ours[i][-tail:] for i, tail in zip(chosen, tails, strict=True)],
+        [theirs[i][-tail:] for i, tail in zip(chosen, tails, strict=True)], NOISE[rooms.config.base.dtype],
+    )  # fmt: skip
+    root = rooms.server.list().get(name, "")
+    residents.mark_proved(rooms.store, rooms.server.url, name, root, rooms.clock())
+    return found
+
+
+def without_most_surprising(rooms: Rooms, plan: Plan, attempt: Attempt) -> list[TokenRow]:
+    """The window less the fifth that the rejected candidate itself could not make sense of, and every suspicious record."""
+    suspicious = {record for suspicion in plan.suspicious for record in suspicion.records}
+    rows = [row for row in attempt.learned if row.record not in suspicious]
+    if attempt.candidate is None or len(rows) < 2:
+        return rows
+    values = token_log_probs(rooms.base, read_adapter(Path(attempt.candidate.path)), rows)
+    mean_nll = [-sum(row) / len(row) for row in values]
+    num_kept = len(rows) - max(1, round(SURPRISING * len(rows)))
+    calm = set(sorted(range(len(rows)), key=lambda i: mean_nll[i])[:num_kept])
+    return [row for i, row in enumerate(rows) if i in calm]
+
+
+def render(rooms: Rooms, examples: Sequence[Example]) -> tuple[list[TokenRow], list[tuple[str, str]]]:
+    """Token rows of the examples, and (record, reason) of those that the base cannot take."""
+    rows: list[TokenRow] = []
+    unusable: list[tuple[str, str]] = []
+    for example in examples:
+        try:
+            rows += render_rows(rooms.base.tokenizer, rooms.base.context, example)
+        except DataError as error:
+            unusable.append((example.record, f"unusable: {error}"))
+    return rows, unusable
+
+
+def adapter_of(rooms: Rooms, name: str) -> AdapterFile | None:
+    """The release's weights; None for the bare base."""
+    directory = releases.release_dir(rooms.config.state_dir, releases.get(rooms.store, name))
+    return read_adapter(directory) if directory else None
+
+
+def tidy_server(rooms: Rooms) -> None:
+    """Load what should be resident, unload what nobody wants, leaving room for one more."""
+    with rooms.store.read() as connection:
+        wanted = residents.desired(connection, rooms.config.state_dir, rooms.agent)
+    residents.collect(
+        rooms.server, rooms.store, agent=rooms.agent, wanted=wanted, now=rooms.clock(), drain_s=60.0,
+        max_adapters=rooms.config.server.max_adapters,
+    )  # fmt: skip
+    residents.reconcile(rooms.server, wanted)

@@ -1,0 +1,164 @@
+"""Messages to token ids through the base's own chat template, and examples to training rows.
+
+Official templates have no generation marker, so a target's tokens are the difference between two renderings: before
+the turn (with the generation prompt) and after it. Nothing is ever cut to fit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from cltrain.errors import DataError
+from cltrain.records import Example, Message, TokenRow, Tool
+
+
+def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+    """Token ids of the conversation, ending where the assistant's next answer begins.
+
+    Raises DataError when the base has no chat template or the template refuses the messages.
+    """
+    return _encode(tokenizer, _render(tokenizer, messages, tools, is_prompt=True))
+
+
+def render_example(tokenizer: Any, context: int, example: Example) -> TokenRow:
+    """One training row: weight `example.weight` on the tokens of the target turns (with the token that ends each), 0
+    on all others. Recorded ids are used where present, never a re-render.
+
+    Raises DataError: no template, a template that rewrites earlier turns, nothing to learn, or more than `context`
+    tokens (stating both numbers).
+    """
+    if example.prompt_ids is not None and example.completion_ids is not None:
+        ids = [*example.prompt_ids, *example.completion_ids]
+        weights = [0.0] * len(example.prompt_ids) + [example.weight] * len(example.completion_ids)
+    else:
+        ids, weights = _render_targets(tokenizer, example)
+    if len(ids) > context:
+        raise DataError(f"record {example.record} has {len(ids)} tokens; the base takes {context} (base.context)")
+    if not any(weights):
+        raise DataError(f"record {example.record} has no token to learn from")
+    return TokenRow(example.record, example.stratum, example.principal, tuple(ids), tuple(weights))
+
+
+def render_rows(tokenizer: Any, context: int, example: Example) -> tuple[TokenRow, ...]:
+    """As `render_example`, but where the template rewrites earlier turns (Qwen3 drops old thoughts): one row per
+    target, weights divided by their number so that the episode counts the same."""
+    try:
+        return (render_example(tokenizer, context, example),)
+    except RewrittenTurns:
+        num_targets = len(example.targets)
+        parts = [_only(example, target, example.weight / num_targets) for target in example.targets]
+        return tuple(render_example(tokenizer, context, part) for part in parts)
+
+
+class RewrittenTurns(DataError):
+    """The template renders an earlier turn differently once later turns follow."""
+
+
+def _only(example: Example, target: int, weight: float) -> Example:
+    return Example(
+        record=example.record,
+        principal=example.principal,
+        stratum=example.stratum,
+        messages=example.messages[: target + 1],
+        targets=(target,),
+        tools=example.tools,
+        kind=example.kind,
+        weight=weight,
+    )
+
+
+def _render_targets(tokenizer: Any, example: Example) -> tuple[list[int], list[float]]:
+    ids: list[int] = []
+    weights: list[float] = []
+    text = ""
+    for target in sorted(example.targets):
+        if not 0 <= target < len(example.messages) or example.messages[target].get("role") != "assistant":
+            raise DataError(f"record {example.record}: message {target} is not an assistant turn")
+        before = _render(tokenizer, example.messages[:target], example.tools, is_prompt=True)
+        after = _render(tokenizer, example.messages[: target + 1], example.tools, is_prompt=False)
+        if not before.startswith(text) or not after.startswith(before):
+            raise RewrittenTurns(
+                f"record {example.record}: the chat template renders the turns before message {target} differently "
+                "once it follows; learn from one turn of the episode at a time"
+            )
+        ids = _extend(tokenizer, example.record, ids, text, before)
+        weights += [0.0] * (len(ids) - len(weights))
+        num_before = len(ids)
+        ids = _extend(tokenizer, example.record, ids, before, after)
+        num_emitted = _emitted(tokenizer, ids[num_before:])
+        weights += [example.weight] * num_emitted + [0.0] * (len(ids) - num_before - num_emitted)
+        text = after
+    num_used = max((i + 1 for i, weight in enumerate(weights) if weight), default=0)
+    return ids[:num_used], weights[:num_used]
+
+
+def _emitted(tokenizer: Any, turn: list[int]) -> int:
+    """How many of a turn's tokens the agent emits: up to the special token that ends it; newlines after it are not."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ends = [i for i, token in enumerate(turn) if token in special]
+    if not ends:
+        return len(turn)
+    rest = tokenizer.decode(turn[ends[-1] + 1 :])
+    return len(turn) if rest.strip() else ends[-1] + 1
+
+
+def _extend(tokenizer: Any, record: str, ids: list[int], text: str, longer: str) -> list[int]:
+    """Ids of `longer` that begin with `ids`, the ids of its beginning `text`, as a server would have seen them."""
+    whole = _encode(tokenizer, longer)
+    if whole[: len(ids)] == ids:
+        return whole
+    pieces = ids + _encode(tokenizer, longer[len(text) :])  # a merge crosses the border: keep the border
+    if tokenizer.decode(pieces) != tokenizer.decode(whole):
+        raise DataError(f"record {record}: the tokenizer cannot split the conversation where the answer begins")
+    return pieces
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool], *, is_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("the base has no chat template (base.chat_template): put a chat_template.jinja into base.path")
+    plain = [_plain(message) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            plain, tools=list(tools) or None, add_generation_prompt=is_prompt, tokenize=False
+        )
+    except (
+        TemplateError,
+        TypeError,
+        KeyError,
+        ValueError,
+    ) as error:  # templates fail with any of these on odd messages
+        raise DataError(f"the base's chat template refuses these messages: {error}") from error
+    return str(text)
+
+
+def _plain(message: Message) -> Message:
+    """An OpenAI message as templates expect it: text content, parsed arguments, no empty keys."""
+    plain = {key: value for key, value in message.items() if value is not None}
+    content = plain.get("content", "")
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            raise DataError(f"a {message.get('role')} message has parts that are not text: only text can be learned")
+        content = "".join(str(part.get("text", "")) for part in content)
+    plain["content"] = content
+    if calls := plain.pop("tool_calls", None):
+        plain["tool_calls"] = [_plain_call(call) for call in calls]
+    return plain
+
+
+def _plain_call(call: Any) -> dict[str, Any]:
+    try:
+        function = dict(call["function"])
+        arguments = function.get("arguments") or {}
+        function["arguments"] = json.loads(arguments) if isinstance(arguments, str) else arguments
+        str(function["name"])
+    except (TypeError, KeyError, ValueError):
+        raise DataError(f"a tool call's arguments are no JSON: {str(call)[:200]}") from None
+    return {**call, "function": function}

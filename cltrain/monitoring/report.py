@@ -1,0 +1,303 @@
+"""Static pages that a person can judge an update by: one per update, one for the run. No scripts, no network.
+
+Everything that comes from data is escaped. A part whose numbers are missing is left out, never filled with zeros.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cltrain.errors import DataError
+from cltrain.monitoring import plots
+from cltrain.records import BoundReport, Check, Decision, Verdict
+
+SAID = {
+    Verdict.PROMOTE.value: ("Promoted", "The candidate is better and broke nothing that is protected."),
+    Verdict.HOLD.value: ("On hold", "There is not enough evidence yet to say that the candidate may serve."),
+    Verdict.REJECT.value: ("Rejected", "The candidate may not serve. What served before goes on serving."),
+    Verdict.ERROR.value: ("No verdict", "Something failed on the way. What served before goes on serving."),
+}
+DISCARDED = ("Discarded", "The update was thrown away before it was judged. What served before goes on serving.")
+RUNNING = ("Under way", "This update has not ended yet.")
+
+BUDGETS = (
+    ("step_frobenius", "Size of this step", "of the base weights' norm"),
+    ("drift_frobenius", "Distance from the base, all updates together", "of the base weights' norm"),
+    ("step_kl", "Change of behaviour in this step", "nats per token"),
+    ("drift_kl", "Change of behaviour since the base", "nats per token"),
+)
+
+OPTIONAL = (
+    "id", "mode", "state", "verdict", "reason", "parent", "candidate", "serving", "started_at", "finished_at", "window",
+    "replay", "metrics", "steps", "timings", "facts", "bounds", "truth", "is_caught", "page",
+)  # fmt: skip
+
+
+def update_page(
+    path: Path,
+    update: Mapping[str, Any],
+    decision: Decision | None,
+    bounds: BoundReport | None,
+    *,
+    run_page: str | None = None,
+) -> Path:
+    """Write the page of one update and return its path.
+
+    `update` has `agent` and `number`, and as far as known: `id`, `mode`, `state`, `verdict`, `reason` (why discarded),
+    `parent`, `candidate`, `serving` (release names), `started_at`, `finished_at` (seconds since the epoch), `window`
+    {num_examples, num_waiting, strata, principals, kinds, set_aside (each name -> count), suspicious (list of
+    {phrase, principal, action, count}), is_refused, reason}, `replay` (stratum -> count), `metrics` (name -> number),
+    `steps` (list of {step, loss, ...}), `timings` (stage -> seconds), `facts` (name -> text: digests, seed, versions).
+    `run_page` is a relative link. Raises DataError when `agent` or `number` is missing.
+    """
+    update = _complete(update)
+    verdict = _verdict(update, decision)
+    headline, meaning = _said(update, verdict)
+    window = update["window"] or {}
+    steps = update["steps"] or []
+    names = sorted({name for step in steps for name in step} - {"step"})
+    checks = decision.checks if decision else ()
+    return _write(
+        path,
+        "update.html",
+        update=update,
+        agent=update["agent"],
+        title=f"Update {update['number']} of {update['agent']}",
+        tone=verdict or "none",
+        headline=headline,
+        meaning=meaning,
+        reasons=_reasons(update, decision, window),
+        consequence=_consequence(update, verdict),
+        decision=decision,
+        window=window,
+        strata=_bars(window.get("strata")),
+        principals=_bars(window.get("principals")),
+        replay=_bars(update.get("replay")),
+        set_aside=sorted((window.get("set_aside") or {}).items(), key=lambda item: (-item[1], item[0])),
+        budgets=_budgets(bounds),
+        bounds=bounds,
+        interval_plot=plots.intervals(checks),
+        checks=checks,
+        loss_plot=plots.lines(
+            {
+                name: [(s["step"], s[name]) for s in steps if name in s]
+                for name in names
+                if "loss" in name or name == "kl"
+            },
+            x="step",
+            y="nats",
+        ),
+        timings=_bars(update.get("timings"), keep=20, is_sorted=False),
+        run_page=run_page,
+    )
+
+
+def run_page(
+    path: Path,
+    agent: str,
+    updates: Sequence[Mapping[str, Any]],
+    *,
+    serving: str | None = None,
+    curves: Mapping[str, Mapping[str, plots.Points]] | None = None,
+    comparison: Mapping[str, Mapping[str, Any]] | None = None,
+    note: str | None = None,
+) -> Path:
+    """Write the page of the whole run and return its path.
+
+    Each of `updates` is what update_page takes, plus as far as known `bounds` (BoundReport or its mapping), `truth`
+    (what kind of window it was, for example clean, poisoned or junk: only a simulation knows), `is_caught` (the window
+    was rejected or filtered) and `page` (a relative link). `curves` are plots: title -> series -> (update number,
+    share in [0, 1]) points. `comparison` is a table: column -> name -> value, for example cltrain beside naive.
+    """
+    updates = sorted((_complete(update) for update in updates), key=lambda update: update["number"])
+    rows = [_row(update) for update in updates]
+    marks = {float(row["number"]): row["tone"] for row in rows}
+    counts = {v.value: sum(row["tone"] == v.value for row in rows) for v in Verdict}
+    return _write(
+        path,
+        "run.html",
+        agent=agent,
+        title=f"How {agent} learned",
+        tone="none",
+        rows=rows,
+        counts=counts,
+        serving=serving,
+        note=note,
+        curves=[
+            (title, plots.lines(series, x="update", y="share right", is_share=True, marks=marks))
+            for title, series in (curves or {}).items()
+        ],
+        drift_plot=_drift_plot(rows, marks),
+        drift=next((row["budgets"] for row in reversed(rows) if row["budgets"] and row["tone"] == "promote"), None),
+        windows=_windows(updates),
+        columns=list(comparison or {}),
+        compared=_compared(comparison or {}),
+    )
+
+
+def read_decision(values: Mapping[str, Any]) -> Decision:
+    """A Decision from its stored mapping (dataclasses.asdict through JSON)."""
+    checks = tuple(Check(**{**check, "verdict": Verdict(check["verdict"])}) for check in values.get("checks", ()))
+    return Decision(
+        **{
+            **values,
+            "verdict": Verdict(values["verdict"]),
+            "checks": checks,
+            "reasons": tuple(values.get("reasons", ())),
+            "items_used": tuple(values.get("items_used", ())),
+        }
+    )
+
+
+def _complete(update: Mapping[str, Any]) -> dict[str, Any]:
+    """The update with None for everything that it leaves out."""
+    for key in ("agent", "number"):
+        if key not in update:
+            raise DataError(f"a report needs {key!r} of every update; got {', '.join(sorted(update)) or 'nothing'}")
+    return dict.fromkeys(OPTIONAL) | dict(update)
+
+
+def _verdict(update: Mapping[str, Any], decision: Decision | None) -> str | None:
+    if decision is not None:
+        return decision.verdict.value
+    return str(update["verdict"]) if update.get("verdict") else None
+
+
+def _said(update: Mapping[str, Any], verdict: str | None) -> tuple[str, str]:
+    if verdict in SAID:
+        return SAID[verdict]
+    return DISCARDED if update.get("state") == "discarded" else RUNNING
+
+
+def _reasons(update: Mapping[str, Any], decision: Decision | None, window: Mapping[str, Any]) -> list[str]:
+    reasons = list(decision.reasons) if decision else []
+    reasons += [str(text) for text in (update.get("reason"), window.get("reason")) if text]
+    return list(dict.fromkeys(reasons))
+
+
+def _consequence(update: Mapping[str, Any], verdict: str | None) -> str | None:
+    candidate, serving, mode = update.get("candidate"), update.get("serving"), update.get("mode")
+    if verdict == Verdict.PROMOTE.value and candidate and candidate != serving:
+        if mode == "observe":
+            return f"Nothing changed: {update['agent']} only observes. In mode auto, {candidate} would serve now."
+        if mode == "approve":
+            return f"{candidate} waits for a person to say yes."
+    return f"{serving} serves." if serving else None
+
+
+def _budgets(bounds: BoundReport | Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if bounds is None:
+        return []
+    values = asdict(bounds) if isinstance(bounds, BoundReport) else bounds
+    return [
+        {"label": label, "unit": unit, "used": values[key], "limit": values[f"{key}_limit"],
+         "share": values[key] / values[f"{key}_limit"]}
+        for key, label, unit in BUDGETS
+        if key in values
+    ]  # fmt: skip
+
+
+def _bars(
+    counts: Mapping[str, float] | None, *, keep: int = 10, is_sorted: bool = True
+) -> list[tuple[str, float, float]]:
+    """(name, value, share of the largest) with everything after the first `keep` pooled."""
+    items = list((counts or {}).items())
+    if is_sorted:
+        items.sort(key=lambda item: (-item[1], item[0]))
+    if len(items) > keep:
+        items = [*items[: keep - 1], (f"{len(items) - keep + 1} others", sum(v for _, v in items[keep - 1 :]))]
+    largest = max((value for _, value in items), default=0) or 1
+    return [(name, value, value / largest) for name, value in items]
+
+
+def _row(update: Mapping[str, Any]) -> dict[str, Any]:
+    verdict = _verdict(update, None)
+    headline, meaning = _said(update, verdict)
+    window = update.get("window") or {}
+    values = update.get("bounds")
+    return {
+        **update,
+        "tone": verdict or "none",
+        "headline": headline,
+        "reason": "; ".join(_reasons(update, None, window)) or meaning,
+        "budgets": _budgets(values),
+        "shrink": None
+        if values is None
+        else (values.shrink if isinstance(values, BoundReport) else values.get("shrink")),
+        "num_examples": window.get("num_examples"),
+    }
+
+
+def _drift_plot(rows: Sequence[Mapping[str, Any]], marks: Mapping[float, str]) -> str | None:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for budget, name in zip(row["budgets"][1::2], ("weights", "behaviour"), strict=False):
+            series.setdefault(name, []).append((row["number"], budget["share"]))
+    return plots.lines(series, x="update", y="share of the drift budget", limit=("limit", 1.0), marks=marks)
+
+
+def _windows(updates: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
+    """(kind, number, caught) for the updates whose kind is known."""
+    found: dict[str, list[bool]] = {}
+    for update in updates:
+        if update.get("truth"):
+            found.setdefault(str(update["truth"]), []).append(bool(update.get("is_caught")))
+    return [(kind, len(caught), sum(caught)) for kind, caught in sorted(found.items())]
+
+
+def _compared(comparison: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
+    names = dict.fromkeys(name for column in comparison.values() for name in column)
+    return [(name, [column.get(name) for column in comparison.values()]) for name in names]
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("cltrain.monitoring"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters |= {"number": _number, "percent": lambda x: f"{100 * x:.0f}%", "when": _when, "seconds": _seconds}
+    return made
+
+
+def _write(path: Path, template: str, **values: Any) -> Path:
+    """Render and put in place in one move, so that a reader never sees half a page."""
+    text = _environment().get_template(template).render(**values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".page-")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(draft, 0o644)
+    os.replace(draft, path)
+    return path
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "\N{EN DASH}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e6):
+        return f"{int(value):,}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _when(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%d %b %Y, %H:%M:%S UTC")
+
+
+def _seconds(value: float) -> str:
+    if value < 1:
+        return f"{1000 * value:.0f} ms"
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

@@ -1,0 +1,115 @@
+"""Shows events in Weights & Biases, online or offline. The store is the record; this is only a view.
+
+One wandb run per agent. Each row's step is the event's seq in the store and each row carries `update/index`, so a row
+sent twice (after a crash) lands on itself. A watermark moves only when a segment is finished: wandb keeps the last
+rows in memory until then, and a killed process loses them (measured on 0.31: 37 of 500). Offline resume does not
+exist in wandb, so every segment is its own directory with the same run id; `wandb sync` joins them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from cltrain.errors import ConfigError
+from cltrain.monitoring.outbox import Event
+
+SEGMENT = 100  # events between two finished segments: at most this many are sent again after a crash
+
+
+class WandbSink:
+    """`directory` holds wandb's own files. `deployment` tells two deployments of one agent name apart (a short id)."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        agent: str,
+        project: str,
+        mode: Literal["offline", "online"],
+        deployment: str,
+        config: dict[str, Any] | None = None,
+        segment: int = SEGMENT,
+    ) -> None:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise ConfigError(
+                'monitoring.wandb needs the wandb package: pip install wandb, or set it to "off"'
+            ) from None
+        self._directory = directory
+        self._agent = agent
+        self._project = project
+        self._mode = mode
+        self._id = re.sub(r"[^A-Za-z0-9_-]", "-", f"{agent}-{deployment}")
+        self._config = config or {}
+        self._segment = segment
+        self._run: Any = None
+        self._num_open = 0
+        self._last: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"wandb:{self._agent}"
+
+    def write(self, events: Sequence[Event]) -> int | None:
+        for event in events:
+            if event.agent == self._agent:
+                self._open().log(_row(event), step=event.seq)
+                self._num_open += 1
+            self._last = event.seq
+        if self._num_open == 0:
+            return self._last  # nothing of ours in flight: another agent's events are none of our business
+        return self.close() if self._num_open >= self._segment else None
+
+    def close(self) -> int | None:
+        run, self._run, self._num_open = self._run, None, 0
+        if run is not None:
+            run.finish()
+        return self._last
+
+    def _open(self) -> Any:
+        if self._run is None:
+            import wandb
+
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._run = wandb.init(
+                project=self._project,
+                group=self._project,
+                job_type="cltrain",
+                id=self._id,
+                name=self._agent,
+                dir=str(self._directory),
+                mode=self._mode,
+                resume="allow" if self._mode == "online" else None,
+                config=self._config,
+                reinit="create_new",
+                settings=wandb.Settings(
+                    silent=True, console="off", x_disable_stats=True, x_disable_meta=True, disable_git=True,
+                    init_timeout=30,
+                ),
+            )  # fmt: skip
+            self._run.define_metric("update/index")
+            for family in ("gate", "adapter", "train", "buffer", "time", "swap"):
+                self._run.define_metric(f"{family}/*", step_metric="update/index")
+        return self._run
+
+
+def _row(event: Event) -> dict[str, Any]:
+    """An update's `values`; for other kinds every number or word of the payload under the kind's name."""
+    if event.kind == "update":
+        values = dict(event.payload.get("values") or {})
+        values["update/index"] = event.payload["number"]
+    else:
+        values = {
+            name if "/" in name else f"{event.kind}/{name}": value
+            for name, value in event.payload.items()
+            if isinstance(value, int | float | str)
+        }
+        if "update" in event.payload:
+            values["update/index"] = event.payload["update"]
+    return values | {"time/at": event.at}

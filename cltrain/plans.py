@@ -1,0 +1,348 @@
+"""What an update will read, fixed before it trains and kept until it is concluded: the difference between a crash that
+costs seconds and one that costs a decision. The rows lie beside the trainer's checkpoint and go when the update ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import update as update_rows
+
+from cltrain import __version__
+from cltrain.config import Config
+from cltrain.errors import DataError
+from cltrain.experience import window
+from cltrain.experience.screens import Suspicion
+from cltrain.records import Alias, Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict
+from cltrain.registry.decisions import append
+from cltrain.store.database import Store
+from cltrain.store.schema import outbox, update_reads, updates
+
+ROWS_FILE = "rows.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One update's inputs. `fresh` and `replay` are token rows, `set_aside` names records and reasons."""
+
+    id: str
+    agent: str
+    number: int
+    parent: str
+    alias: Alias  # as it stood when the plan was made: its version is what the swap compares
+    is_trial: bool
+    seed: int
+    work_dir: Path
+    num_window: int
+    window: tuple[tuple[str, str, str], ...]  # (record, stratum, principal)
+    fresh: tuple[TokenRow, ...]
+    replay: tuple[TokenRow, ...]
+    set_aside: tuple[tuple[str, str], ...]
+    suspicious: tuple[Suspicion, ...]
+    refusal: str | None
+    manifest: dict[str, Any]
+
+    @property
+    def taught(self) -> frozenset[str]:
+        """Strata that make up at least an eighth of what is learned: a stray mislabelled record teaches nothing."""
+        counts = Counter(row.stratum for row in self.fresh)
+        return frozenset(name for name, count in counts.items() if 8 * count >= len(self.fresh))
+
+
+def open_plan(
+    store: Store,
+    config: Config,
+    alias: Alias,
+    parent: Release,
+    *,
+    examples: Sequence[Example],
+    fresh: Sequence[TokenRow],
+    replay: Sequence[TokenRow],
+    set_aside: Sequence[tuple[str, str]],
+    suspicious: Sequence[Suspicion],
+    refusal: str | None,
+    base_digest: str,
+    anchors_digest: str,
+    fence: int,
+    is_trial: bool,
+    now: float,
+) -> Plan:
+    """Number the update and write its plan down: rows to disk and synced first, then the update's row."""
+    agent = config.agent.name
+    with store.read() as connection:
+        last = connection.execute(select(func.max(updates.c.number)).where(updates.c.agent == agent)).scalar()
+    number = int(last or 0) + 1
+    key = f"{config.seed}/{agent}/{number}/{parent.name}"
+    plan_id = f"{agent}-u{number:06d}"
+    rows = {"fresh": [asdict(row) for row in fresh], "replay": [asdict(row) for row in replay]}
+    encoded = json.dumps(rows, sort_keys=True).encode()
+    manifest = {
+        "agent": agent,
+        "number": number,
+        "parent": parent.name,
+        "parent_digest": parent.digest,
+        "alias": asdict(alias),
+        "seed": int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") * 16,
+        "config": config.digest(),
+        "base": base_digest,
+        "anchors": anchors_digest,
+        "rows": hashlib.sha256(encoded).hexdigest(),
+        "window": [(e.record, e.stratum, e.principal) for e in examples],
+        "set_aside": list(set_aside),
+        "suspicious": [asdict(s) for s in suspicious],
+        "refusal": refusal,
+        "is_trial": is_trial,
+        "versions": {"cltrain": __version__, "python": platform.python_version()},
+    }
+    work_dir = config.state_dir / "updates" / plan_id
+    shutil.rmtree(work_dir, ignore_errors=True)  # an attempt that never became a row
+    work_dir.mkdir(parents=True)
+    _write_synced(work_dir / ROWS_FILE, encoded)
+    with store.write() as connection:
+        connection.execute(
+            insert(updates).values(
+                id=plan_id, agent=agent, number=number, state="training", parent=parent.name, fence=fence,
+                mode="trial" if is_trial else str(config.agent.mode), manifest=manifest, started_at=now,
+            )  # fmt: skip
+        )
+    return _plan(plan_id, manifest, work_dir, rows)
+
+
+def interrupted(store: Store, config: Config) -> list[Plan]:
+    """Plans that no process concluded, oldest first; one whose rows are gone or changed is discarded on the spot."""
+    query = select(updates).where(updates.c.agent == config.agent.name, updates.c.state.in_(("training", "judging")))
+    with store.read() as connection:
+        found = connection.execute(query.order_by(updates.c.number)).all()
+    plans = []
+    for row in found:
+        work_dir = config.state_dir / "updates" / row.id
+        try:
+            encoded = (work_dir / ROWS_FILE).read_bytes()
+        except OSError:
+            encoded = b""
+        if hashlib.sha256(encoded).hexdigest() == row.manifest["rows"]:
+            plans.append(_plan(row.id, row.manifest, work_dir, json.loads(encoded)))
+        else:
+            discard(store, row.id, work_dir, "its rows were lost in a crash")
+    return plans
+
+
+def discard(store: Store, plan_id: str, work_dir: Path, reason: str) -> None:
+    """Forget an update whole; its records wait for the next one."""
+    with store.write() as connection:
+        row = connection.execute(select(updates).where(updates.c.id == plan_id)).one()
+        connection.execute(
+            update_rows(updates)
+            .where(updates.c.id == plan_id)
+            .values(state="discarded", verdict="error", summary={"reasons": [f"discarded: {reason}"]})
+        )
+        append(connection, row.agent, "discard", {"update": plan_id, "reason": reason}, row.started_at)
+    shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def judging(store: Store, plan: Plan, candidate: str) -> None:
+    """Note which release this update made, before any server hears of it."""
+    with store.write() as connection:
+        connection.execute(
+            update_rows(updates).where(updates.c.id == plan.id).values(state="judging", candidate=candidate)
+        )
+
+
+def close_plan(
+    store: Store,
+    plan: Plan,
+    candidate: Candidate | None,
+    summary: dict[str, Any],
+    *,
+    learned: Sequence[TokenRow],
+    is_served: bool,
+    now: float,
+) -> None:
+    """The update's verdict, its reads, its records' new standing and its event, in one transaction."""
+    with store.write() as connection:
+        connection.execute(
+            update_rows(updates)
+            .where(updates.c.id == plan.id)
+            .values(state="done", verdict=summary["verdict"], summary=summary, finished_at=now)
+        )
+        connection.execute(delete(update_reads).where(update_reads.c["update"] == plan.id))
+        if candidate is not None:
+            connection.execute(
+                insert(update_reads),
+                [{"update": plan.id, "step": r.step, "slot": r.slot, "record": r.record} for r in candidate.reads],
+            )
+        if not plan.is_trial:
+            _file_records(connection, plan, learned, summary["verdict"], is_served=is_served, now=now)
+        payload = {"update": plan.id, "verdict": summary["verdict"], "candidate": summary["candidate"], "served": is_served}
+        append(connection, plan.agent, "verdict", payload, now)
+        connection.execute(insert(outbox).values(agent=plan.agent, kind="update", payload=summary, at=now))
+    shutil.rmtree(plan.work_dir, ignore_errors=True)
+
+
+def manifest_of(plan: Plan, candidate: Candidate, attempt: int, learned: Sequence[str]) -> dict[str, Any]:
+    """What is sealed beside the adapter: how it was made, from which records, and how far it moved."""
+    kept = ("agent", "parent", "parent_digest", "config", "base", "anchors", "rows", "suspicious", "versions")
+    return {
+        **{key: plan.manifest[key] for key in kept},
+        "update": plan.id,
+        "seed": plan.seed + attempt,
+        "learned": list(learned),
+        "replayed": sorted({row.record for row in plan.replay}),
+        "bounds": asdict(candidate.bounds),
+        "metrics": candidate.metrics,
+        "num_steps": candidate.num_steps,
+    }
+
+
+def summary_of(
+    plan: Plan,
+    decision: Decision,
+    *,
+    candidate: str | None,
+    made: Candidate | None,
+    learned: Sequence[TokenRow],
+    proof: str | None,
+    seconds: dict[str, float],
+    mode: LearningMode,
+    serving: str,
+    is_served: bool,
+    now: float,
+) -> dict[str, Any]:
+    """One update as plain JSON: what the command line, the report, wandb and the outbox show of it."""
+    reasons = list(decision.reasons)
+    if plan.is_trial:
+        reasons[0] = f"{reasons[0]} (a trial: thrown away)"
+    elif decision.verdict is Verdict.PROMOTE and not is_served:
+        reasons[0] = f"{reasons[0]} (mode {mode}: nothing moved)"
+    by_reason = Counter(reason.split(":")[0] for _, reason in plan.set_aside)
+    swap_s = seconds.get("swap")
+    return {
+        "update": plan.id,
+        "id": plan.id,
+        "agent": plan.agent,
+        "number": plan.number,
+        "verdict": str(decision.verdict),
+        "reasons": reasons,
+        "reason": reasons[0],
+        "mode": "trial" if plan.is_trial else str(mode),
+        "state": "done",
+        "parent": plan.parent,
+        "candidate": candidate,
+        "serving": serving,
+        "is_served": is_served,
+        "num_window": len(plan.window),
+        "num_kept": len({row.record for row in learned}),
+        "is_refused": plan.refusal is not None,
+        "suspicious": [asdict(s) for s in plan.suspicious],
+        "window": {
+            "num_examples": len(plan.window),
+            "strata": dict(Counter(stratum for _, stratum, _ in plan.window)),
+            "principals": dict(Counter(principal for _, _, principal in plan.window)),
+            "set_aside": dict(by_reason),
+            "suspicious": [asdict(s) for s in plan.suspicious],
+            "is_refused": plan.refusal is not None,
+            "reason": plan.refusal,
+        },
+        "replay": dict(Counter(row.stratum for row in plan.replay)),
+        "bounds": asdict(made.bounds) if made else None,
+        "metrics": made.metrics if made else {},
+        "proof": proof,
+        "timings": seconds,
+        "swap_ms": None if not is_served or swap_s is None else round(1000 * (swap_s + seconds.get("load", 0.0)), 2),
+        "decision": json.loads(json.dumps(asdict(decision))),
+        "num_missing": decision.num_missing,
+        "forecast_s": decision.forecast_s,
+        "facts": {
+            "seed": str(plan.seed),
+            "config": plan.manifest["config"][:12],
+            "base": plan.manifest["base"][:12],
+            "anchors": plan.manifest["anchors"][:12],
+        },
+        "finished_at": now,
+    }
+
+
+def nothing_to_learn(agent: str, serving: str, waiting: window.Window) -> dict[str, Any]:
+    """The answer when no update was worth starting: a hold without a number."""
+    reason = f"{waiting.num_waiting} learnable records are waiting, {waiting.num_missing} are missing"
+    forecast_s = waiting.num_missing / waiting.rate_per_s if waiting.rate_per_s else None
+    if forecast_s is not None:
+        reason += f"; at the present rate they will be there in about {forecast_s / 60:.0f} minutes"
+    return {
+        "agent": agent, "number": None, "verdict": str(Verdict.HOLD), "reasons": [reason], "candidate": None,
+        "serving": serving, "num_missing": waiting.num_missing, "forecast_s": forecast_s,
+    }  # fmt: skip
+
+
+def _file_records(
+    connection: Connection, plan: Plan, learned: Sequence[TokenRow], verdict: str, *, is_served: bool, now: float
+) -> None:
+    """Where the window's records go: learned ones into replay, held ones back to waiting, rejected ones to quarantine."""
+    strata = {record: stratum for record, stratum, _ in plan.window}
+    aside = dict(plan.set_aside)
+    kept = [row.record for row in learned]
+    status = {"reject": "quarantined", "promote": "replay" if is_served else "waiting"}.get(verdict, "waiting")
+    for record, stratum in strata.items():
+        if record in aside:
+            is_surplus = aside[record].startswith("quota")
+            window.mark(connection, plan.agent, record, "waiting" if is_surplus else "quarantined", now=now,
+                        reason=aside[record], stratum=stratum, update=plan.id)  # fmt: skip
+        elif record in kept:
+            reason = f"update {plan.number}: {verdict}"
+            window.mark(connection, plan.agent, record, status, now=now, reason=reason, stratum=stratum, update=plan.id)
+        else:
+            window.mark(connection, plan.agent, record, "quarantined", now=now, stratum=stratum, update=plan.id,
+                        reason="left out of the second attempt as too surprising")  # fmt: skip
+
+
+def _plan(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[str, Any]) -> Plan:
+    def token_rows(name: str) -> tuple[TokenRow, ...]:
+        return tuple(TokenRow(**{**row, "ids": tuple(row["ids"]), "weights": tuple(row["weights"])}) for row in rows[name])
+
+    suspicions = tuple(
+        Suspicion(**{**s, "records": tuple(s["records"]), "principals": tuple(s["principals"])})
+        for s in manifest["suspicious"]
+    )
+    return Plan(
+        id=plan_id,
+        agent=manifest["agent"],
+        number=manifest["number"],
+        parent=manifest["parent"],
+        alias=Alias(**manifest["alias"]),
+        is_trial=manifest["is_trial"],
+        seed=manifest["seed"],
+        work_dir=work_dir,
+        num_window=len(manifest["window"]),
+        window=tuple((record, stratum, principal) for record, stratum, principal in manifest["window"]),
+        fresh=token_rows("fresh"),
+        replay=token_rows("replay"),
+        set_aside=tuple((record, reason) for record, reason in manifest["set_aside"]),
+        suspicious=suspicions,
+        refusal=manifest["refusal"],
+        manifest=manifest,
+    )
+
+
+def _write_synced(file: Path, content: bytes) -> None:
+    try:
+        with file.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        handle = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise DataError(f"cannot write {file}: {error.strerror}; nothing was lost, free some space") from None

@@ -1,0 +1,52 @@
+"""What each process of a deployment runs, alone or under `cltrain run`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from cltrain.config import Config
+from cltrain.errors import ConfigError
+from cltrain.launch import PROCESSES
+from cltrain.store.database import Store
+
+
+def run_process(name: str, config: Config, store: Store) -> None:
+    """Be `server`, `gateway` or `worker` until SIGTERM or SIGINT. Raises ConfigError for another name."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    if name == "server":
+        _server(config, store)
+    elif name == "gateway":
+        from cltrain.gateway.app import run_gateway
+
+        run_gateway(config)
+    elif name == "worker":
+        from cltrain.worker import Worker
+
+        with Worker(config, store) as worker:
+            worker.run()
+    else:
+        raise ConfigError(f"--only takes one of {', '.join(PROCESSES)}; got {name!r}")
+
+
+def _server(config: Config, store: Store) -> None:
+    from cltrain.deploy import residents
+    from cltrain.deploy.serve import run_server
+
+    with store.read() as connection:
+        adapters = residents.desired(connection, config.state_dir, config.agent.name)
+    present: dict[str, Path] = {name: path for name, path in adapters.items() if path.is_dir()}
+    run_server(
+        config.base.path,
+        config.server.host,
+        config.server.port,
+        base_name=config.server.model or "base",
+        max_batch=config.server.max_batch,
+        max_adapters=config.server.max_adapters,
+        device=config.base.device,
+        dtype=config.base.dtype,
+        context=config.base.context,
+        num_threads=config.base.num_threads,
+        adapters=present,
+    )

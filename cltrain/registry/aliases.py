@@ -1,0 +1,253 @@
+"""The alias: which release an agent serves. It moves by compare-and-swap only, forward here and back by `rollback`.
+
+Nothing here needs a trainer, a gate, a server or an accelerator: one short transaction on the store each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Row, select, update
+
+from cltrain.errors import ConflictError, DataError
+from cltrain.records import Alias, Verdict
+from cltrain.registry.decisions import append, entries_of
+from cltrain.registry.lease import agent_row, require_fence
+from cltrain.registry.releases import change_status, get_in
+from cltrain.store.database import Store
+from cltrain.store.schema import agents, aliases, releases, screenings, updates
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """What a candidate is compared with: the release that serves, the best so far, the last human-approved one."""
+
+    incumbent: str
+    high_water: str
+    anchor: str
+    previous: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """What a rollback did: where from and to, which releases it undid, how many records it quarantined."""
+
+    undone: str
+    alias: Alias
+    rolled_back: tuple[str, ...]
+    num_quarantined: int
+    is_frozen: bool
+
+
+def read_alias(store: Store, agent: str) -> Alias:
+    """Raises DataError for an agent that has no alias yet (`ensure_base_release` makes it)."""
+    with store.read() as connection:
+        return _alias(_row(connection, agent))
+
+
+def read_references(store: Store, agent: str) -> References:
+    """The releases that a candidate is judged against. Raises DataError like `read_alias`."""
+    with store.read() as connection:
+        row = _row(connection, agent)
+    return References(row.release, row.high_water, row.anchor, row.previous)
+
+
+def move_alias(
+    store: Store,
+    agent: str,
+    *,
+    expected: str | Alias,
+    to: str,
+    fence: int | None,
+    now: float,
+    is_human: bool = False,
+    raises_high_water: bool = False,
+) -> Alias:
+    """Let `to` serve if the alias still is `expected`; marks it released in the same transaction.
+
+    Give the Alias that the update started from as `expected`: its version also catches an alias that went away and
+    came back. `fence` is the worker's lease; only a human may pass None. A human move makes `to` the new anchor,
+    `raises_high_water` the new high-water mark. Raises ConflictError when the alias or the lease moved, learning is
+    frozen (not for a human), or `to` may not serve: rejected, held, deleted and any verdict but promote never, rolled
+    back only by a human.
+    """
+    if fence is None and not is_human:
+        raise ConflictError(f"{agent}: a move without a lease is a human's; pass the fence of the lease")
+    with store.write() as connection:
+        row = _row(connection, agent)
+        _compare(row, expected)
+        if fence is not None:
+            require_fence(connection, agent, fence)
+            if fence < row.fence:
+                raise ConflictError(f"lease {fence} of {agent} is older than {row.fence}, which moved the alias last")
+        switch = agent_row(connection, agent)
+        if switch.is_frozen and not is_human:
+            raise ConflictError(f"{agent} is frozen ({switch.frozen_reason}): unfreeze it to promote {to}")
+        target = get_in(connection, to)
+        if target.agent != agent:
+            raise ConflictError(f"{to} belongs to {target.agent}, not to {agent}")
+        if target.status == "rolled_back" and not is_human:
+            raise ConflictError(f"{to} was rolled back: only a human can promote it again")
+        _refuse_verdict(connection, agent, to)
+        change_status(connection, to, "released", now=now)
+        moved = {
+            "release": to,
+            "previous": row.previous if to == row.release else row.release,
+            "version": row.version + 1,
+            "fence": row.fence if fence is None else fence,
+            "anchor": to if is_human else row.anchor,
+            "high_water": to if raises_high_water else row.high_water,
+            "changed_at": now,
+        }
+        connection.execute(update(aliases).where(aliases.c.agent == agent).values(**moved))
+        payload = {
+            "from": row.release,
+            "to": to,
+            "anchor": moved["anchor"],
+            "high_water": moved["high_water"],
+            "is_human": is_human,
+            "fence": fence,
+        }
+        append(connection, agent, "promote", payload, now)
+        return _alias(_row(connection, agent))
+
+
+def rollback(
+    store: Store, agent: str, *, to: str | None = None, now: float, reason: str, freeze: bool = True
+) -> Rollback:
+    """Serve an earlier release again: `to`, else what served before, else the nearest released ancestor.
+
+    Undone are the current release and its ancestors up to `to`: they become rolled_back, the records that their
+    updates learned are quarantined, and an update that is under way loses its compare-and-swap. Learning is frozen
+    unless `freeze` is False. Raises ConflictError when the bare base serves already, or `to` may not serve.
+    """
+    with store.write() as connection:
+        row = _row(connection, agent)
+        lineage = _lineage(connection, row.release)
+        target = to if to is not None else _before(connection, row, lineage)
+        release = get_in(connection, target)
+        if target == row.release:
+            raise ConflictError(f"{agent} already serves {target}: nothing to roll back")
+        if release.agent != agent or release.status != "released":
+            raise ConflictError(f"{target} is {release.status} of {release.agent} and cannot serve {agent} again")
+        kept = set(_lineage(connection, target))
+        undone = [n for n in lineage if n not in kept and get_in(connection, n).status == "released"]
+        for name in undone:
+            change_status(connection, name, "rolled_back", now=now, reason=reason)
+        num_quarantined = _quarantine(connection, agent, undone, now)
+        high_water, anchor = _marks_after(connection, agent, target)
+        moved = {
+            "release": target,
+            "previous": next((n for n in _lineage(connection, target)[1:] if _is_released(connection, n)), None),
+            "version": row.version + 1,
+            "high_water": high_water if row.high_water in undone else row.high_water,
+            "anchor": anchor if row.anchor in undone else row.anchor,
+            "changed_at": now,
+        }
+        connection.execute(update(aliases).where(aliases.c.agent == agent).values(**moved))
+        if freeze:
+            _switch(connection, agent, is_frozen=True, reason=f"rollback of {row.release}: {reason}")
+        payload = {"from": row.release, "to": target, "undone": undone, "num_quarantined": num_quarantined}
+        append(connection, agent, "rollback", {**payload, "reason": reason, "freeze": freeze}, now)
+        is_frozen = bool(agent_row(connection, agent).is_frozen)
+        return Rollback(row.release, _alias(_row(connection, agent)), tuple(undone), num_quarantined, is_frozen)
+
+
+def freeze(store: Store, agent: str, *, now: float, reason: str) -> None:
+    """Stop learning: nothing is promoted until `unfreeze`; serving goes on. Freezing twice keeps the newer reason."""
+    with store.write() as connection:
+        _switch(connection, agent, is_frozen=True, reason=reason)
+        append(connection, agent, "freeze", {"reason": reason}, now)
+
+
+def unfreeze(store: Store, agent: str, *, now: float, reason: str = "") -> None:
+    with store.write() as connection:
+        _switch(connection, agent, is_frozen=False, reason=None)
+        append(connection, agent, "unfreeze", {"reason": reason}, now)
+
+
+def frozen_reason(store: Store, agent: str) -> str | None:
+    """Why learning is frozen, or None when it is not."""
+    with store.read() as connection:
+        row = connection.execute(select(agents).where(agents.c.agent == agent)).first()
+    return None if row is None or not row.is_frozen else (row.frozen_reason or "no reason given")
+
+
+def _compare(row: Row, expected: str | Alias) -> None:
+    name = expected if isinstance(expected, str) else expected.release
+    has_moved = row.release != name or (isinstance(expected, Alias) and row.version != expected.version)
+    if has_moved:
+        raise ConflictError(f"{row.agent} serves {row.release} (version {row.version}) now, no longer {name} as then")
+
+
+def _refuse_verdict(connection: Connection, agent: str, name: str) -> None:
+    """The gate's word is final where it was written down, whoever asks."""
+    query = select(updates.c.verdict).where(updates.c.agent == agent, updates.c.candidate == name)
+    for verdict in connection.execute(query).scalars():
+        if verdict not in (None, Verdict.PROMOTE):
+            raise ConflictError(f"the gate said {verdict} to {name}: only promote ever serves")
+
+
+def _before(connection: Connection, row: Row, lineage: list[str]) -> str:
+    if row.previous is not None and _is_released(connection, row.previous):
+        return str(row.previous)
+    for name in lineage[1:]:
+        if _is_released(connection, name):
+            return name
+    raise ConflictError(f"{row.agent} serves {row.release}, and nothing before it: there is nothing to roll back to")
+
+
+def _lineage(connection: Connection, name: str) -> list[str]:
+    """A release and its ancestors, nearest first, ending at the bare base."""
+    names: list[str] = []
+    current: str | None = name
+    while current is not None and current not in names:
+        names.append(current)
+        current = connection.execute(select(releases.c.parent).where(releases.c.name == current)).scalar()
+    return names
+
+
+def _is_released(connection: Connection, name: str) -> bool:
+    return connection.execute(select(releases.c.status).where(releases.c.name == name)).scalar() == "released"
+
+
+def _quarantine(connection: Connection, agent: str, undone: list[str], now: float) -> int:
+    """Records learned by the updates behind these releases are never replayed; unusable ones stay unusable."""
+    learned = select(updates.c.id).where(updates.c.agent == agent, updates.c.candidate.in_(undone))
+    result = connection.execute(
+        update(screenings)
+        .where(
+            screenings.c.agent == agent,
+            screenings.c["update"].in_(learned),
+            screenings.c.status.in_(("waiting", "learned", "replay")),
+        )
+        .values(status="quarantined", reason="learned by an update that was rolled back", changed_at=now)
+    )
+    return int(result.rowcount)
+
+
+def _marks_after(connection: Connection, agent: str, target: str) -> tuple[str, str]:
+    """High-water mark and anchor as they stood when `target` was promoted last, if those still may serve."""
+    marks = (target, target)
+    for entry in entries_of(connection, agent, kind="promote"):
+        if entry.payload["to"] == target:
+            marks = (entry.payload["high_water"], entry.payload["anchor"])
+    high_water, anchor = (name if _is_released(connection, name) else target for name in marks)
+    return high_water, anchor
+
+
+def _switch(connection: Connection, agent: str, *, is_frozen: bool, reason: str | None) -> None:
+    agent_row(connection, agent)
+    values = {"is_frozen": is_frozen, "frozen_reason": reason}
+    connection.execute(update(agents).where(agents.c.agent == agent).values(**values))
+
+
+def _row(connection: Connection, agent: str) -> Row:
+    row = connection.execute(select(aliases).where(aliases.c.agent == agent)).first()
+    if row is None:
+        raise DataError(f"{agent} has no alias yet: it gets one when `cltrain run` first sees its base")
+    return row
+
+
+def _alias(row: Row) -> Alias:
+    return Alias(row.agent, row.release, row.version, row.previous, row.fence)

@@ -1,0 +1,112 @@
+"""The log of decisions: append-only, each entry hashed over the one before it.
+
+It holds names, numbers and keyed digests, never what people wrote. A cut-off tail cannot be seen from the inside: note
+the head that `verify_chain` returns somewhere else if that matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, insert, select
+
+from cltrain.errors import DataError
+from cltrain.store.database import Store
+from cltrain.store.schema import decisions
+
+GENESIS = "0" * 64
+MAX_TEXT = 500  # characters: a reason fits, an episode does not
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One decision. `hash` covers the other fields and the previous entry's hash."""
+
+    seq: int
+    agent: str
+    kind: str
+    payload: dict[str, Any]
+    at: float
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What `verify_chain` found: how many entries hang together, and the hash of the last."""
+
+    num_entries: int
+    head: str
+
+
+def keyed_digest(secret: bytes, *parts: str) -> str:
+    """HMAC-SHA256 in hex: stands for content in a payload, so that only a holder of the secret can match it."""
+    return hmac.new(secret, "\0".join(parts).encode(), hashlib.sha256).hexdigest()
+
+
+def append(connection: Connection, agent: str, kind: str, payload: dict[str, Any], at: float) -> str:
+    """Add one entry inside the caller's write transaction; returns its hash.
+
+    Raises DataError for a payload that is no finite JSON or holds a text longer than 500 characters: log a
+    `keyed_digest` of content instead of the content.
+    """
+    try:
+        clean = json.loads(_canonical(payload))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the {kind} decision of {agent} is not plain JSON and cannot be logged: {error}") from None
+    _refuse_content(clean, kind)
+    newest = select(decisions.c.hash).order_by(decisions.c.seq.desc()).limit(1)
+    previous = connection.execute(newest).scalar() or GENESIS
+    entry_hash = _hash(previous, agent, kind, clean, float(at))
+    connection.execute(
+        insert(decisions).values(
+            agent=agent, kind=kind, payload=clean, at=float(at), previous_hash=previous, hash=entry_hash
+        )
+    )
+    return entry_hash
+
+
+def read_decisions(store: Store, agent: str, *, kind: str | None = None) -> list[Entry]:
+    """Every entry about one agent, oldest first."""
+    with store.read() as connection:
+        return entries_of(connection, agent, kind=kind)
+
+
+def entries_of(connection: Connection, agent: str, *, kind: str | None = None) -> list[Entry]:
+    query = select(decisions).where(decisions.c.agent == agent).order_by(decisions.c.seq)
+    if kind is not None:
+        query = query.where(decisions.c.kind == kind)
+    return [Entry(r.seq, r.agent, r.kind, r.payload, r.at, r.hash) for r in connection.execute(query)]
+
+
+def verify_chain(store: Store) -> Chain:
+    """Recompute every hash. Raises DataError naming the first entry that was changed, moved or removed."""
+    previous, count = GENESIS, 0
+    with store.read() as connection:
+        for row in connection.execute(select(decisions).order_by(decisions.c.seq)):
+            if row.previous_hash != previous:
+                raise DataError(f"decision {row.seq} does not follow the one before it: an entry was removed or moved")
+            if row.hash != _hash(previous, row.agent, row.kind, row.payload, row.at):
+                raise DataError(f"decision {row.seq} ({row.kind} of {row.agent}) was changed after it was written")
+            previous, count = row.hash, count + 1
+    return Chain(count, previous)
+
+
+def _hash(previous: str, agent: str, kind: str, payload: dict[str, Any], at: float) -> str:
+    return hashlib.sha256(_canonical([previous, agent, kind, payload, at]).encode()).hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _refuse_content(value: Any, kind: str) -> None:
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise DataError(
+            f"a {kind} decision holds {len(value)} characters of text (limit {MAX_TEXT}): log its keyed_digest instead"
+        )
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_content(part, kind)

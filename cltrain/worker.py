@@ -1,0 +1,220 @@
+"""The worker: holds the agent's lease, keeps servers as they should be, and makes updates when there is something to learn.
+
+A second thread renews the lease and puts back adapters that a restarted server forgot, also during a long training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import select, update
+
+from cltrain import launch, plans, reporting
+from cltrain.config import Config
+from cltrain.deploy import residents
+from cltrain.deploy.client import ServerClient
+from cltrain.errors import CltrainError, ConflictError, DataError, ServerError
+from cltrain.evidence import Evidence
+from cltrain.experience import window
+from cltrain.experience.recording import load_secret
+from cltrain.loop import Rooms, adapter_of, finish, run_update
+from cltrain.models.anchors import load_anchors
+from cltrain.models.base import load_base
+from cltrain.models.chat import render_rows
+from cltrain.monitoring.outbox import Pump
+from cltrain.records import LearningMode
+from cltrain.registry import aliases, lease, releases
+from cltrain.store.database import Store
+from cltrain.store.schema import requests
+from cltrain.trainer.update import verify_bounds
+
+LEASE_S = 15.0
+TEND_S = 2.0  # between two looks at lease and servers
+POLL_S = 0.1
+SERVER_WAIT_S = 120.0
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """One agent's learner; use as a context manager. Takes the lease (ConflictError while another holds it)."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        *,
+        on_progress: Callable[[str], None] = log.info,
+        takes_lease: bool = True,
+    ) -> None:
+        self.config, self.store = config, store
+        self.holder = f"{socket.gethostname()}:{os.getpid()}"
+        self.takes_lease = takes_lease
+        self._on_progress = on_progress
+        self._stop = threading.Event()
+        self._lost: Exception | None = None
+        self._server_lock = threading.Lock()
+
+    def __enter__(self) -> Worker:
+        config, agent = self.config, self.config.agent.name
+        base = load_base(
+            config.base.path, device=config.base.device, dtype=config.base.dtype, context=config.base.context,
+            num_threads=config.base.num_threads,
+        )  # fmt: skip
+        releases.ensure_base_release(self.store, agent, base.digest, now=time.time())
+        fence = lease.acquire(self.store, agent, self.holder, LEASE_S, time.time()) if self.takes_lease else 0
+        anchors, anchors_digest = load_anchors(
+            base, file=config.trainer.anchors, count=config.trainer.num_anchors, max_tokens=config.trainer.anchor_tokens,
+            seed=config.seed, directory=config.state_dir / "anchors",
+        )  # fmt: skip
+        client = ServerClient(launch.server_url(config), config.server.model or "base", config.server.timeout_s)
+        rehearsal = window.rehearsal(config.experience.rehearsal) if config.experience.rehearsal else ()
+        self.rooms = Rooms(
+            config, self.store, base, client, Evidence(config, self.store, base, client, self._on_progress),
+            load_secret(config.state_dir), anchors, anchors_digest, rehearsal, fence, on_progress=self._on_progress,
+        )  # fmt: skip
+        self._wait_for_server()
+        self._pump = Pump(self.store, reporting.sinks(config))
+        self._pump.start()
+        self._tender = threading.Thread(target=self._tend, name="cltrain-tender", daemon=True)
+        if self.takes_lease:
+            self._tender.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self.takes_lease:
+            self._tender.join()
+            lease.release_lease(self.store, self.config.agent.name, self.rooms.fence)
+        self._pump.close()
+        self.rooms.server.close()
+
+    # ------------------------------------------------------------ what it does
+
+    def update(self, *, is_trial: bool = False, upto: int | None = None, is_filtered: bool = True) -> dict[str, Any]:
+        """One update now, with its page; interrupted ones are finished first."""
+        if (reason := aliases.frozen_reason(self.store, self.config.agent.name)) is not None:
+            raise ConflictError(f"{self.config.agent.name} is frozen ({reason}): cltrain unfreeze lets it learn again")
+        self.finish_interrupted()
+        summary = run_update(self.rooms, is_trial=is_trial, upto=upto, is_filtered=is_filtered)
+        self._after(summary)
+        return summary
+
+    def finish_interrupted(self) -> None:
+        """Carry on with updates that a crash cut off, or discard them where the alias moved on."""
+        for plan in plans.interrupted(self.store, self.config):
+            serving = aliases.read_alias(self.store, plan.agent)
+            if serving.release != plan.parent or serving.version != plan.alias.version:
+                plans.discard(self.store, plan.id, plan.work_dir, f"{serving.release} serves now, not {plan.parent}")
+                continue
+            self._on_progress(f"update {plan.number}: carries on after an interruption")
+            self._after(finish(self.rooms, plan))
+
+    def judge_again(self, release: str) -> dict[str, Any]:
+        """The gate's answer on a sealed release against what serves now; nothing moves."""
+        found = releases.get(self.store, release)
+        after = adapter_of(self.rooms, release)
+        directory = releases.release_dir(self.config.state_dir, found)
+        if after is None or directory is None:
+            raise DataError(f"{release} is the bare base: there is nothing to judge")
+        serving = aliases.read_alias(self.store, found.agent)
+        before = adapter_of(self.rooms, serving.release)
+        with self._server_lock:
+            self.rooms.server.load(release, directory)
+        bounds = verify_bounds(self.rooms.base, after, before, self.rooms.anchors, self.config.bounds)
+        learned = {record: stratum for record, stratum in window.strata_of(self.store, found.manifest.get("learned", ()))}
+        decision = self.rooms.evidence.judge_release(
+            release, serving.release, found.agent, taught=frozenset(learned.values()), base_kl=bounds.drift_kl
+        )
+        return {**asdict(decision), "verdict": str(decision.verdict), "release": release, "incumbent": serving.release}
+
+    def run(self) -> None:
+        """Answer requests and learn by itself until SIGTERM or SIGINT."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        if aliases.frozen_reason(self.store, self.config.agent.name) is None:
+            self.finish_interrupted()
+        while not self._stop.wait(POLL_S):
+            if self._lost is not None:
+                raise self._lost
+            if not self._answer_request():
+                self._learn_by_itself()
+
+    # ------------------------------------------------------------ inside
+
+    def _answer_request(self) -> bool:
+        agent = self.config.agent.name
+        query = select(requests).where(requests.c.agent == agent, requests.c.outcome.is_(None)).order_by(requests.c.id)
+        with self.store.read() as connection:
+            row = connection.execute(query.limit(1)).first()
+        if row is None:
+            return False
+        options = row.options
+        try:
+            outcome = self.update(
+                is_trial=row.kind == "trial", upto=options.get("upto"), is_filtered=options.get("filter", True)
+            )
+        except CltrainError as error:
+            outcome = {"error": f"{type(error).__name__}: {error}"}
+        with self.store.write() as connection:
+            connection.execute(update(requests).where(requests.c.id == row.id).values(outcome=outcome))
+        return True
+
+    def _learn_by_itself(self) -> None:
+        agent = self.config.agent
+        if agent.mode is LearningMode.OFF or aliases.frozen_reason(self.store, agent.name) is not None:
+            return
+        if not window.has_news(self.store, agent.name, self.config.experience, learn_from=agent.learn_from,
+                               tools_allowed=agent.tools_allowed, now=time.time()):  # fmt: skip
+            return
+        self._after(run_update(self.rooms))
+
+    def _after(self, summary: dict[str, Any]) -> None:
+        if summary["number"] is not None:
+            self._on_progress(f"update {summary['number']}: {summary['verdict']}: {summary['reasons'][0]}")
+            self._pump.wake()
+            if self.config.monitoring.report:
+                reporting.write_update(self.config, summary)
+
+    def _wait_for_server(self) -> None:
+        deadline = time.monotonic() + SERVER_WAIT_S
+        while not self.rooms.server.health():
+            if time.monotonic() > deadline:
+                raise ServerError(f"{self.rooms.server.url} did not answer within {SERVER_WAIT_S:g} s")
+            time.sleep(0.2)
+
+    def _tend(self) -> None:
+        """Renew the lease; when it is lost, the main loop stops. A server that is away is looked at again next time."""
+        while not self._stop.wait(TEND_S):
+            try:
+                lease.renew(self.store, self.config.agent.name, self.holder, self.rooms.fence, LEASE_S, time.time())
+            except ConflictError as error:
+                self._lost = error
+                return
+            with contextlib.suppress(ServerError), self.store.read() as connection:
+                wanted = residents.desired(connection, self.config.state_dir, self.config.agent.name)
+                residents.reconcile(self.rooms.server, wanted)
+
+
+def count_fitting(config: Config, store: Store, agent: str) -> dict[str, Any]:
+    """How many of the agent's learnable episodes the base can take, and the length of those that it cannot."""
+    base = load_base(config.base.path, context=config.base.context)
+    fitting, too_long = 0, []
+    for example in window.learnable(store, agent, learn_from=config.agent.learn_from, tools_allowed=config.agent.tools_allowed):
+        try:
+            render_rows(base.tokenizer, base.context, example)
+            fitting += 1
+        except DataError as error:
+            too_long.append({"record": example.record, "reason": str(error)})
+    return {"num_fitting": fitting, "num_unusable": len(too_long), "unusable": too_long}
+
+

@@ -1,0 +1,152 @@
+"""When the server fails, is slow or the client leaves: a clear status, a cancelled request, and missing data, no reward."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import APIError, OpenAI
+
+from cltrain.config import from_dict
+from cltrain.errors import ConfigError
+from cltrain.experience.recording import read_trajectories
+from cltrain.gateway.app import create_gateway, run_gateway
+from cltrain.gateway.upstream import Upstream
+from cltrain.store.database import open_store
+from tests.gateway_parts import BASE, config_in, running, served
+
+S1 = {"X-Session-Id": "s1"}
+
+
+def until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline, what
+        threading.Event().wait(0.02)
+
+
+@pytest.mark.parametrize(("order", "status"), [("fail 500", 502), ("fail 503", 502), ("nonsense", 502)])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_failing_server_is_a_502_that_says_who_and_why(
+    tmp_path: Path, order: str, status: int, is_streamed: bool
+) -> None:
+    if order == "nonsense" and is_streamed:
+        pytest.skip("an HTML page with status 200 in a stream breaks off; see the next test")
+    with running(tmp_path) as gateway:
+        answer = gateway.chat(order, stream=is_streamed)
+        assert answer.status_code == status
+        assert answer.headers["x-cltrain-recorded"] == "0"
+        assert "inference server at http://127.0.0.1" in answer.json()["error"]["message"]
+        until(lambda: len(read_trajectories(gateway.store, "support")) == 1, "the failed turn is not noted")
+        (kept,) = read_trajectories(gateway.store, "support")
+    assert (kept.generations, kept.feedback) == ((), ())
+
+
+def test_the_servers_own_refusal_reaches_the_client_as_it_is(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        answer = gateway.chat("fail 400")
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, "as you said")
+        assert gateway.chat("fail 429").status_code == 429
+        assert read_trajectories(gateway.store, "support") == []
+
+
+def test_a_slow_server_is_a_504_and_the_episode_times_out_without_reward(tmp_path: Path) -> None:
+    with running(tmp_path, timeout_s=0.3) as gateway:
+        first = gateway.chat("one", headers=S1)
+        message = first.json()["choices"][0]["message"]
+        answer = gateway.chat("one", message, "wait 5", headers=S1)
+        assert answer.status_code == 504
+        assert "within 0.3 s" in answer.json()["error"]["message"]
+        gateway.http.post(
+            "/v1/feedback",
+            json={"target": first.headers["x-cltrain-record"], "text": "too slow"},
+            headers={"X-Session-Done": "1"},
+        )
+        (kept,) = read_trajectories(gateway.store, "support")
+    assert kept.end == "timeout"
+    assert [f.score for f in kept.feedback] == [None]
+    assert len(kept.messages) == 2
+
+
+def test_a_retry_after_a_failure_goes_on_in_the_same_episode(tmp_path: Path) -> None:
+    with running(tmp_path, timeout_s=0.3) as gateway:
+        assert gateway.chat("wait 1", headers=S1).status_code == 504
+        until(lambda: len(read_trajectories(gateway.store, "support")) == 1, "the failed turn is not noted")
+        (failed,) = read_trajectories(gateway.store, "support")
+        answer = gateway.chat("wait 0.0", headers=S1)
+        assert answer.headers["x-cltrain-trajectory"] == failed.id
+        again = gateway.chat("wait 1", headers=S1)
+        assert again.status_code == 504
+
+
+def test_a_missing_server_is_a_502(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"  # nobody listens there any more
+    store = open_store(tmp_path)
+    app = create_gateway(store, config_in(tmp_path, server={"url": url}), Upstream(url, base_model="base"), base_release=BASE)
+    with served(app) as gateway_url, httpx.Client(base_url=gateway_url, trust_env=False) as http:
+        body = {"model": "support", "messages": [{"role": "user", "content": "x"}]}
+        for streamed in (False, True):
+            answer = http.post("/v1/chat/completions", json={**body, "stream": streamed})
+            assert answer.status_code == 502
+            assert "no answer from the inference server" in answer.json()["error"]["message"]
+        assert http.get("/v1/models").status_code == 502
+        assert http.get("/health").status_code == 200
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error_and_is_not_recorded(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        text = gateway.chat("break", stream=True, headers={**S1, "X-Session-Done": "1"}).text
+        assert "broke off" in json.loads(text.strip().split("\n")[-1][6:])["error"]["message"]
+        assert "[DONE]" not in text
+        assert '"cltrain"' not in text
+        with OpenAI(base_url=f"{gateway.url}/v1", api_key="x", max_retries=0) as client:
+            stream = client.chat.completions.create(
+                model="support", messages=[{"role": "user", "content": "break"}], stream=True
+            )
+            with pytest.raises(APIError, match="broke off"):
+                list(stream)
+        until(lambda: len(read_trajectories(gateway.store, "support")) == 2, "the failed turn is not noted")
+        kept = read_trajectories(gateway.store, "support")
+    assert kept[0].end == "aborted"
+    assert all(t.generations == () for t in kept)
+
+
+def test_a_client_that_leaves_cancels_the_server_and_leaves_an_aborted_turn(tmp_path: Path) -> None:
+    with running(tmp_path, timeout_s=20) as gateway:
+        with pytest.raises(httpx.ReadTimeout):
+            gateway.http.post(
+                "/v1/chat/completions",
+                json={"model": "support", "messages": [{"role": "user", "content": "wait 9"}]},
+                timeout=0.3,
+            )
+        until(lambda: gateway.fake.num_cancelled == 1, "the server was not cancelled")
+        until(lambda: len(read_trajectories(gateway.store, "support")) == 1, "the abort is not noted")
+        assert gateway.app.state.door.episodes.busy == frozenset()
+
+
+def test_a_client_that_leaves_a_stream_cancels_the_server(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        body = {"model": "support", "stream": True, "messages": [{"role": "user", "content": "drip"}]}
+        with gateway.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            next(response.iter_raw())
+        until(lambda: gateway.fake.num_cancelled == 1, "the server was not cancelled")
+        until(lambda: len(read_trajectories(gateway.store, "support")) == 1, "the abort is not noted")
+        (kept,) = read_trajectories(gateway.store, "support")
+        assert kept.generations == ()
+        assert gateway.app.state.door.episodes.busy == frozenset()
+
+
+def test_a_busy_port_is_a_clear_error(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = from_dict({"home": str(tmp_path), "gateway": {"port": port}})
+        with pytest.raises(ConfigError, match=rf"gateway\.port = {port}.*--set gateway\.port"):
+            run_gateway(config)

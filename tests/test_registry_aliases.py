@@ -1,0 +1,344 @@
+"""The alias moves by compare-and-swap, walks back by rollback, and both are quick with everything else down."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy import insert, select
+
+from cltrain.errors import ConflictError, DataError
+from cltrain.records import Alias
+from cltrain.registry.aliases import (
+    freeze,
+    frozen_reason,
+    move_alias,
+    read_alias,
+    read_references,
+    rollback,
+    unfreeze,
+)
+from cltrain.registry.lease import acquire
+from cltrain.registry.releases import ensure_base_release, get, seal, set_status
+from cltrain.store.database import Store, open_store
+from cltrain.store.schema import screenings, updates
+
+BASE_DIGEST = "ab" * 32
+BASE = f"support-v000000-{BASE_DIGEST[:12]}"
+
+
+def _store(tmp_path: Path) -> Store:
+    store = open_store(tmp_path / "state")
+    ensure_base_release(store, "support", BASE_DIGEST, now=1.0)
+    return store
+
+
+def _sealed(store: Store, tmp_path: Path, parent: str, weights: str) -> str:
+    directory = tmp_path / f"candidate-{weights}"
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").write_text(weights)
+    return seal(store, tmp_path / "state", "support", directory, parent, {}, now=2.0).name
+
+
+def _promoted(store: Store, tmp_path: Path, weights: str, fence: int, *, raises_high_water: bool = False) -> str:
+    """One whole update: sealed from the incumbent, learned two records, promoted."""
+    alias = read_alias(store, "support")
+    name = _sealed(store, tmp_path, alias.release, weights)
+    with store.write() as connection:
+        number = get(store, name).number
+        values = {"state": "done", "verdict": "promote", "mode": "auto", "fence": fence, "manifest": {}}
+        connection.execute(
+            insert(updates).values(
+                id=f"update-{weights}",
+                agent="support",
+                number=number,
+                parent=alias.release,
+                candidate=name,
+                started_at=2.0,
+                **values,
+            )
+        )
+        for status in ("learned", "replay", "unusable"):
+            connection.execute(
+                insert(screenings).values(
+                    record=f"{weights}-{status}",
+                    agent="support",
+                    status=status,
+                    update=f"update-{weights}",
+                    changed_at=2.0,
+                )
+            )
+    move_alias(store, "support", expected=alias, to=name, fence=fence, now=3.0, raises_high_water=raises_high_water)
+    return name
+
+
+def _statuses(store: Store) -> dict[str, str]:
+    with store.read() as connection:
+        return {r.record: r.status for r in connection.execute(select(screenings))}
+
+
+def test_a_new_agent_serves_the_bare_base(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    assert read_alias(store, "support") == Alias("support", BASE, 1, None, 0)
+    references = read_references(store, "support")
+    assert (references.incumbent, references.high_water, references.anchor) == (BASE, BASE, BASE)
+    with pytest.raises(DataError, match="has no alias yet"):
+        read_alias(store, "nobody")
+
+
+def test_a_move_names_what_it_replaces_and_only_the_first_of_two_wins(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    start = read_alias(store, "support")
+    first = _sealed(store, tmp_path, BASE, "one")
+    second = _sealed(store, tmp_path, BASE, "two")
+    moved = move_alias(store, "support", expected=start, to=first, fence=fence, now=3.0)
+    assert (moved.release, moved.previous, moved.version, moved.fence) == (first, BASE, 2, fence)
+    assert get(store, first).status == "released"
+    with pytest.raises(ConflictError, match="no longer"):
+        move_alias(store, "support", expected=start, to=second, fence=fence, now=3.0)
+    with pytest.raises(ConflictError, match="no longer"):
+        move_alias(store, "support", expected=BASE, to=second, fence=fence, now=3.0)
+    assert get(store, second).status == "candidate"
+
+
+def test_of_eight_movers_at_once_exactly_one_wins(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    names = [_sealed(store, tmp_path, BASE, f"w{i}") for i in range(8)]
+    results: list[str] = []
+
+    def move(name: str) -> None:
+        try:
+            results.append(move_alias(store, "support", expected=BASE, to=name, fence=fence, now=3.0).release)
+        except ConflictError:
+            results.append("conflict")
+
+    threads = [threading.Thread(target=move, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results.count("conflict") == 7
+    assert read_alias(store, "support").release in results
+
+
+def test_a_worker_that_lost_its_lease_moves_nothing(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    old = acquire(store, "support", "worker 1", 10.0, 0.0)
+    new = acquire(store, "support", "worker 2", 10.0, 20.0)
+    assert new > old
+    name = _sealed(store, tmp_path, BASE, "one")
+    with pytest.raises(ConflictError, match="not the newest"):
+        move_alias(store, "support", expected=BASE, to=name, fence=old, now=21.0)
+    with pytest.raises(ConflictError, match="without a lease"):
+        move_alias(store, "support", expected=BASE, to=name, fence=None, now=21.0)
+    assert read_alias(store, "support").release == BASE
+
+
+@pytest.mark.parametrize("status", ["held", "rejected", "deleted"])
+def test_what_the_gate_did_not_promote_never_serves(tmp_path: Path, status: str) -> None:
+    store = _store(tmp_path)
+    name = _sealed(store, tmp_path, BASE, "one")
+    set_status(store, name, status, now=3.0)
+    with pytest.raises(ConflictError, match=f"{status} and cannot become released"):
+        move_alias(store, "support", expected=BASE, to=name, fence=None, now=3.0, is_human=True)
+    assert read_alias(store, "support").release == BASE
+
+
+@pytest.mark.parametrize("verdict", ["hold", "reject", "error"])
+def test_a_written_verdict_binds_even_a_human(tmp_path: Path, verdict: str) -> None:
+    store = _store(tmp_path)
+    name = _sealed(store, tmp_path, BASE, "one")
+    with store.write() as connection:
+        connection.execute(
+            insert(updates).values(
+                id="u", agent="support", number=1, state="done", parent=BASE, candidate=name, verdict=verdict,
+                mode="auto", fence=1, manifest={}, started_at=1.0,
+            )
+        )  # fmt: skip
+    with pytest.raises(ConflictError, match=f"the gate said {verdict}"):
+        move_alias(store, "support", expected=BASE, to=name, fence=None, now=3.0, is_human=True)
+
+
+def test_frozen_learning_promotes_nothing_until_it_is_unfrozen(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    name = _sealed(store, tmp_path, BASE, "one")
+    freeze(store, "support", now=2.0, reason="holiday")
+    assert frozen_reason(store, "support") == "holiday"
+    with pytest.raises(ConflictError, match=r"frozen \(holiday\)"):
+        move_alias(store, "support", expected=BASE, to=name, fence=fence, now=3.0)
+    unfreeze(store, "support", now=3.0)
+    assert frozen_reason(store, "support") is None
+    assert move_alias(store, "support", expected=BASE, to=name, fence=fence, now=3.0).release == name
+
+
+def test_rollback_undoes_the_release_quarantines_its_window_and_freezes(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    first = _promoted(store, tmp_path, "one", fence)
+    second = _promoted(store, tmp_path, "two", fence)
+    done = rollback(store, "support", now=5.0, reason="refunds everything")
+    assert (done.undone, done.alias.release, done.rolled_back, done.num_quarantined) == (second, first, (second,), 2)
+    assert get(store, second).status == "rolled_back"
+    assert get(store, first).status == "released"
+    assert _statuses(store) == {
+        "one-learned": "learned",
+        "one-replay": "replay",
+        "one-unusable": "unusable",
+        "two-learned": "quarantined",
+        "two-replay": "quarantined",
+        "two-unusable": "unusable",
+    }
+    assert "refunds everything" in (frozen_reason(store, "support") or "")
+
+
+def test_rollbacks_in_a_row_walk_back_to_the_bare_base_and_stop_there(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    names = [_promoted(store, tmp_path, f"w{i}", fence) for i in range(4)]
+    seen = [rollback(store, "support", now=5.0, reason="bad", freeze=False).alias.release for _ in names]
+    assert seen == [names[2], names[1], names[0], BASE]
+    with pytest.raises(ConflictError, match="nothing to roll back to"):
+        rollback(store, "support", now=5.0, reason="bad")
+    assert get(store, BASE).status == "released"
+    assert read_alias(store, "support").previous is None
+    assert frozen_reason(store, "support") is None
+
+
+def test_a_rolled_back_release_is_skipped_by_later_rollbacks(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    first = _promoted(store, tmp_path, "one", fence)
+    _promoted(store, tmp_path, "two", fence)
+    rollback(store, "support", now=5.0, reason="bad", freeze=False)
+    third = _promoted(store, tmp_path, "three", fence)
+    assert get(store, third).parent == first
+    assert rollback(store, "support", now=6.0, reason="bad").alias.release == first
+    assert rollback(store, "support", now=6.0, reason="bad").alias.release == BASE
+
+
+def test_rollback_to_a_named_release_undoes_everything_since(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    names = [_promoted(store, tmp_path, f"w{i}", fence) for i in range(4)]
+    done = rollback(store, "support", to=names[0], now=5.0, reason="bad")
+    assert done.rolled_back == (names[3], names[2], names[1])
+    assert done.num_quarantined == 6
+    with pytest.raises(ConflictError, match="rolled_back of support"):
+        rollback(store, "support", to=names[2], now=6.0, reason="bad")
+    with pytest.raises(ConflictError, match="already serves"):
+        rollback(store, "support", to=names[0], now=6.0, reason="bad")
+
+
+@pytest.mark.parametrize("is_named_only", [True, False])
+def test_a_rollback_during_an_update_discards_that_update(tmp_path: Path, is_named_only: bool) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    _promoted(store, tmp_path, "one", fence)
+    started_from = read_alias(store, "support")
+    candidate = _sealed(store, tmp_path, started_from.release, "two")
+    rollback(store, "support", now=5.0, reason="bad", freeze=False)
+    expected = started_from.release if is_named_only else started_from
+    with pytest.raises(ConflictError):
+        move_alias(store, "support", expected=expected, to=candidate, fence=fence, now=6.0)
+    assert read_alias(store, "support").release == BASE
+
+
+def test_an_alias_that_went_away_and_came_back_does_not_fool_the_swap(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    started_from = read_alias(store, "support")
+    candidate = _sealed(store, tmp_path, BASE, "slow")
+    _promoted(store, tmp_path, "one", fence)
+    rollback(store, "support", now=5.0, reason="bad", freeze=False)
+    assert read_alias(store, "support").release == started_from.release
+    with pytest.raises(ConflictError, match="version 3"):
+        move_alias(store, "support", expected=started_from, to=candidate, fence=fence, now=6.0)
+
+
+def test_high_water_and_anchor_go_back_with_a_rollback(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    first = _promoted(store, tmp_path, "one", fence, raises_high_water=True)
+    second = _promoted(store, tmp_path, "two", fence)
+    third = _promoted(store, tmp_path, "three", fence, raises_high_water=True)
+    move_alias(store, "support", expected=third, to=third, fence=None, now=4.0, is_human=True)
+    assert read_alias(store, "support").previous == second
+    references = read_references(store, "support")
+    assert (references.high_water, references.anchor) == (third, third)
+    rollback(store, "support", now=5.0, reason="bad")
+    references = read_references(store, "support")
+    assert (references.incumbent, references.high_water, references.anchor) == (second, first, BASE)
+
+
+def test_only_a_human_promotes_what_was_rolled_back(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    name = _promoted(store, tmp_path, "one", fence)
+    rollback(store, "support", now=5.0, reason="mistake")
+    unfreeze(store, "support", now=5.0)
+    with pytest.raises(ConflictError, match="only a human"):
+        move_alias(store, "support", expected=BASE, to=name, fence=fence, now=6.0)
+    moved = move_alias(store, "support", expected=BASE, to=name, fence=None, now=6.0, is_human=True)
+    assert moved.release == name
+    assert read_references(store, "support").anchor == name
+
+
+SCRIPT = """
+import sys, time, json
+from pathlib import Path
+start = time.monotonic()
+from cltrain.registry.aliases import freeze, rollback, unfreeze
+from cltrain.store.database import open_store
+store = open_store(Path(sys.argv[1]))
+rollback(store, "support", now=5.0, reason="bad")
+unfreeze(store, "support", now=5.0)
+freeze(store, "support", now=5.0, reason="again")
+heavy = [m for m in ("torch", "transformers", "peft", "fastapi", "scipy") if m in sys.modules]
+print(json.dumps({"seconds": time.monotonic() - start, "heavy": heavy}))
+"""
+
+
+def test_rollback_and_freeze_take_under_a_second_in_a_new_process_without_torch(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    _promoted(store, tmp_path, "one", fence)
+    best = 9.0
+    for _ in range(3):  # a busy machine may be slow once
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "state")]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        report = json.loads(out.stdout)
+        assert report["heavy"] == []
+        best = min(best, report["seconds"])
+        if best < 1.0:
+            break
+        _promoted_again(store)
+    assert best < 1.0
+    assert read_alias(store, "support").release == BASE
+
+
+def _promoted_again(store: Store) -> None:
+    name = next(n for n in (read_alias(store, "support").release, BASE))
+    with store.read() as connection:
+        name = connection.execute(select(updates.c.candidate)).scalar() or name
+    expected = read_alias(store, "support").release
+    move_alias(store, "support", expected=expected, to=name, fence=None, now=6.0, is_human=True)
+
+
+def test_a_rollback_waits_for_no_reader(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    _promoted(store, tmp_path, "one", fence)
+    with store.read() as connection:
+        connection.execute(select(updates)).all()
+        start = time.monotonic()
+        rollback(store, "support", now=5.0, reason="bad")
+        assert time.monotonic() - start < 1.0
