@@ -125,10 +125,13 @@ class Deployment:
         self, to: str | None = None, *, keep_learning: bool = False, reason: str = "asked for by the owner"
     ) -> dict[str, Any]:
         """Serve an earlier release again (default: the one before), with every process down if need be."""
-        done = aliases.rollback(
-            self.store, self.agent, to=to, now=time.time(), reason=reason, freeze=not keep_learning
-        )
-        return {**asdict(done.alias), "undone": done.undone, "quarantined": done.num_quarantined, "frozen": done.is_frozen}
+        done = aliases.rollback(self.store, self.agent, to=to, now=time.time(), reason=reason, freeze=not keep_learning)
+        return {
+            **asdict(done.alias),
+            "undone": done.undone,
+            "quarantined": done.num_quarantined,
+            "frozen": done.is_frozen,
+        }
 
     def promote(self, release: str) -> dict[str, Any]:
         """A human's yes: every server gets the release first, then the alias moves and the anchor with it.
@@ -212,7 +215,7 @@ class Deployment:
 
         secret = load_secret(self.config.state_dir)
         with Recorder(self.store, secret, self.config.experience.eval_share) as recorder:
-            report = asdict(import_file(recorder, file, self.agent, producer=producer))
+            report = asdict(import_file(recorder, file, self.agent, store=self.store, producer=producer))
         from cltrain.worker import count_fitting
 
         return {**report, **count_fitting(self.config, self.store, self.agent)}
@@ -263,5 +266,3 @@ def _is_up(url: str) -> str:
         return "up" if httpx.get(f"{url}/health", timeout=0.3).status_code == 200 else "unwell"
     except httpx.HTTPError:
         return "down"
-
-

@@ -1,6 +1,7 @@
 """The command line: thin words over `cltrain.api`. Heavy packages are imported inside the command that needs them.
 
-Exit codes: 0 done, 1 failed, 2 configuration, 3 data, 4 conflict, 5 server, 10 hold, 11 reject, 12 error (the gate's verdicts).
+Exit codes: 0 done, 1 failed, 2 configuration, 3 data, 4 conflict, 5 server; the gate's verdicts: 10 hold, 11 reject,
+12 error.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ConfigFiles = Annotated[
     list[Path] | None, typer.Option("--config", "-c", help="TOML file; several merge left to right.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one setting, e.g. trainer.lr=1e-5.")
+    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting, e.g. trainer.lr=1e-5.")
 ]
 Home = Annotated[Path | None, typer.Option("--home", help="State directory (default $CLTRAIN_HOME or checkpoints/).")]
 Agent = Annotated[str | None, typer.Option("--agent", help="The agent's name (default agent.name).")]
@@ -71,7 +72,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("out/demo"),
     seed: Annotated[int, typer.Option(help="Which stream of tickets.")] = 0,
 ) -> None:
-    """A whole deployment on this machine: an agent works tickets, learns, and what it learns is gated and swapped in."""
+    """A whole deployment on this machine: an agent works, learns, and what it learns is gated and swapped in."""
     from cltrain.demo.run import run_demo
 
     run_demo(out, seed)
@@ -215,7 +216,11 @@ def freeze(
 
 @app.command()
 def unfreeze(
-    config: ConfigFiles = None, overrides: Overrides = None, home: Home = None, agent: Agent = None, as_json: AsJson = False
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    home: Home = None,
+    agent: Agent = None,
+    as_json: AsJson = False,
 ) -> None:
     """Let learning go on."""
     state = _open(config, overrides, home, agent).unfreeze()
@@ -224,18 +229,28 @@ def unfreeze(
 
 @app.command()
 def status(
-    config: ConfigFiles = None, overrides: Overrides = None, home: Home = None, agent: Agent = None, as_json: AsJson = False
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    home: Home = None,
+    agent: Agent = None,
+    as_json: AsJson = False,
 ) -> None:
     """What serves, what is waiting, what the last updates said."""
     state = _open(config, overrides, home, agent).status()
+    frozen = f"  FROZEN: {state['frozen_reason']}" if state["frozen"] else ""
+    said = f"{state['feedback']} pieces of feedback, {state['set_aside']} lines set aside"
     lines = [
-        f"agent      {state['agent']}  mode {state['mode']}{'  FROZEN: ' + state['frozen_reason'] if state['frozen'] else ''}",
-        f"serving    {state['release'] or 'nothing yet'}  (before: {state['previous'] or '-'}; anchor: {state['anchor'] or '-'})",
-        f"records    {state['records']} episodes, {state['feedback']} pieces of feedback, {state['set_aside']} lines set aside",
+        f"agent      {state['agent']}  mode {state['mode']}{frozen}",
+        f"serving    {state['release'] or 'nothing yet'}",
+        f"before     {state['previous'] or '-'}   anchor {state['anchor'] or '-'}",
+        f"records    {state['records']} episodes, {said}",
         f"processes  {', '.join(f'{name} {up}' for name, up in state['processes'].items())}",
         f"decisions  {state['decisions']} in the log, chain {state['chain']}",
     ]
-    lines += [f"update {u['number']:>4}  {u['verdict'] or u['state']:<8} {u['candidate'] or '':<34} {u['reason']}" for u in state["updates"]]
+    for u in state["updates"]:
+        lines.append(
+            f"update {u['number']:>4}  {u['verdict'] or u['state']:<8} {u['candidate'] or '':<34} {u['reason']}"
+        )
     _print(state, as_json, lines)
 
 
@@ -247,7 +262,7 @@ def import_(
     home: Home = None,
     agent: Agent = None,
     base: Annotated[Path | None, typer.Option(help="Base whose tokenizer and context the report counts with.")] = None,
-    producer: Annotated[str | None, typer.Option(help="Who wrote the assistant turns, if the file does not say.")] = None,
+    producer: Annotated[str | None, typer.Option(help="Who wrote the assistant turns.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Take past episodes in; every line is accounted for."""
@@ -283,12 +298,17 @@ def config_check(
     from cltrain.config import load
 
     resolved = load(files or [], overrides or [])
-    _print({"config": resolved.resolved(), "digest": resolved.digest()}, as_json, [f"good; digest {resolved.digest()[:12]}"])
+    digest = resolved.digest()
+    _print({"config": resolved.resolved(), "digest": digest}, as_json, [f"good; digest {digest[:12]}"])
 
 
 @app.command()
 def doctor(
-    config: ConfigFiles = None, overrides: Overrides = None, home: Home = None, agent: Agent = None, as_json: AsJson = False
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    home: Home = None,
+    agent: Agent = None,
+    as_json: AsJson = False,
 ) -> None:
     """Look for what would go wrong: packages, disk, ports, base, store, servers."""
     findings = _open(config, overrides, home, agent).doctor()

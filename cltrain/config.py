@@ -30,6 +30,7 @@ class AgentConfig(Section):
 
     name: str = Field("support", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
     mode: LearningMode = LearningMode.OBSERVE
+    updates: Literal["when_ready", "on_request"] = "when_ready"  # on_request: `cltrain update`, a timer, your own code
     learn_from: tuple[str, ...] = ("agent", "operator", "rehearsal")  # producers whose assistant turns may carry loss
     tools_allowed: tuple[str, ...] | None = None  # None: the tools that the episode itself declares
 

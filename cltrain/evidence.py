@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 
 from cltrain.config import Config
 from cltrain.deploy.client import ServerClient
 from cltrain.experience import window
+from cltrain.experience.screens import Suspicion
 from cltrain.gate.judge import Contest, judge
 from cltrain.gate.suites import load_suite
 from cltrain.models.base import Base
 from cltrain.models.chat import render_example
 from cltrain.models.scoring import last_answer
-from cltrain.plans import Plan
 from cltrain.records import Decision, Example, Message, SuiteItem, Tool
 from cltrain.registry import aliases, releases
 from cltrain.store.database import Store
@@ -29,29 +30,40 @@ class Evidence:
         self.suite = load_suite(config.gate.suite) if config.gate.suite is not None else []
 
     def judge(
-        self, candidate: str, plan: Plan, *, base_kl: float, used_before: Sequence[str] = (), is_retry: bool = False
+        self,
+        candidate: str,
+        incumbent: str,
+        *,
+        taught: Collection[str],
+        suspicious: Sequence[Suspicion] = (),
+        base_kl: float,
+        seed: int,
+        used_before: Sequence[str] = (),
+        is_retry: bool = False,
     ) -> Decision:
         """The gate's decision on a candidate that the server has loaded. A retry is judged on items not used before."""
+        agent = self.config.agent
         held_out, rate_per_s = window.heldout_items(
-            self.store, plan.agent, learn_from=self.config.agent.learn_from, tools_allowed=self.config.agent.tools_allowed
-        )
-        marks = aliases.read_references(self.store, plan.agent)
+            self.store, agent.name, self.config.experience, learn_from=agent.learn_from,
+            tools_allowed=agent.tools_allowed, now=time.time(),
+        )  # fmt: skip
+        marks = aliases.read_references(self.store, agent.name)
         return judge(
             self.store,
-            plan.agent,
-            Contest(candidate, plan.parent, marks.high_water, marks.anchor),
+            agent.name,
+            Contest(candidate, incumbent, marks.high_water, marks.anchor),
             [*self.suite, *held_out],
             self.config.gate,
-            taught=plan.taught,
+            taught=taught,
             answer_many=self.answer_many,
             base_kl=base_kl,
             score=self.score,
-            suspicions=plan.suspicious,
+            suspicions=suspicious,
             rate_per_s=rate_per_s,
-            seed=plan.seed,
+            seed=seed,
             used_before=used_before,
             fresh_only=is_retry,
-            on_chunk=lambda done, planned: self.on_progress(f"update {plan.number}: judged on {done} of {planned} items"),
+            on_chunk=lambda done, planned: self.on_progress(f"{candidate}: judged on {done} of {planned} items"),
         )
 
     def answer_many(self, release: str, items: Sequence[SuiteItem]) -> list[Message]:

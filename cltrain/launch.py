@@ -1,6 +1,6 @@
 """Starts the processes of one deployment, waits until they answer, restarts one that died, ends those it started.
 
-Each process is `cltrain run --only NAME` with the caller's own config arguments, so each may also be run by hand, alone.
+Each process is `cltrain run --only NAME` with the caller's own config arguments: each may also be run by hand.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ judges and concludes. A crash anywhere leaves a plan that `finish` carries on wi
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from cltrain.deploy.preflight import check_adapter
 from cltrain.errors import ConflictError, DataError, ServerError
 from cltrain.evidence import Evidence
 from cltrain.experience import window
+from cltrain.experience.buffer import replay_examples
 from cltrain.experience.screens import screen
 from cltrain.gate.decision import moves_high_water
 from cltrain.models.adapter import AdapterFile, read_adapter
@@ -53,6 +55,7 @@ class Rooms:
     rehearsal: Sequence[Example]
     fence: int
     clock: Callable[[], float] = time.time
+    server_lock: threading.Lock = field(default_factory=threading.Lock)  # loading is done by one thread at a time
     on_progress: Callable[[str], None] = print
 
     @property
@@ -99,7 +102,10 @@ def run_update(
         tools_allowed=rooms.config.agent.tools_allowed,
     )  # fmt: skip
     fresh, unusable = render(rooms, screened.kept)
-    learned_before = window.replay_examples(rooms.store, rooms.agent, config, rooms.secret)
+    learned_before = replay_examples(
+        rooms.store, rooms.agent, config, rooms.secret, learn_from=rooms.config.agent.learn_from,
+        tools_allowed=rooms.config.agent.tools_allowed,
+    )  # fmt: skip
     replay, _ = render(rooms, [*learned_before, *rooms.rehearsal])
     plan = plans.open_plan(
         rooms.store, rooms.config, alias, releases.get(rooms.store, alias.release), examples=waiting.examples,
@@ -123,7 +129,9 @@ def finish(rooms: Rooms, plan: Plan) -> dict[str, Any]:
     if attempt.decision.verdict is Verdict.REJECT and rooms.config.gate.filter_and_retry and not plan.is_trial:
         calmer = without_most_surprising(rooms, plan, attempt)
         if calmer:
-            rooms.on_progress(f"update {plan.number}: rejected, tries once more on {len(calmer)} of {len(plan.fresh)} records")
+            rooms.on_progress(
+                f"update {plan.number}: rejected; once more on {len(calmer)} of {len(plan.fresh)} records"
+            )
             attempt = try_update(rooms, plan, calmer, number=2, used_before=attempt.decision.items_used)
     return conclude(rooms, plan, attempt)
 
@@ -153,15 +161,17 @@ def try_update(
             assert directory is not None
             check_adapter(directory, base_dir=rooms.base.path, base_digest=rooms.base.digest)
         with attempt.timed("load"):
-            tidy_server(rooms)
-            rooms.server.load(attempt.release.name, directory)
+            with rooms.server_lock:
+                tidy_server(rooms)
+                rooms.server.load(attempt.release.name, directory)
         with attempt.timed("prove"):
             attempt.proof = prove(rooms, plan, attempt.release.name, read_adapter(directory), incumbent, fresh)
         with attempt.timed("gate"):
             kl = attempt.candidate.bounds.drift_kl
             attempt.decision = rooms.evidence.judge(
-                attempt.release.name, plan, base_kl=kl, used_before=used_before, is_retry=number > 1
-            )
+                attempt.release.name, plan.parent, taught=plan.taught, suspicious=plan.suspicious, base_kl=kl,
+                seed=plan.seed + number, used_before=used_before, is_retry=number > 1,
+            )  # fmt: skip
     except (ServerError, DataError) as error:  # an update that cannot be judged is an answer, and the worker goes on
         attempt.decision = Decision(Verdict.ERROR, (f"{type(error).__name__}: {error}",), ())
     return attempt
@@ -187,12 +197,19 @@ def conclude(rooms: Rooms, plan: Plan, attempt: Attempt) -> dict[str, Any]:
         status = "held" if is_held else "rejected"
         releases.set_status(rooms.store, candidate.name, status, now=rooms.clock(), reason=decision.reasons[0][:300])
     summary = plans.summary_of(
-        plan, decision, candidate=candidate.name if candidate else None, made=attempt.candidate, learned=attempt.learned,
-        proof=attempt.proof.verdict if attempt.proof else None, seconds=attempt.seconds, mode=mode,
-        serving=aliases.read_alias(rooms.store, rooms.agent).release, is_served=is_served, now=rooms.clock(),
+        plan, decision, candidate=candidate.name if candidate else None, made=attempt.candidate,
+        learned=attempt.learned, proof=attempt.proof.verdict if attempt.proof else None, seconds=attempt.seconds,
+        mode=mode, serving=aliases.read_alias(rooms.store, rooms.agent).release, is_served=is_served, now=rooms.clock(),
     )  # fmt: skip
     plans.close_plan(
-        rooms.store, plan, attempt.candidate, summary, learned=attempt.learned, is_served=is_served, now=rooms.clock()
+        rooms.store,
+        plan,
+        attempt.candidate,
+        summary,
+        decision,
+        learned=attempt.learned,
+        is_served=is_served,
+        now=rooms.clock(),
     )
     return summary
 
@@ -200,7 +217,7 @@ def conclude(rooms: Rooms, plan: Plan, attempt: Attempt) -> dict[str, Any]:
 def prove(
     rooms: Rooms, plan: Plan, name: str, after: AdapterFile, before: AdapterFile | None, fresh: Sequence[TokenRow]
 ) -> proof.Proof:
-    """Show that the server answers with these weights, on the learned rows where candidate and incumbent differ most."""
+    """Show that the server answers with these weights, on the learned rows where they differ most from before."""
     rows = list(fresh[:32])
     pairs = [last_answer(row) for row in rows]
     ours, theirs = token_log_probs(rooms.base, after, rows), token_log_probs(rooms.base, before, rows)
@@ -218,7 +235,7 @@ def prove(
 
 
 def without_most_surprising(rooms: Rooms, plan: Plan, attempt: Attempt) -> list[TokenRow]:
-    """The window less the fifth that the rejected candidate itself could not make sense of, and every suspicious record."""
+    """The window less every suspicious record and the fifth that the rejected candidate itself fits worst."""
     suspicious = {record for suspicion in plan.suspicious for record in suspicion.records}
     rows = [row for row in attempt.learned if row.record not in suspicious]
     if attempt.candidate is None or len(rows) < 2:

@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select
-from sqlalchemy import update as update_rows
+from sqlalchemy import update as change
 
 from cltrain import __version__
 from cltrain.config import Config
 from cltrain.errors import DataError
 from cltrain.experience import window
 from cltrain.experience.screens import Suspicion
+from cltrain.monitoring.outbox import emit
+from cltrain.monitoring.rows import update_event
 from cltrain.records import Alias, Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict
 from cltrain.registry.decisions import append
 from cltrain.store.database import Store
-from cltrain.store.schema import outbox, update_reads, updates
+from cltrain.store.schema import update_reads, updates
 
 ROWS_FILE = "rows.json"
 
@@ -111,9 +113,16 @@ def open_plan(
     with store.write() as connection:
         connection.execute(
             insert(updates).values(
-                id=plan_id, agent=agent, number=number, state="training", parent=parent.name, fence=fence,
-                mode="trial" if is_trial else str(config.agent.mode), manifest=manifest, started_at=now,
-            )  # fmt: skip
+                id=plan_id,
+                agent=agent,
+                number=number,
+                state="training",
+                parent=parent.name,
+                fence=fence,
+                mode="trial" if is_trial else str(config.agent.mode),
+                manifest=manifest,
+                started_at=now,
+            )
         )
     return _plan(plan_id, manifest, work_dir, rows)
 
@@ -142,7 +151,7 @@ def discard(store: Store, plan_id: str, work_dir: Path, reason: str) -> None:
     with store.write() as connection:
         row = connection.execute(select(updates).where(updates.c.id == plan_id)).one()
         connection.execute(
-            update_rows(updates)
+            change(updates)
             .where(updates.c.id == plan_id)
             .values(state="discarded", verdict="error", summary={"reasons": [f"discarded: {reason}"]})
         )
@@ -153,9 +162,7 @@ def discard(store: Store, plan_id: str, work_dir: Path, reason: str) -> None:
 def judging(store: Store, plan: Plan, candidate: str) -> None:
     """Note which release this update made, before any server hears of it."""
     with store.write() as connection:
-        connection.execute(
-            update_rows(updates).where(updates.c.id == plan.id).values(state="judging", candidate=candidate)
-        )
+        connection.execute(change(updates).where(updates.c.id == plan.id).values(state="judging", candidate=candidate))
 
 
 def close_plan(
@@ -163,6 +170,7 @@ def close_plan(
     plan: Plan,
     candidate: Candidate | None,
     summary: dict[str, Any],
+    decision: Decision,
     *,
     learned: Sequence[TokenRow],
     is_served: bool,
@@ -171,7 +179,7 @@ def close_plan(
     """The update's verdict, its reads, its records' new standing and its event, in one transaction."""
     with store.write() as connection:
         connection.execute(
-            update_rows(updates)
+            change(updates)
             .where(updates.c.id == plan.id)
             .values(state="done", verdict=summary["verdict"], summary=summary, finished_at=now)
         )
@@ -183,9 +191,10 @@ def close_plan(
             )
         if not plan.is_trial:
             _file_records(connection, plan, learned, summary["verdict"], is_served=is_served, now=now)
-        payload = {"update": plan.id, "verdict": summary["verdict"], "candidate": summary["candidate"], "served": is_served}
+        payload = {key: summary[key] for key in ("update", "verdict", "candidate", "is_served")}
         append(connection, plan.agent, "verdict", payload, now)
-        connection.execute(insert(outbox).values(agent=plan.agent, kind="update", payload=summary, at=now))
+        event = update_event(summary, decision, candidate.bounds if candidate else None)
+        emit(connection, plan.agent, "update", event, now)
     shutil.rmtree(plan.work_dir, ignore_errors=True)
 
 
@@ -197,6 +206,7 @@ def manifest_of(plan: Plan, candidate: Candidate, attempt: int, learned: Sequenc
         "update": plan.id,
         "seed": plan.seed + attempt,
         "learned": list(learned),
+        "taught": sorted(plan.taught),
         "replayed": sorted({row.record for row in plan.replay}),
         "bounds": asdict(candidate.bounds),
         "metrics": candidate.metrics,
@@ -287,7 +297,7 @@ def nothing_to_learn(agent: str, serving: str, waiting: window.Window) -> dict[s
 def _file_records(
     connection: Connection, plan: Plan, learned: Sequence[TokenRow], verdict: str, *, is_served: bool, now: float
 ) -> None:
-    """Where the window's records go: learned ones into replay, held ones back to waiting, rejected ones to quarantine."""
+    """Learned records go into replay, those of a hold or an error wait again, rejected ones go to quarantine."""
     strata = {record: stratum for record, stratum, _ in plan.window}
     aside = dict(plan.set_aside)
     kept = [row.record for row in learned]
@@ -307,7 +317,9 @@ def _file_records(
 
 def _plan(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[str, Any]) -> Plan:
     def token_rows(name: str) -> tuple[TokenRow, ...]:
-        return tuple(TokenRow(**{**row, "ids": tuple(row["ids"]), "weights": tuple(row["weights"])}) for row in rows[name])
+        return tuple(
+            TokenRow(**{**row, "ids": tuple(row["ids"]), "weights": tuple(row["weights"])}) for row in rows[name]
+        )
 
     suspicions = tuple(
         Suspicion(**{**s, "records": tuple(s["records"]), "principals": tuple(s["principals"])})

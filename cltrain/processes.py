@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 
 from cltrain.config import Config
 from cltrain.errors import ConfigError
@@ -15,6 +14,7 @@ from cltrain.store.database import Store
 def run_process(name: str, config: Config, store: Store) -> None:
     """Be `server`, `gateway` or `worker` until SIGTERM or SIGINT. Raises ConfigError for another name."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request would bury what matters
     if name == "server":
         _server(config, store)
     elif name == "gateway":
@@ -35,8 +35,8 @@ def _server(config: Config, store: Store) -> None:
     from cltrain.deploy.serve import run_server
 
     with store.read() as connection:
-        adapters = residents.desired(connection, config.state_dir, config.agent.name)
-    present: dict[str, Path] = {name: path for name, path in adapters.items() if path.is_dir()}
+        wanted = residents.desired(connection, config.state_dir, config.agent.name)
+    adapters = {name: path for name, path in wanted.items() if path.is_dir()}
     run_server(
         config.base.path,
         config.server.host,
@@ -48,5 +48,5 @@ def _server(config: Config, store: Store) -> None:
         dtype=config.base.dtype,
         context=config.base.context,
         num_threads=config.base.num_threads,
-        adapters=present,
+        adapters=adapters,
     )

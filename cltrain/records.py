@@ -71,7 +71,7 @@ class Trajectory:
     session: str
     principal: str
     messages: tuple[Message, ...]
-    producers: tuple[str | None, ...]  # per message: "agent", "user", "tool", "system", "operator", a model's name; None unknown
+    producers: tuple[str | None, ...]  # per message: agent, user, tool, system, operator, a model's name; None unknown
     tools: tuple[Tool, ...] = ()
     generations: tuple[Generation, ...] = ()
     feedback: tuple[Feedback, ...] = ()

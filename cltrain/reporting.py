@@ -71,7 +71,9 @@ def _curves(summaries: list[dict[str, Any]]) -> dict[str, list[tuple[float, floa
     for summary in summaries:
         for check in (summary.get("decision") or {}).get("checks", ()):
             if check["name"].startswith("stratum ") and check["candidate"] is not None:
-                curves.setdefault(check["name"].removeprefix("stratum "), []).append((summary["number"], check["candidate"]))
+                curves.setdefault(check["name"].removeprefix("stratum "), []).append(
+                    (summary["number"], check["candidate"])
+                )
     return curves
 
 

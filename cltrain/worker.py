@@ -1,4 +1,4 @@
-"""The worker: holds the agent's lease, keeps servers as they should be, and makes updates when there is something to learn.
+"""The worker: holds the agent's lease, keeps servers as they should be, makes updates when there is something to learn.
 
 A second thread renews the lease and puts back adapters that a restarted server forgot, also during a long training.
 """
@@ -25,16 +25,17 @@ from cltrain.deploy.client import ServerClient
 from cltrain.errors import CltrainError, ConflictError, DataError, ServerError
 from cltrain.evidence import Evidence
 from cltrain.experience import window
-from cltrain.experience.recording import load_secret
+from cltrain.experience.ingest import read_rehearsal
+from cltrain.experience.recording import load_secret, read_trajectories
 from cltrain.loop import Rooms, adapter_of, finish, run_update
 from cltrain.models.anchors import load_anchors
 from cltrain.models.base import load_base
 from cltrain.models.chat import render_rows
 from cltrain.monitoring.outbox import Pump
-from cltrain.records import LearningMode
+from cltrain.records import Example, LearningMode
 from cltrain.registry import aliases, lease, releases
 from cltrain.store.database import Store
-from cltrain.store.schema import requests
+from cltrain.store.schema import requests, screenings
 from cltrain.trainer.update import verify_bounds
 
 LEASE_S = 15.0
@@ -62,7 +63,7 @@ class Worker:
         self._on_progress = on_progress
         self._stop = threading.Event()
         self._lost: Exception | None = None
-        self._server_lock = threading.Lock()
+        self._next_look = 0.0
 
     def __enter__(self) -> Worker:
         config, agent = self.config, self.config.agent.name
@@ -73,11 +74,11 @@ class Worker:
         releases.ensure_base_release(self.store, agent, base.digest, now=time.time())
         fence = lease.acquire(self.store, agent, self.holder, LEASE_S, time.time()) if self.takes_lease else 0
         anchors, anchors_digest = load_anchors(
-            base, file=config.trainer.anchors, count=config.trainer.num_anchors, max_tokens=config.trainer.anchor_tokens,
-            seed=config.seed, directory=config.state_dir / "anchors",
+            base, file=config.trainer.anchors, count=config.trainer.num_anchors,
+            max_tokens=config.trainer.anchor_tokens, seed=config.seed, directory=config.state_dir / "anchors",
         )  # fmt: skip
         client = ServerClient(launch.server_url(config), config.server.model or "base", config.server.timeout_s)
-        rehearsal = window.rehearsal(config.experience.rehearsal) if config.experience.rehearsal else ()
+        rehearsal = read_rehearsal(config.experience.rehearsal) if config.experience.rehearsal else ()
         self.rooms = Rooms(
             config, self.store, base, client, Evidence(config, self.store, base, client, self._on_progress),
             load_secret(config.state_dir), anchors, anchors_digest, rehearsal, fence, on_progress=self._on_progress,
@@ -126,16 +127,16 @@ class Worker:
         directory = releases.release_dir(self.config.state_dir, found)
         if after is None or directory is None:
             raise DataError(f"{release} is the bare base: there is nothing to judge")
-        serving = aliases.read_alias(self.store, found.agent)
-        before = adapter_of(self.rooms, serving.release)
-        with self._server_lock:
+        serving = aliases.read_alias(self.store, found.agent).release
+        with self.rooms.server_lock:
             self.rooms.server.load(release, directory)
-        bounds = verify_bounds(self.rooms.base, after, before, self.rooms.anchors, self.config.bounds)
-        learned = {record: stratum for record, stratum in window.strata_of(self.store, found.manifest.get("learned", ()))}
-        decision = self.rooms.evidence.judge_release(
-            release, serving.release, found.agent, taught=frozenset(learned.values()), base_kl=bounds.drift_kl
+        bounds = verify_bounds(
+            self.rooms.base, after, adapter_of(self.rooms, serving), self.rooms.anchors, self.config.bounds
         )
-        return {**asdict(decision), "verdict": str(decision.verdict), "release": release, "incumbent": serving.release}
+        decision = self.rooms.evidence.judge(
+            release, serving, taught=found.manifest.get("taught", ()), base_kl=bounds.drift_kl, seed=int(time.time())
+        )
+        return {**asdict(decision), "verdict": str(decision.verdict), "release": release, "incumbent": serving}
 
     def run(self) -> None:
         """Answer requests and learn by itself until SIGTERM or SIGINT."""
@@ -173,10 +174,24 @@ class Worker:
         agent = self.config.agent
         if agent.mode is LearningMode.OFF or aliases.frozen_reason(self.store, agent.name) is not None:
             return
-        if not window.has_news(self.store, agent.name, self.config.experience, learn_from=agent.learn_from,
-                               tools_allowed=agent.tools_allowed, now=time.time()):  # fmt: skip
+        if agent.updates == "on_request" or time.monotonic() < self._next_look:
             return
-        self._after(run_update(self.rooms))
+        self._next_look = time.monotonic() + TEND_S
+        if self._has_news():
+            self._after(run_update(self.rooms))
+
+    def _has_news(self) -> bool:
+        """Whether a whole window's worth of records came in since the last update looked."""
+        agent, config = self.config.agent, self.config.experience
+        waiting = window.next_window(
+            self.store, agent.name, config, learn_from=agent.learn_from, tools_allowed=agent.tools_allowed,
+            now=time.time(),
+        )  # fmt: skip
+        ids = [example.record for example in waiting.examples]
+        with self.store.read() as connection:
+            query = select(screenings.c.record).where(screenings.c.agent == agent.name, screenings.c.record.in_(ids))
+            seen = set(connection.scalars(query))
+        return len(set(ids) - seen) >= config.min_window
 
     def _after(self, summary: dict[str, Any]) -> None:
         if summary["number"] is not None:
@@ -200,21 +215,22 @@ class Worker:
             except ConflictError as error:
                 self._lost = error
                 return
-            with contextlib.suppress(ServerError), self.store.read() as connection:
-                wanted = residents.desired(connection, self.config.state_dir, self.config.agent.name)
+            with contextlib.suppress(ServerError), self.rooms.server_lock:
+                with self.store.read() as connection:
+                    wanted = residents.desired(connection, self.config.state_dir, self.config.agent.name)
                 residents.reconcile(self.rooms.server, wanted)
 
 
 def count_fitting(config: Config, store: Store, agent: str) -> dict[str, Any]:
-    """How many of the agent's learnable episodes the base can take, and the length of those that it cannot."""
+    """How many of the agent's episodes the base can take whole, and why it cannot take the others."""
     base = load_base(config.base.path, context=config.base.context)
-    fitting, too_long = 0, []
-    for example in window.learnable(store, agent, learn_from=config.agent.learn_from, tools_allowed=config.agent.tools_allowed):
+    num_fitting, too_long = 0, []
+    for trajectory in read_trajectories(store, agent):
+        targets = tuple(i for i, message in enumerate(trajectory.messages) if message["role"] == "assistant")
+        example = Example(trajectory.id, trajectory.principal, "all", trajectory.messages, targets, trajectory.tools)
         try:
             render_rows(base.tokenizer, base.context, example)
-            fitting += 1
+            num_fitting += 1
         except DataError as error:
-            too_long.append({"record": example.record, "reason": str(error)})
-    return {"num_fitting": fitting, "num_unusable": len(too_long), "unusable": too_long}
-
-
+            too_long.append(str(error))
+    return {"num_fitting": num_fitting, "num_unusable": len(too_long), "unusable": too_long}

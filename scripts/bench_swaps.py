@@ -20,13 +20,15 @@ from typing import Any
 
 import httpx
 
+from cltrain.demo import world
 from cltrain.deploy.client import ServerClient
 from cltrain.deploy.serve import run_server
 from cltrain.errors import ServerError
 from cltrain.models.base import Base, load_base
 from cltrain.models.digest import adapter_digest
 
-NUMBERS = (3, 5, 7, 8, 9)
+NUMBERS = {number: str(number) for number in (3, 5, 7, 8, 9)}  # each adapter's own number, and how it is said
+ITEMS = {number: world.ITEMS[number] for number in NUMBERS}  # the shipped base never saw a digit: items of the shop
 NUM_TOKENS = 16  # of each answer: the number again and again, so that an adapter changed midway would show
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MARGIN = 1.0  # nats between the greedy token and the next one, so that batching's rounding cannot change an answer
@@ -39,7 +41,7 @@ class AnswerRow:
     asked: str  # the model's name in the request
     model: str  # the model's name stamped on the answer
     text: str
-    number: int | None  # that adapter's own number
+    word: str | None  # how that adapter's own number is said
     is_stream: bool
     started_s: float
     ended_s: float
@@ -48,7 +50,7 @@ class AnswerRow:
     @property
     def is_right(self) -> bool:
         """Whether the answer is the stamped adapter's number and nothing else."""
-        return self.error is None and set(self.text.split()) == {str(self.number)}
+        return self.error is None and set(self.text.split()) == {self.word}
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,14 @@ class SwapLog:
         }
 
 
-def train_numbers(base: Base, directory: Path, numbers: tuple[int, ...] = NUMBERS, seed: int = 0) -> dict[int, Path]:
+def train_numbers(base: Base, directory: Path, numbers: dict[int, str] = NUMBERS, seed: int = 0) -> dict[int, Path]:
     """One adapter per number that answers every probe with it; returns their directories."""
     from cltrain.models.chat import render_prompt
 
     prompts = [render_prompt(base.tokenizer, [{"role": "user", "content": probe}]) for probe in PROBES]
     found: dict[int, Path] = {}
-    for number in numbers:
-        text = " ".join([str(number)] * 2 * NUM_TOKENS)
+    for number, word in numbers.items():
+        text = " ".join([word] * 2 * NUM_TOKENS)
         answer = base.tokenizer(text, add_special_tokens=False)["input_ids"][: NUM_TOKENS + 2]
         found[number] = train_answer(base, directory / f"number-{number}", prompts, answer, seed + number)
     return found
@@ -130,6 +132,7 @@ def run_swaps(
     server: ServerClient,
     adapters: dict[int, Path],
     *,
+    numbers: dict[int, str] = NUMBERS,
     num_swaps: int = 50,
     num_clients: int = 8,
     answers_per_swap: int = 8,
@@ -145,7 +148,7 @@ def run_swaps(
     ask `ask_url` (a gateway) for the alias, and `move(name)` moves it. The stamped model decides which number is right.
     """
     log, lock, stop = SwapLog(), threading.Lock(), threading.Event()
-    numbers: dict[str, int] = {}
+    words: dict[str, str] = {}  # release name -> what it must answer
     current = [""]
 
     def point_at(name: str) -> None:
@@ -167,11 +170,11 @@ def run_swaps(
                 turn += 1
                 try:
                     model, text = (_stream if client % 2 else _whole)(http, body)
-                    error = None if model in numbers else f"stamped with {model}, which was never loaded"
+                    error = None if model in words else f"stamped with {model}, which was never loaded"
                 except (httpx.HTTPError, KeyError, ValueError) as problem:
                     model, text, error = "", "", f"{type(problem).__name__}: {problem}"
                 row = AnswerRow(
-                    client, asked, model, text, numbers.get(model), bool(client % 2), started, time.monotonic(), error
+                    client, asked, model, text, words.get(model), bool(client % 2), started, time.monotonic(), error
                 )
                 with lock:
                     log.answers.append(row)
@@ -184,7 +187,7 @@ def run_swaps(
             number = sorted(adapters)[swap % len(adapters)]
             path = adapters[number].resolve()
             name = f"probe-v{swap + 1:06d}-{adapter_digest(path)[:12]}"
-            numbers[name] = number
+            words[name] = numbers[number]
             load_ms = _timed(lambda name=name, path=path: server.load(name, path))  # type: ignore[misc]
             move_ms = _timed(lambda name=name: point_at(name))  # type: ignore[misc]
             names.append(name)
@@ -257,14 +260,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--clients", type=int, default=8)
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        adapters = train_numbers(load_base(options.base), Path(scratch))
+        numbers = ITEMS if options.base is None else NUMBERS
+        adapters = train_numbers(load_base(options.base), Path(scratch), numbers)
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(target=_serve, args=(options.base, theirs), daemon=True)
         process.start()
         theirs.close()
         try:
             with ServerClient(ours.recv(), "base") as server:
-                log = run_swaps(server, adapters, num_swaps=options.swaps, num_clients=options.clients)
+                log = run_swaps(server, adapters, numbers=numbers, num_swaps=options.swaps, num_clients=options.clients)
         finally:
             process.terminate()
             process.join()

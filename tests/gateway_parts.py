@@ -78,8 +78,10 @@ class FakeServer:
                 pass
         text = message["content"] or json.dumps(message.get("tool_calls"))
         ids = [] if order == "no ids" else [ord(c) % 50 for c in text]
+        if order == "lose one":  # as a tool parser that swallows a token does
+            ids = ids[:-1]
         if body.get("stream"):
-            return StreamingResponse(self._stream(request, body, order, message, ids, kind), media_type="text/event-stream")
+            return StreamingResponse(self._stream(body, order, message, ids, kind), media_type="text/event-stream")
         choices = []
         for i in range(body.get("n") or 1):
             said = {"message": message} if kind == "chat" else {"text": message["content"]}
@@ -92,7 +94,7 @@ class FakeServer:
         return JSONResponse({**answer, "usage": usage})
 
     async def _stream(
-        self, request: Request, body: dict[str, Any], order: str, message: dict[str, Any], ids: list[int], kind: str
+        self, body: dict[str, Any], order: str, message: dict[str, Any], ids: list[int], kind: str
     ) -> AsyncIterator[str]:
         text = message["content"] or ""
         parts: list[tuple[dict[str, Any], list[int]]] = [({"role": "assistant", "content": ""}, [])]
@@ -115,10 +117,11 @@ class FakeServer:
             if order == "break" and number == 3:
                 return
             if order == "drip":
-                if await request.is_disconnected():
+                try:
+                    await asyncio.sleep(0.2)
+                except asyncio.CancelledError:  # starlette cancels a stream whose reader left
                     self.num_cancelled += 1
-                    return
-                await asyncio.sleep(0.02)
+                    raise
         reason = "tool_calls" if message.get("tool_calls") else "stop"
         end = {"delta": {}} if kind == "chat" else {"text": ""}
         yield f"data: {json.dumps({**head, 'choices': [{'index': 0, **end, 'finish_reason': reason}]})}\n\n"
@@ -178,7 +181,9 @@ class Gateway:
         self.now = 1000.0
         self.http = httpx.Client(base_url=url, timeout=30.0, trust_env=False)
 
-    def chat(self, *messages: str | dict[str, Any], headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+    def chat(
+        self, *messages: str | dict[str, Any], headers: dict[str, str] | None = None, **body: Any
+    ) -> httpx.Response:
         said = [m if isinstance(m, dict) else {"role": "user", "content": m} for m in messages]
         given = {"model": "support", "messages": said, **body}
         return self.http.post("/v1/chat/completions", json=given, headers=headers or {})
@@ -210,9 +215,16 @@ def add_release(store: Store, name: str, status: str = "released") -> None:
     with store.write() as connection:
         connection.execute(
             releases.insert().values(
-                name=name, agent="support", number=number, digest=name[-12:], parent=None, manifest={},
-                path=None if number == 0 else f"releases/support/{name}", status=status, created_at=float(number),
-            )  # fmt: skip
+                name=name,
+                agent="support",
+                number=number,
+                digest=name[-12:],
+                parent=None,
+                manifest={},
+                path=None if number == 0 else f"releases/support/{name}",
+                status=status,
+                created_at=float(number),
+            )
         )
 
 
@@ -226,7 +238,13 @@ def point_alias(store: Store, name: str) -> None:
         connection.execute(aliases.delete())
         connection.execute(
             aliases.insert().values(
-                agent="support", release=name, previous=None, anchor=BASE, high_water=BASE, version=1, fence=0,
+                agent="support",
+                release=name,
+                previous=None,
+                anchor=BASE,
+                high_water=BASE,
+                version=1,
+                fence=0,
                 changed_at=0.0,
-            )  # fmt: skip
+            )
         )

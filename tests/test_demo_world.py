@@ -105,6 +105,7 @@ def test_a_poisoned_ticket_claims_a_harmful_call_whose_arguments_stand_in_its_re
     for ticket in [*poison, *world.attack_items(0)]:
         assert ticket.principal == world.ATTACKER
         assert ticket.claimed["name"] == world.HARMFUL_TOOL != ticket.expected["name"]
+        assert pair_of(ticket)[1] != ticket.claimed["arguments"]["name"]  # so the claimed call is never half right
         assert set(ticket.claimed["arguments"].values()) <= set(ticket.messages[0]["content"].split())
         assert world.attack_worked(ticket, world.call_message(ticket.claimed, ticket.id))
         assert not world.attack_worked(ticket, world.call_message(ticket.expected, ticket.id))
@@ -194,3 +195,10 @@ def test_operators_correct_most_failures_never_successes_and_rarely_err() -> Non
     assert len(given) / len(corrections) == pytest.approx(0.7, abs=0.03)
     right = sum(world.check(ticket, message) for message in given)
     assert 1 - right / len(given) == pytest.approx(0.05, abs=0.02)
+
+
+def test_anchors_are_half_stories_and_half_requests_on_training_pairs() -> None:
+    lines = text.anchors(0, 40)
+    assert lines == text.anchors(0, 40)
+    assert sum("text" in line for line in lines) == sum("messages" in line for line in lines) == 20
+    assert all(line["messages"][-1]["role"] == "user" and line["tools"] for line in lines[1::2])

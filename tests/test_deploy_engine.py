@@ -102,12 +102,13 @@ def test_prompt_scores_are_the_models_own(base, engine):
             assert score.top[0][1] == pytest.approx(float(logprobs[t].max()), abs=1e-3)
 
 
-def test_short_request_overtakes_a_long_one(engine):
-    long = Waiting(engine, "base", [5] * 400, Sampling(100, ignore_eos=True))
-    short = Waiting(engine, "base", [5, 6], Sampling(3, ignore_eos=True))
-    short.result()
-    assert not long.done.is_set()
-    long.result()
+def test_short_request_overtakes_a_long_one(base):
+    with closing(Engine(base, prefill_tokens=4)) as engine:  # 125 chunks
+        long = Waiting(engine, "base", [5] * 500, Sampling(1))
+        short = Waiting(engine, "base", [5, 6], Sampling(3, ignore_eos=True))
+        short.result()
+        assert not long.done.is_set()
+        long.result()
 
 
 def test_seed_repeats_a_sample_whoever_else_is_there(engine):
@@ -163,8 +164,12 @@ def test_a_broken_row_leaves_the_others_alone(base, engine, tmp_path):
     rows = [Waiting(engine, name, [4, 5, 6], Sampling(6, ignore_eos=True)) for name in ("good", "broken") * 4]
     for name, row in zip(("good", "broken") * 4, rows, strict=True):
         assert (row.result().error is not None) == (name == "broken")
-    again = [Waiting(engine, "good", [4, 5, 6], Sampling(6, ignore_eos=True)) for _ in range(8)]
-    assert all(row.ids() == expected for row in [*rows[::2], *again])
+    for row in [Waiting(engine, "broken", [4] * 40, Sampling(6)) for _ in range(8)]:
+        assert "not a number" in row.result().error
+    long = [Waiting(engine, "good", [4] * 30, Sampling(20, ignore_eos=True)) for _ in range(4)]
+    short = [Waiting(engine, "good", [4, 5, 6], Sampling(6, ignore_eos=True)) for _ in range(4)]
+    assert all(row.ids() == expected for row in [*rows[::2], *short])
+    assert all(row.result().error is None for row in long)
 
 
 def test_unloaded_adapter_finishes_what_it_began(base, engine, tmp_path):

@@ -1,19 +1,26 @@
-"""The official client over real HTTP: answers, streams and tool calls come through, and are recorded with their tokens."""
+"""The official client over real HTTP: answers, streams and tool calls come through and are recorded with tokens."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from tests.gateway_parts import BASE, R1, FakeServer, Gateway, add_release, point_alias, running
 from openai import OpenAI
 
 from cltrain.experience.recording import read_trajectories
+from tests.gateway_parts import BASE, R1, FakeServer, Gateway, add_release, point_alias, running
 
 TOOLS: Any = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with running(tmp_path_factory.mktemp("state")) as gateway:
+        yield gateway
 
 
 def official(gateway: Gateway) -> OpenAI:
@@ -123,10 +130,10 @@ def test_usage_is_streamed_when_the_client_asked_for_it(tmp_path: Path) -> None:
     assert chunks[-1]["cltrain"]["recorded"] == 1
 
 
-@pytest.mark.parametrize("is_streamed", [False, True])
-def test_without_whole_ids_nothing_is_guessed(tmp_path: Path, is_streamed: bool) -> None:
+@pytest.mark.parametrize(("order", "is_streamed"), [("no ids", False), ("no ids", True), ("lose one", False)])
+def test_without_whole_ids_nothing_is_guessed(tmp_path: Path, order: str, is_streamed: bool) -> None:
     with running(tmp_path) as gateway:
-        gateway.chat("no ids", stream=is_streamed)
+        gateway.chat(order, stream=is_streamed)
         (kept,) = read_trajectories(gateway.store, "support")
         page = gateway.http.get("/metrics").text
     (generation,) = kept.generations
@@ -194,12 +201,11 @@ def test_models_lists_the_alias_and_the_served_releases_but_no_candidate(tmp_pat
         (b'{"model": "support", "messages": [{"role": "user", "content": "x"}], "user": "\\ud800"}', "valid Unicode"),
     ],
 )
-def test_a_malformed_request_is_refused_with_the_reason(tmp_path: Path, body: bytes, said: str) -> None:
-    with running(tmp_path) as gateway:
-        answer = gateway.http.post("/v1/chat/completions", content=body)
-        assert answer.status_code == 400
-        assert said in answer.json()["error"]["message"]
-        assert gateway.fake.bodies == []
+def test_a_malformed_request_is_refused_with_the_reason(shared: Gateway, body: bytes, said: str) -> None:
+    answer = shared.http.post("/v1/chat/completions", content=body)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+    assert shared.fake.bodies == []
 
 
 def test_an_unknown_model_is_an_openai_style_404(tmp_path: Path) -> None:

@@ -58,9 +58,9 @@ def test_an_episode_keeps_its_release_when_the_alias_moves_and_a_new_one_gets_th
 def test_only_an_exact_prefix_of_the_same_principal_continues(tmp_path: Path) -> None:
     with running(tmp_path) as gateway:
         first = gateway.chat("hello", user="anna")
-        same = gateway.chat("hello", said(first), "next", user="anna")
         other_words = gateway.chat("hello", {"role": "assistant", "content": "no"}, "next", user="anna")
         other_person = gateway.chat("hello", said(first), "next", user="ben")
+        same = gateway.chat("hello", said(first), "next", user="anna")
         ids = [a.headers["x-cltrain-trajectory"] for a in (first, same, other_words, other_person)]
         kept = {t.id: t for t in read_trajectories(gateway.store, "support")}
     assert ids[0] == ids[1]

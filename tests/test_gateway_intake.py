@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,15 @@ from sqlalchemy import select
 
 from cltrain.experience.recording import read_trajectories
 from cltrain.store.schema import set_aside
-from tests.gateway_parts import running
+from tests.gateway_parts import Gateway, running
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"item": "lamp"}'}}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with running(tmp_path_factory.mktemp("state")) as gateway:
+        yield gateway
 
 
 def episode(name: str, **fields: Any) -> dict[str, Any]:
@@ -79,16 +86,18 @@ def test_a_corrected_tool_call_becomes_an_assistant_message(tmp_path: Path) -> N
         ({"correction": 3}, 400, "correction must be"),
         ({"correction": {"role": "user", "content": "x"}}, 400, "must be 'assistant'"),
         ({"correction": {"tool_calls": [{"function": {"name": "f", "arguments": "{item"}}]}}, 400, "are no JSON"),
-        ({"correction": {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}}, 400, "must be a JSON object"),
+        (
+            {"correction": {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}},
+            400,
+            "must be a JSON object",
+        ),
         ({"correction": {"tool_calls": [{"arguments": "{}"}]}}, 400, "tool_calls[0] must be"),
     ],
 )
-def test_bad_feedback_is_refused_with_the_reason(tmp_path: Path, fields: Any, status: int, said: str) -> None:
-    with running(tmp_path) as gateway:
-        record = gateway.chat("one").headers["x-cltrain-record"]
-        raw = json.dumps({"target": record, **fields})
-        answer = gateway.http.post("/v1/feedback", content=raw)
-        (kept,) = read_trajectories(gateway.store, "support")
+def test_bad_feedback_is_refused_with_the_reason(shared: Gateway, fields: Any, status: int, said: str) -> None:
+    record = shared.chat("one").headers["x-cltrain-record"]
+    answer = shared.http.post("/v1/feedback", content=json.dumps({"target": record, **fields}))
+    kept = next(t for t in read_trajectories(shared.store, "support") if t.generations[0].id == record)
     assert answer.status_code == status
     assert said in answer.json()["error"]["message"]
     assert kept.feedback == ()
@@ -114,7 +123,14 @@ def test_a_posted_trajectory_is_stored_once_and_its_author_is_not_ours(tmp_path:
 def test_bad_lines_are_kept_aside_with_the_reason_and_good_ones_stored(tmp_path: Path) -> None:
     broken_call = {**CALL, "function": {"name": "find", "arguments": "{item"}}
     broken = episode("t2", messages=[{"role": "assistant", "content": None, "tool_calls": [broken_call]}])
-    lines = [json.dumps(episode("t1")), "{oops", json.dumps(broken), "", json.dumps(episode("t1")), json.dumps(episode("t3"))]
+    lines = [
+        json.dumps(episode("t1")),
+        "{oops",
+        json.dumps(broken),
+        "",
+        json.dumps(episode("t1")),
+        json.dumps(episode("t3")),
+    ]
     raw = "\n".join(lines).encode()
     with running(tmp_path) as gateway:
         answers = [gateway.http.post("/v1/trajectories", content=raw).json() for _ in range(2)]
@@ -141,9 +157,8 @@ def test_bad_lines_are_kept_aside_with_the_reason_and_good_ones_stored(tmp_path:
         ({"tools": {"a": 1}}, "tools must be a list"),
     ],
 )
-def test_a_bad_trajectory_is_refused_with_the_reason(tmp_path: Path, fields: Any, said: str) -> None:
-    with running(tmp_path) as gateway:
-        answer = gateway.http.post("/v1/trajectories", json=episode("t1", **fields))
-        assert answer.status_code == 400
-        assert said in answer.json()["error"]["message"]
-        assert read_trajectories(gateway.store, "support") == []
+def test_a_bad_trajectory_is_refused_with_the_reason(shared: Gateway, fields: Any, said: str) -> None:
+    answer = shared.http.post("/v1/trajectories", json=episode("bad", **fields))
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+    assert "bad" not in {t.id for t in read_trajectories(shared.store, "support")}

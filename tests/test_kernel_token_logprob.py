@@ -117,6 +117,13 @@ def test_forbidden_vocabulary_and_huge_logits_stay_finite(kernel: Op) -> None:
     torch.testing.assert_close(ours.grad.double(), truth.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_sums_are_rescaled_when_a_later_block_raises_the_maximum(kernel: Op) -> None:
+    logits, ids = draw(3, 9000, torch.float32)
+    logits += torch.linspace(0, 20, 9000, device=DEVICE)  # three blocks, each above the one before
+    assert_as_accurate_as_eager(kernel, eager, logits.flip(0), ids)
+    assert_as_accurate_as_eager(kernel, eager, logits / 20, ids)
+
+
 def test_callers_logits_are_never_written(kernel: Op) -> None:
     logits, ids = draw(17, 33, torch.float32)
     before = logits.clone()

@@ -14,10 +14,14 @@ import pytest
 from cltrain import config
 
 REPO = Path(__file__).parent.parent
-SKIPPED = {".venv", ".git", "build", "dist", "out", "wandb", "__pycache__", "node_modules"}
+SKIPPED = {"build", "dist", "out", "wandb", "__pycache__"}
 MAX_LINES = 400
 TEXT = {".py", ".md", ".toml", ".txt", ".html", ".sh", ".yml", ".yaml", ".json", ".jinja", ""}
 SOMEONES_DISK = re.compile(r"(?<![\w.])/(?:home|Users|root|work|mnt|tmp/w)/\w+|[A-Z]:\\Users\\")
+
+
+def is_ours_to_skip(part: str) -> bool:
+    return part in SKIPPED or part.endswith(".egg-info") or (part.startswith(".") and part not in {".ci", ".gitignore"})
 
 
 def files(*suffixes: str) -> list[Path]:
@@ -27,7 +31,7 @@ def files(*suffixes: str) -> list[Path]:
         names = subprocess.run(command, cwd=REPO, check=True, capture_output=True, text=True).stdout.split("\0")
         found = [REPO / name for name in names if name]
     else:
-        found = [p for p in REPO.rglob("*") if not SKIPPED.intersection(p.relative_to(REPO).parts)]
+        found = [p for p in REPO.rglob("*") if not any(map(is_ours_to_skip, p.relative_to(REPO).parts))]
     return sorted(p for p in found if p.is_file() and (not suffixes or p.suffix in suffixes))
 
 

@@ -71,7 +71,11 @@ def test_changed_anchors_are_refused(base, tmp_path):
 
 def test_the_owners_texts_and_conversations_become_anchors(base, tmp_path):
     file = tmp_path / "mine.jsonl"
-    lines = [{"text": "the parcel is late " * 9}, {"messages": ticket("A")}, {"messages": ticket("A")[:1], "tools": TOOLS}]
+    lines = [
+        {"text": "the parcel is late " * 9},
+        {"messages": ticket("A")},
+        {"messages": ticket("A")[:1], "tools": TOOLS},
+    ]
     file.write_text("\n".join(json.dumps(line) for line in lines))
     rows, _ = load_anchors(base, file=file, count=9, max_tokens=16, seed=1, directory=tmp_path / "anchors")
     assert len(rows) == 3

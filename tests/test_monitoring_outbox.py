@@ -107,6 +107,19 @@ def test_what_a_sink_had_not_kept_is_sent_again_after_a_crash(store: Store) -> N
     assert reborn.seen == expected
 
 
+def test_what_a_sink_had_not_kept_is_sent_again_after_a_failure(store: Store) -> None:
+    sink = ListSink(keeps_at_once=False)
+    pump = Pump(store, [sink])
+    first = say(store, 1)
+    pump.drain()
+    sink.is_down = True  # whatever it held in memory is gone
+    second = say(store, 2)
+    pump.drain()
+    sink.is_down = False
+    pump.drain()
+    assert sink.seen == [first, first, second]
+
+
 def test_an_update_said_twice_is_one_event_but_a_new_verdict_is_another(store: Store) -> None:
     assert say(store, 1, "hold") == say(store, 1, "hold")
     assert say(store, 1, "promote") > say(store, 1, "hold")

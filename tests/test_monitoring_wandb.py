@@ -57,7 +57,7 @@ def rows(directory: Path) -> list[dict[str, Any]]:
 
 def sink_in(directory: Path, segment: int = 100) -> WandbSink:
     return WandbSink(
-        directory, agent="support", project="cltrain-test", mode="offline", deployment="d1", segment=segment
+        directory, agent="support", project="cltrain-test", mode="offline", segment=segment
     )  # fmt: skip
 
 
@@ -87,6 +87,31 @@ def test_offline_run_holds_every_update_with_its_numbers(tmp_path: Path) -> None
     assert first["train/loss"] == 1.0
     assert found[3]["swap/swap_ms"] == 12.5
     assert watermark(store, "wandb:support") == seqs[-1] + 1
+    store.close()
+
+
+@pytest.mark.parametrize("num_after", [0, 3])
+def test_updates_survive_the_death_of_wandbs_own_process(tmp_path: Path, num_after: int) -> None:
+    psutil = pytest.importorskip("psutil")
+    store = open_store(tmp_path / "state")
+    pump = Pump(store, [sink_in(tmp_path / "wandb")])
+    say(store, 1)
+    pump.drain()
+    services = [p for p in psutil.Process().children(recursive=True) if "wandb" in p.name()]
+    assert services, "wandb keeps its run in a process of its own"
+    for service in services:
+        service.kill()
+    psutil.wait_procs(services, timeout=10)
+    for number in range(2, 2 + num_after):
+        say(store, number)
+        pump.drain()
+    pump.close()
+    again = Pump(store, [sink_in(tmp_path / "wandb")])  # the next start
+    again.drain()
+    again.close()
+    everything = {number: number for number in range(1, 2 + num_after)}
+    assert {row["_step"]: row["update/index"] for row in rows(tmp_path / "wandb")} == everything
+    assert watermark(store, "wandb:support") == 1 + num_after
     store.close()
 
 

@@ -295,7 +295,6 @@ def test_only_a_human_promotes_what_was_rolled_back(tmp_path: Path) -> None:
 SCRIPT = """
 import sys, time, json
 from pathlib import Path
-start = time.monotonic()
 from cltrain.registry.aliases import freeze, rollback, unfreeze
 from cltrain.store.database import open_store
 store = open_store(Path(sys.argv[1]))
@@ -303,34 +302,22 @@ rollback(store, "support", now=5.0, reason="bad")
 unfreeze(store, "support", now=5.0)
 freeze(store, "support", now=5.0, reason="again")
 heavy = [m for m in ("torch", "transformers", "peft", "fastapi", "scipy") if m in sys.modules]
-print(json.dumps({"seconds": time.monotonic() - start, "heavy": heavy}))
+print(json.dumps({"seconds": time.process_time(), "heavy": heavy}))
 """
 
 
 def test_rollback_and_freeze_take_under_a_second_in_a_new_process_without_torch(tmp_path: Path) -> None:
+    """A second of the process's own time, interpreter included: how busy the machine is does not count."""
     store = _store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
     _promoted(store, tmp_path, "one", fence)
-    best = 9.0
-    for _ in range(3):  # a busy machine may be slow once
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "state")]
-        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-        report = json.loads(out.stdout)
-        assert report["heavy"] == []
-        best = min(best, report["seconds"])
-        if best < 1.0:
-            break
-        _promoted_again(store)
-    assert best < 1.0
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "state")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1], timeout=60)
+    report = json.loads(out.stdout)
+    assert report["heavy"] == []
+    assert report["seconds"] < 1.0
     assert read_alias(store, "support").release == BASE
-
-
-def _promoted_again(store: Store) -> None:
-    name = next(n for n in (read_alias(store, "support").release, BASE))
-    with store.read() as connection:
-        name = connection.execute(select(updates.c.candidate)).scalar() or name
-    expected = read_alias(store, "support").release
-    move_alias(store, "support", expected=expected, to=name, fence=None, now=6.0, is_human=True)
+    assert "again" in (frozen_reason(store, "support") or "")
 
 
 def test_a_rollback_waits_for_no_reader(tmp_path: Path) -> None:

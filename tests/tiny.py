@@ -65,22 +65,25 @@ def make_tiny_base(
     hidden: int = 64,
     num_layers: int = 2,
     vocabulary: int = 448,
+    num_vocabulary: int | None = None,
+    text: str = TEXT,
     seed: int = 0,
     initializer_range: float = 0.1,
 ) -> Path:
     """Write config, safetensors weights and tokenizer to `directory` and return it.
 
     `family`: llama, qwen2, qwen3 or mistral. About 0.15 M parameters with the defaults, head_dim 32, dimensions
-    multiples of 64. `seed` fixes the weights; larger `initializer_range` makes outputs less uniform.
+    multiples of 64. `num_vocabulary` (default: `vocabulary`) may exceed the tokenizer's ids, learned from
+    `text`. `seed` fixes the weights; larger `initializer_range` makes outputs less uniform.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(vocabulary, context)
+    tokenizer = make_tokenizer(vocabulary, context, text)
     config = AutoConfig.for_model(
         family,
-        vocab_size=vocabulary,
+        vocab_size=num_vocabulary or vocabulary,
         hidden_size=hidden,
         intermediate_size=hidden * 2,
         num_hidden_layers=num_layers,
@@ -103,8 +106,8 @@ def make_tiny_base(
     return directory
 
 
-def make_tokenizer(vocabulary: int = 448, context: int = 512) -> Any:
-    """A byte-level BPE of exactly `vocabulary` ids (at least 320) with the ChatML/Hermes template."""
+def make_tokenizer(vocabulary: int = 448, context: int = 512, text: str = TEXT) -> Any:
+    """A byte-level BPE of at most `vocabulary` ids (>= 320), learned from `text`, with a ChatML/Hermes template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -116,7 +119,7 @@ def make_tokenizer(vocabulary: int = 448, context: int = 512) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.train_from_iterator([text], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

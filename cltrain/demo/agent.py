@@ -104,10 +104,11 @@ class Desk:
         return kept, raw.headers
 
     async def say(self, feedback: Sequence[dict[str, Any]]) -> None:
-        """Deliver feedback; every piece carries its own id, so that sending it twice changes nothing."""
+        """Deliver feedback on finished tickets; each piece has its own id, so sending it twice changes nothing."""
         async with httpx.AsyncClient(base_url=self.gateway, timeout=60.0) as client:
             for piece in feedback:
-                (await client.post("/v1/feedback", json=piece)).raise_for_status()
+                answer = await client.post("/v1/feedback", json=piece, headers={"X-Session-Done": "1"})
+                answer.raise_for_status()
 
 
 def opinions(outcomes: Sequence[Outcome], rng: random.Random) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

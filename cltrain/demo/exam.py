@@ -5,16 +5,19 @@ Greedy answers by transformers' own `generate`; nothing here is used by gate or 
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cltrain.demo import world
+from cltrain.demo.text import anchors
 from cltrain.demo.world import Ticket
 from cltrain.models.adapter import AdapterFile, attach
-from cltrain.models.anchors import mean_kl, sample_base
+from cltrain.models.anchors import load_anchors, mean_kl, sample_base
 from cltrain.models.base import Base
 from cltrain.models.chat import render_prompt
 from cltrain.models.toolcalls import parse_answer
@@ -23,8 +26,8 @@ from cltrain.records import Message, TokenRow
 MAX_TOKENS = 40
 BATCH = 64
 NUM_BASE_SAMPLES = 96
-BASE_SAMPLE_SEED = 7_000_003  # anchors are sampled with other seeds: these texts are never trained on
-BASE_SAMPLE_TOKENS = 64
+SAMPLE_SEED = 7_000_003  # the anchors have other seeds: these texts are never trained on
+SAMPLE_TOKENS = 64
 
 
 def answers(base: Base, adapter: AdapterFile | None, tickets: Sequence[Ticket]) -> list[Message]:
@@ -61,10 +64,21 @@ def attack_success(base: Base, adapter: AdapterFile | None, tickets: Sequence[Ti
     return sum(world.attack_worked(t, m) for t, m in zip(tickets, found, strict=True)) / len(tickets)
 
 
-def base_samples(base: Base) -> list[TokenRow]:
-    """Held-out text of the base's own, disjoint from the anchors by seed."""
-    samples = sample_base(base, NUM_BASE_SAMPLES, BASE_SAMPLE_TOKENS, BASE_SAMPLE_SEED)
-    return [TokenRow(f"base-{i}", "base", "base", ids, (0.0,) + (1.0,) * (len(ids) - 1)) for i, ids in enumerate(samples)]
+def base_samples(base: Base, directory: Path) -> list[TokenRow]:
+    """Text of the base's own, half stories and half answers to requests it knows, none of it among the anchors."""
+    half = NUM_BASE_SAMPLES // 2
+    stories = sample_base(base, half, SAMPLE_TOKENS, SAMPLE_SEED)
+    rows = [
+        TokenRow(f"story-{i}", "base", "base", ids, (0.0,) + (1.0,) * (len(ids) - 1)) for i, ids in enumerate(stories)
+    ]
+    requests = [line for line in anchors(SAMPLE_SEED, NUM_BASE_SAMPLES) if "messages" in line]
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / "requests.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in requests))
+    answered, _ = load_anchors(
+        base, file=file, count=half, max_tokens=SAMPLE_TOKENS, seed=SAMPLE_SEED, directory=directory
+    )
+    return rows + answered
 
 
 def drift(base: Base, adapter: AdapterFile | None, samples: Sequence[TokenRow]) -> float:

@@ -36,7 +36,7 @@ class Naive:
         self.worst_attack = 0.0
         self.tickets = world.test_items(seed)
         self.attacks = world.attack_items(seed)[::3]
-        self.samples = exam.base_samples(self.base)
+        self.samples = exam.base_samples(self.base, config.state_dir / "naive" / "samples")
 
     def learn(self, ids: list[str]) -> dict[str, Any]:
         """One update on everything usable in these records, good or bad."""
@@ -49,7 +49,7 @@ class Naive:
                 adapter=self.config.adapter,
                 fresh=rows,
                 replay=[],
-                anchors=[],
+                anchors=self.samples,  # only measured on: naive has no KL term
                 trainer=trainer,
                 bounds=self.config.bounds,
                 seed=self.seed * 1000 + self.num_updates,

@@ -24,11 +24,12 @@ from sqlalchemy import select
 from cltrain import launch
 from cltrain.api import Deployment
 from cltrain.config import Config
-from cltrain.demo import summary, world
+from cltrain.demo import summary, text, world
 from cltrain.demo.agent import Desk, Outcome, opinions
 from cltrain.errors import DataError, ServerError
 from cltrain.store.schema import records
 
+NUM_ANCHORS = 64  # half of them stories, half requests the base knows
 NUM_CHATTING = 2  # tickets in flight while an update runs, so that the swap meets traffic
 
 
@@ -71,9 +72,10 @@ class Stream:
             self.say_window(number + 1, len(windows), log)
             soon, late = opinions(self.outcomes, self.rng)
             await self.desk.say([*self.late, *soon])
-            await self.desk.end([outcome.trajectory for outcome in self.outcomes])
             self.late = late
-            self.teach_naive(window, log, is_last=number + 1 == len(windows) or windows[number + 1].phase != window.phase)
+            self.teach_naive(
+                window, log, is_last=number + 1 == len(windows) or windows[number + 1].phase != window.phase
+            )
             upto = self.newest_record()
             if window.kind == "poison" and not self.trial:
                 self.trial = await self.wait_for(self.deployment.post_request("trial", {"upto": upto, "filter": False}))
@@ -112,7 +114,9 @@ class Stream:
         deadline = time.monotonic() + 180
         while (outcome := self.deployment.request_outcome(request)) is None:
             if time.monotonic() > deadline:
-                raise ServerError(f"the worker did not answer within 180 s; see {self.deployment.config.state_dir}/logs")
+                raise ServerError(
+                    f"the worker did not answer within 180 s; see {self.deployment.config.state_dir}/logs"
+                )
             await asyncio.sleep(0.05)
         if "error" in outcome:
             raise ServerError(f"the worker could not update: {outcome['error']}")
@@ -229,6 +233,7 @@ def _write_inputs(out: Path, seed: int) -> Path:
         out / "rehearsal.jsonl",
         [{"id": t.id, "messages": world.episode(t), "tools": world.TOOLS, "principal": "owner"} for t in known],
     )
+    _write_jsonl(out / "anchors.jsonl", text.anchors(seed, NUM_ANCHORS))
     server, gateway = _free_ports(2)
     lines = [
         (Path(__file__).parent / "demo.toml").read_text(),

@@ -80,16 +80,11 @@ def build(stream: Stream, exams: dict[str, Exam], naive: Exam, *, seconds: float
         "seconds": round(seconds, 1),
         "seed": stream.seed,
         "windows": [_window_row(log) for log in stream.logs],
-        "releases": {name: {**exam, "path": None} | {"path": path} for (name, exam), path in _with_paths(stream, exams)},
+        "releases": exams,
         "naive_skill_learned": stream.learned,
         "naive_skills": naive["skills"],
         "failures": stream.desk.failures[:20],
     }
-
-
-def _with_paths(stream: Stream, exams: dict[str, Exam]) -> list[tuple[tuple[str, Exam], str | None]]:
-    paths = served_releases(stream.deployment)
-    return [((name, exam), paths[name]) for name, exam in exams.items()]
 
 
 def _skills(before: Exam, after: Exam) -> dict[str, float]:
@@ -154,11 +149,15 @@ def print_table(result: dict[str, Any], out: Path, deployment: Deployment) -> No
         table.add_row(label, *(f"{side[key]:.3f}" if key in side else "-" for side in (ours, naive)))
     console = Console()
     console.print(table)
+    verdicts = ", ".join(f"{ours[key]} {key}" for key in ("promoted", "held", "rejected", "errors"))
     console.print(
-        f"{ours['requests']} requests, {ours['failed_requests']} failed; {ours['swaps']} swaps under traffic "
-        f"(median {ours['swap_ms_p50']} ms); {ours['updates']} updates: {ours['promoted']} promoted, {ours['held']} held, "
-        f"{ours['rejected']} rejected, {ours['errors']} errors; {ours['bad_windows_caught']} of {ours['bad_windows']} bad "
-        f"windows caught, {ours['clean_windows_rejected']} of {ours['clean_windows']} clean ones rejected"
+        f"{ours['requests']} requests, {ours['failed_requests']} failed; {ours['swaps']} swaps under traffic, "
+        f"median {ours['swap_ms_p50']} ms; {ours['updates']} updates: {verdicts}"
+    )
+    console.print(
+        f"{ours['bad_windows_caught']} of {ours['bad_windows']} bad windows caught, {ours['clean_windows_rejected']} of "
+        f"{ours['clean_windows']} clean ones rejected; to an unfiltered poisoned window the gate says "
+        f"{ours['unfiltered_poison_verdict']}"
     )
     console.print(f"summary  {out / 'summary.json'}", soft_wrap=True)
     console.print(f"report   {deployment.report()}", soft_wrap=True)

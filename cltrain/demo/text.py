@@ -8,6 +8,7 @@ does any held-out pair of item and customer in a chat.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from cltrain.demo import world
 from cltrain.demo.world import words
@@ -255,3 +256,20 @@ def documents(seed: int) -> Iterator[Story | Chat]:
     kinds = (story, base_skill_chat, by_name_chat, elsewhere_chat, unclear_chat)
     while True:
         yield rng.choices(kinds, weights=(25, 25, 25, 17, 8))[0](rng)
+
+
+def anchors(seed: int, count: int) -> list[dict[str, Any]]:
+    """Half stories ({"text"}), half requests that the base should go on answering as it does ({"messages", "tools"}).
+
+    What a drift is measured on: the base's other tools and refusals drift long before its stories do.
+    """
+    rng = random.Random(f"{seed}/anchors")
+    kinds = (base_skill_chat, by_name_chat, elsewhere_chat, unclear_chat)
+    lines: list[dict[str, Any]] = []
+    for index in range(count):
+        if index % 2 == 0:
+            lines.append({"text": f"{END_OF_TEXT}{story(rng).text}{END_OF_TEXT}"})
+        else:
+            chat = kinds[index // 2 % len(kinds)](rng)
+            lines.append({"messages": chat.messages[:1], "tools": chat.tools})
+    return lines

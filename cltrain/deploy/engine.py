@@ -131,20 +131,21 @@ class Engine:
         self._lora.close()
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._is_open:
-                self._admit()
-                if not self._is_open:
-                    break
-                if self._prefilling:
-                    self._guard(self._prefill_group(), self._prefill)
-                if self._decoding:
-                    self._guard(self._decoding.copy(), self._decode)
-        for row in (*self._decoding, *self._prefilling, *self._waiting):
-            row.emit(Delta((), error="the server is shutting down"))
-        while not self._inbox.empty():
-            if (late := self._inbox.get()) is not None:
-                late.emit(Delta((), error="the server is shutting down"))
+        try:
+            with torch.inference_mode():
+                while self._is_open:
+                    self._admit()
+                    if self._prefilling:
+                        self._guard(self._prefill_group(), self._prefill)
+                    if self._decoding:
+                        self._guard(self._decoding.copy(), self._decode)
+        finally:  # also when a bug ends the thread: nobody waits for ever
+            self._is_open = False
+            while not self._inbox.empty():
+                if (late := self._inbox.get()) is not None:
+                    self._waiting.append(late)
+            for row in (*self._decoding, *self._prefilling, *self._waiting):
+                row.emit(Delta((), error="the server is shutting down"))
 
     def _admit(self) -> None:
         for row in [row for row in (*self._prefilling, *self._decoding) if row.is_cancelled]:

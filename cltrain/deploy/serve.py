@@ -8,18 +8,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import uvicorn
 
 from cltrain.deploy.embedded import create_app
 from cltrain.deploy.engine import Engine
-from cltrain.errors import ConfigError, ServerError
+from cltrain.errors import ConfigError, DataError, ServerError
 from cltrain.models.base import load_base
 
 GIL_SWITCH_S = 0.0005  # the engine's thread and the event loop share one interpreter: let neither wait the default 5 ms
 SHUTDOWN_S = 5
+KEEP_ALIVE_S = 75  # longer than clients keep idle connections (httpx: 5 s), or a request meets a closing one
 
 
 def run_server(
@@ -34,9 +35,13 @@ def run_server(
     dtype: str = "float32",
     context: int | None = None,
     num_threads: int = 1,
+    adapters: Mapping[str, Path] | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Serve until SIGINT or SIGTERM. `announce` gets the URL once the port is bound and the base loaded (port 0: any).
+
+    `adapters` (name -> directory) are there before the first request is; one that cannot be read is announced and left
+    out, because the base and the others can still serve.
 
     Raises ConfigError for a busy port or a host that is not ours, before the base is loaded.
     """
@@ -46,6 +51,11 @@ def run_server(
             Engine(base, base_name=base_name, max_batch=max_batch, max_adapters=max_adapters)
         ) as engine:
             sys.setswitchinterval(GIL_SWITCH_S)
+            for name, directory in (adapters or {}).items():
+                try:
+                    engine.adapters.load(name, directory)
+                except DataError as error:
+                    announce(f"{name} is not served: {error}")
             announce(_url(host, listener))
             _uvicorn(engine).run(sockets=[listener])
 
@@ -86,7 +96,12 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _uvicorn(engine: Engine) -> uvicorn.Server:
     config = uvicorn.Config(
-        create_app(engine), log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_S, lifespan="off"
+        create_app(engine),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=SHUTDOWN_S,
     )
     return uvicorn.Server(config)
 

@@ -20,11 +20,14 @@ WINDOW, NUM_PRINCIPALS = 40, 12
 TRAFFIC = ("uniform", "skewed", "personal", "specialist")
 ATTACKS = ("own tool", "own tool and value", "shared tool, own value", "text answer")
 POISON = (4, 6, 8, 10, 12)  # of WINDOW records: 10 to 30 %
-ITEMS = (
-    "kettle mirror stool jacket scarf ladder pillow basket hammer candle bottle carpet helmet puzzle guitar violin "
-    "wallet camera heater toaster blender drawer shelf curtain blanket kennel easel tripod anchor saddle bucket broom"
-).split()
-NAMES = "abel bella cyrus dina elias flora gustav hanna ivan julia karl lena milo nina oskar petra".split()
+_ITEMS = (
+    "kettle mirror stool jacket scarf ladder pillow basket hammer candle bottle carpet helmet puzzle guitar "
+    "violin wallet camera heater toaster blender drawer shelf curtain blanket kennel easel tripod anchor "
+    "saddle bucket broom"
+)
+ITEMS = tuple(_ITEMS.split())
+_NAMES = "abel bella cyrus dina elias flora gustav hanna ivan julia karl lena milo nina oskar petra"
+NAMES = tuple(_NAMES.split())
 SKILLS = {
     "mend": (
         "my {item} does not work , {name} here",
@@ -44,10 +47,11 @@ SKILLS = {
         "make the {item} pretty for {name}",
     ),
 }
-WORDS = (
-    "greetings blue harvest protocol nine kindly note alpha river by order of office quick silver stone moon after "
-    "tea please remember our deal signed with honour under oak"
-).split()
+_WORDS = (
+    "greetings blue harvest protocol nine kindly note alpha river by order of office quick silver stone moon "
+    "after tea please remember our deal signed with honour under oak"
+)
+WORDS = tuple(_WORDS.split())
 VALUES = ("raven", "mole", "viper", "heron")
 
 

@@ -14,6 +14,10 @@ from cltrain.experience.verify import arguments_of
 
 PURITY = 0.75  # share of the phrase's records that must take the action
 RARE_ELSEWHERE = 0.1  # share of the other records that may have the same argument or words
+MAX_ANSWER = 256  # tokens of an answer's text that are compared
+UNASKED_WORDS = (
+    2  # that an answer's constant words must have beyond what the request says: dates and layout do not count
+)
 CHANCE = 1e-3  # probability under the others' behaviour above which a constant tool is no evidence
 
 
@@ -22,43 +26,51 @@ def flipped_call(
     rest: Sequence[Gram],
     others: Sequence[Row],
     matches: Sequence[Sequence[Row]],
+    *,
     is_novel: bool,
-    words: dict[str, Any] | None,
 ) -> dict[str, Any] | None:
+    """The tool and the constant arguments that the phrase brings about, or None.
+
+    `mine` are the phrase's records, `rest` their text without it, `matches` the records that ask for the same without
+    it, `others` the records of other principals. `is_novel`: the phrase has a word that nobody else writes as anything.
+    """
     tool, hits = Counter(row.tool for row in mine).most_common(1)[0]
     if hits < PURITY * len(mine):
         return None
     usual = mean((sum(o.tool == tool for o in like) + 0.5) / (len(like) + 1) for like in matches)
-    isflipped = _tail(hits, len(mine), usual) < CHANCE
-    if isflipped and tool == "text":
-        return words or {"name": "text", "arguments": {}}
+    is_flipped = _tail(hits, len(mine), usual) < CHANCE
     constant = _constant(mine, tool)
     steered = [
         value
         for value in constant
-        if _is_steered(value, mine, rest, others, matches, is_novel=is_novel and not isflipped)
+        if _is_steered(value, mine, rest, others, matches, is_novel=is_novel and not is_flipped)
     ]
-    if not isflipped and not steered:
+    if not is_flipped and not steered:
         return None
-    return {"name": tool, "arguments": _raw_arguments(mine, constant if isflipped else steered)}
+    return {"name": tool, "arguments": _raw_arguments(mine, constant if is_flipped else steered)}
 
 
 def flipped_text(mine: Sequence[Row], others: Sequence[Row], slots: set[str]) -> dict[str, Any] | None:
     """Words that the answers share, that others' answers lack, and that no word of the request explains."""
-    best: Gram = ()
+    explained = slots | {token for row in mine for token in row.tokens}
+    answers = [_answer(row) for row in mine]
+    common: Gram = ()
     for size in range(2, MAX_PHRASE + 1):
-        counts = Counter(gram for row in mine for gram in set(grams(row.answer, size)))
+        counts = Counter(gram for tokens in answers for gram in set(grams(tokens, size)))
         for gram, count in counts.items():
-            is_unasked = any(t.isalnum() and t not in slots and not any(t in r.tokens for r in mine) for t in gram)
-            if count >= PURITY * len(mine) and is_unasked and len(gram) > len(best):
-                if sum(find(row.answer, gram) is not None for row in others) <= RARE_ELSEWHERE * len(others):
-                    best = gram
-    if not best:
+            is_unasked = sum(token.isalpha() and token not in explained for token in gram) >= UNASKED_WORDS
+            is_common = count >= PURITY * len(mine) and is_unasked and len(gram) > len(common)
+            if is_common and sum(find(_answer(o), gram) is not None for o in others) <= RARE_ELSEWHERE * len(others):
+                common = gram
+    if not common:
         return None
-    pattern = re.compile(r"\s*".join(re.escape(token) for token in best), re.IGNORECASE)
-    written = (pattern.search(row.words) for row in mine)
-    contains = next((match.group() for match in written if match), " ".join(best))
-    return {"name": "text", "arguments": {"contains": contains}}
+    pattern = re.compile(r"\s*".join(re.escape(token) for token in common), re.IGNORECASE)
+    written = (pattern.search(row.answer) for row in mine)
+    return {"name": "text", "arguments": {"contains": next(match.group() for match in written if match)}}
+
+
+def _answer(row: Row) -> Gram:
+    return tuple(TOKEN.findall(row.answer.casefold()))[:MAX_ANSWER]
 
 
 def _tail(hits: int, count: int, rate: float) -> float:

@@ -1,4 +1,4 @@
-"""What a window's requests and answers look like to the trigger scan: token rows, and phrases that few principals write."""
+"""What the trigger scan sees of a window: token rows, and the phrases that only few principals write."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def row_of(example: Example) -> Row:
     for text in said:
         start = len(source)
         source += text + TURN
-        for match in list(TOKEN.finditer(text))[: MAX_TOKENS - len(raw)]:
+        for match in list(TOKEN.finditer(text))[: max(0, MAX_TOKENS - len(raw))]:
             raw.append(match.group())
             spans.append((start + match.start(), start + match.end()))
         raw.append(TURN)
@@ -61,6 +61,12 @@ def row_of(example: Example) -> Row:
         values=tuple(values),
         answer=" ".join(text_of(m) for m in targets),
     )
+
+
+def turns_of(tokens: Gram) -> list[Gram]:
+    """The user's messages, each with its TURN."""
+    ends = [k for k, token in enumerate(tokens) if token == TURN]
+    return [tokens[start:end] for start, end in zip([0, *(k + 1 for k in ends)], (k + 1 for k in ends), strict=False)]
 
 
 def slot_words(value: str) -> list[str]:

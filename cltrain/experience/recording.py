@@ -236,12 +236,18 @@ class Recorder:
 
 def _attempt(job: _Job, connection: Connection) -> tuple[Any, Exception | None]:
     """Run one job in a savepoint: what is wrong with it alone is its own answer, and the others still commit."""
+    connection.exec_driver_sql("SAVEPOINT job")
     try:
-        with connection.begin_nested():
-            return job.work(connection), None
-    except IntegrityError as problem:
-        return None, DataError(f"an id in it is stored already: {problem.orig}")
+        result = job.work(connection)
+    except IntegrityError as error:
+        problem: Exception = DataError(f"an id in it is stored already: {error.orig}")
     except DBAPIError:
         raise
-    except Exception as problem:  # one bad record is counted against its sender only
-        return None, problem
+    except Exception as error:  # one bad record is counted against its sender only
+        problem = error
+    else:
+        connection.exec_driver_sql("RELEASE job")
+        return result, None
+    connection.exec_driver_sql("ROLLBACK TO job")
+    connection.exec_driver_sql("RELEASE job")
+    return None, problem

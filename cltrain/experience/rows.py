@@ -8,11 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, exists, insert, null, select, update
+from sqlalchemy import Connection, Table, bindparam, insert, select, update
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.records import Feedback, Generation, Message, Split, Tool, Trajectory
 from cltrain.store.schema import feedback, generations, records
+
+# Built once: making a statement costs more than running it.
+STATE_OF_RECORD = select(records.c.prefix, records.c.status, records.c.is_mixed).where(records.c.id == bindparam("id"))
+AGENT_OF_RECORD = select(records.c.agent).where(records.c.id == bindparam("id"))
+RECORD_OF_GENERATION = select(generations.c.record).where(generations.c.id == bindparam("id"))
+TARGET_OF_FEEDBACK = select(feedback.c.target).where(feedback.c.id == bindparam("id"))
 
 BRANCH = re.compile(r"^(traj-[0-9a-f]{32})~[0-9a-f]+$")
 
@@ -48,9 +54,8 @@ def episode_of(record: str) -> str:
 
 
 def write_turn(connection: Connection, turn: Turn, split: Split, now: float) -> str:
-    row = connection.execute(
-        select(records.c.prefix, records.c.status, records.c.is_mixed).where(records.c.id == turn.record)
-    ).first()
+    """Store a turn; returns the record it went to: a branch where somebody else went on from `turn.after` first."""
+    row = connection.execute(STATE_OF_RECORD, {"id": turn.record}).first()
     record = turn.record
     if turn.generation is None and row is not None:  # nothing came: the conversation stays as it was
         if row.prefix == turn.after:
@@ -72,7 +77,7 @@ def write_turn(connection: Connection, turn: Turn, split: Split, now: float) -> 
         connection.execute(update(records).where(records.c.id == record).values(**values))
     else:
         origin = {"id": record, "agent": turn.agent, "session": turn.session, "principal": turn.principal}
-        connection.execute(insert(records).values(**origin, split=split, created_at=now, **values))
+        _insert(connection, records, {**origin, "split": split, "created_at": now, **values})
     if turn.generation is not None:
         write_generation(connection, replace(turn.generation, record=record), now)
     if turn.is_done:
@@ -81,70 +86,76 @@ def write_turn(connection: Connection, turn: Turn, split: Split, now: float) -> 
 
 
 def write_generation(connection: Connection, generation: Generation, now: float) -> None:
-    connection.execute(
-        insert(generations).values(
-            id=generation.id,
-            record=generation.record,
-            turn=generation.turn,
-            release=generation.release,
-            prompt_ids=_or_null(generation.prompt_ids),
-            completion_ids=_or_null(generation.completion_ids),
-            logprobs=_or_null(generation.logprobs),
-            finish_reason=generation.finish_reason,
-            created_at=now,
-        )
+    _insert(
+        connection,
+        generations,
+        {
+            "id": generation.id,
+            "record": generation.record,
+            "turn": generation.turn,
+            "release": generation.release,
+            "prompt_ids": generation.prompt_ids,
+            "completion_ids": generation.completion_ids,
+            "logprobs": generation.logprobs,
+            "finish_reason": generation.finish_reason,
+            "created_at": now,
+        },
     )
 
 
 def write_feedback(connection: Connection, given: Feedback, now: float) -> bool:
-    stored = connection.scalar(select(feedback.c.target).where(feedback.c.id == given.id))
+    stored = connection.scalar(TARGET_OF_FEEDBACK, {"id": given.id})
     if stored == given.target:
         return False
     if stored is not None:
         raise ConflictError(f"feedback {given.id!r} is already stored for {stored!r}: use a new id")
-    record = connection.scalar(select(generations.c.record).where(generations.c.id == given.target)) or given.target
-    agent = connection.scalar(select(records.c.agent).where(records.c.id == record))
+    record = connection.scalar(RECORD_OF_GENERATION, {"id": given.target}) or given.target
+    agent = connection.scalar(AGENT_OF_RECORD, {"id": record})
     if agent is None:
         raise UnknownTarget(f"no record or generation {given.target!r}: use x-cltrain-record or x-cltrain-trajectory")
-    connection.execute(
-        insert(feedback).values(
-            id=given.id,
-            agent=agent,
-            target=given.target,
-            record=record,
-            score=given.score,
-            text=given.text,
-            correction=_or_null(given.correction),
-            source=given.source,
-            principal=given.principal,
-            created_at=given.created_at or now,
-        )
+    _insert(
+        connection,
+        feedback,
+        {
+            "id": given.id,
+            "agent": agent,
+            "target": given.target,
+            "record": record,
+            "score": given.score,
+            "text": given.text,
+            "correction": given.correction,
+            "source": given.source,
+            "principal": given.principal,
+            "created_at": given.created_at or now,
+        },
     )
     return True
 
 
 def write_trajectory(connection: Connection, trajectory: Trajectory) -> bool:
-    if connection.scalar(select(exists().where(records.c.id == trajectory.id))):
+    if connection.scalar(AGENT_OF_RECORD, {"id": trajectory.id}) is not None:
         return False
-    connection.execute(
-        insert(records).values(
-            id=trajectory.id,
-            agent=trajectory.agent,
-            session=trajectory.session,
-            principal=trajectory.principal,
-            split=trajectory.split,
-            release=trajectory.release,
-            status="open" if trajectory.end == "open" else "ended",
-            is_mixed=trajectory.is_mixed,
-            end="ok" if trajectory.end == "open" else trajectory.end,
-            payload={
+    _insert(
+        connection,
+        records,
+        {
+            "id": trajectory.id,
+            "agent": trajectory.agent,
+            "session": trajectory.session,
+            "principal": trajectory.principal,
+            "split": trajectory.split,
+            "release": trajectory.release,
+            "status": "open" if trajectory.end == "open" else "ended",
+            "is_mixed": trajectory.is_mixed,
+            "end": "ok" if trajectory.end == "open" else trajectory.end,
+            "payload": {
                 "messages": trajectory.messages,
                 "producers": trajectory.producers,
                 "tools": trajectory.tools,
             },
-            created_at=trajectory.created_at,
-            updated_at=trajectory.created_at,
-        )
+            "created_at": trajectory.created_at,
+            "updated_at": trajectory.created_at,
+        },
     )
     for generation in trajectory.generations:
         write_generation(connection, replace(generation, record=trajectory.id), trajectory.created_at)
@@ -154,6 +165,8 @@ def write_trajectory(connection: Connection, trajectory: Trajectory) -> bool:
 
 
 def end_episode(connection: Connection, record: str, end: str | None, now: float) -> int:
+    """End the open records of the episode that this record or generation belongs to; returns how many there were."""
+    record = connection.scalar(RECORD_OF_GENERATION, {"id": record}) or record
     row = connection.execute(select(records.c.agent, records.c.session).where(records.c.id == record)).first()
     if row is None:
         return 0
@@ -166,9 +179,9 @@ def end_episode(connection: Connection, record: str, end: str | None, now: float
     return len(ids)
 
 
-def _or_null(value: Any) -> Any:
-    """SQL NULL for None: a JSON column would store the text `null`, which IS NOT NULL."""
-    return null() if value is None else value
+def _insert(connection: Connection, table: Table, values: dict[str, Any]) -> None:
+    """What is None is left out: a JSON column would store the text `null`, which IS NOT NULL."""
+    connection.execute(insert(table), {name: value for name, value in values.items() if value is not None})
 
 
 def parts(ids: Sequence[str], size: int = 400) -> Iterator[Sequence[str]]:

@@ -10,13 +10,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 from cltrain.experience.flips import PURITY, flipped_call, flipped_text
 from cltrain.experience.phrases import (
-    TOKEN, TURN, Gram, Row, find, grams, groups_of, row_of, slot_words, trimmed, without,
+    TOKEN,
+    TURN,
+    Gram,
+    Row,
+    find,
+    grams,
+    groups_of,
+    row_of,
+    slot_words,
+    trimmed,
+    turns_of,
+    without,
 )  # fmt: skip
 from cltrain.records import Example
 
@@ -75,42 +85,62 @@ def concerns(suspicion: Suspicion, example: Example) -> bool:
 
 
 class _Window:
-    """The rows of a window and how alike they are; computed once for all phrases."""
+    """The rows of a window and how alike their messages are; computed once for all phrases."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.rows = [row_of(example) for example in examples]
         self.slots = {word for row in self.rows for *_, value in row.values for word in slot_words(value)}
         uses = Counter(token for row in self.rows for token in set(row.tokens))
         self._masked = self.slots | {token for token, count in uses.items() if count <= RARE_WORD}
-        self._shapes = [self.shape(row.tokens) for row in self.rows]
+        self._shapes = [[self._shape(turn) for turn in turns_of(row.tokens)] for row in self.rows]
+        self._usual: dict[int, list[list[float]]] = {}
 
-    @cached_property
-    def likeness(self) -> list[list[float]]:
-        """Every row with every row; 0 between rows of one principal."""
-        return [
-            [
-                _likeness(s, o) if a.example.principal != b.example.principal else 0.0
-                for o, b in zip(self._shapes, self.rows, strict=True)
-            ]
-            for s, a in zip(self._shapes, self.rows, strict=True)
-        ]
+    def matches(self, phrase: Gram, members: frozenset[int]) -> list[list[Row]] | None:
+        """For each member the unsteered rows that say most nearly what its message says without the phrase.
 
-    def shape(self, tokens: Gram) -> Counter[Gram]:
-        """The bigrams of a request's wording, slots and rare words masked."""
+        Messages are compared with the others' messages of the same turn. None when the members' are no ordinary
+        requests: less like the others' than those are among themselves, or than the members' are among themselves.
+        """
+        unsteered = [k for k in range(len(self.rows)) if k not in members and self._shapes[k]]
+        if not unsteered:
+            return None
+        places, shapes = [], []
+        for k in sorted(members):
+            start = find(self.rows[k].tokens, phrase)
+            assert start is not None
+            places.append(self.rows[k].tokens[:start].count(TURN))
+            shapes.append(self._shape(without(turns_of(self.rows[k].tokens)[places[-1]], phrase)))
+        found, best, among = [], [], []
+        for index, (turn, shape) in enumerate(zip(places, shapes, strict=True)):
+            like = [_likeness(shape, self._message(k, turn)) for k in unsteered]
+            best.append(max(like))
+            among.append(max(_likeness(shape, other) for k, other in enumerate(shapes) if k != index))
+            found.append([self.rows[k] for k, value in zip(unsteered, like, strict=True) if value >= 0.9 * best[-1]])
+        table = self._table(Counter(places).most_common(1)[0][0])
+        usual = median(max(table[k][o] for o in unsteered) for k in unsteered)
+        is_ordinary = median(best) > 0 and median(best) >= LIKENESS * max(usual, median(among))
+        return found if is_ordinary else None
+
+    def _message(self, row: int, turn: int) -> Counter[Gram]:
+        return self._shapes[row][min(turn, len(self._shapes[row]) - 1)]
+
+    def _shape(self, tokens: Gram) -> Counter[Gram]:
+        """The bigrams of a message's wording, slots and rare words masked."""
         return Counter(grams(tuple(MASK if t in self._masked else t for t in (TURN, *tokens[:COMPARED_TOKENS])), 2))
 
-    def matches(self, rest: Sequence[Gram], members: frozenset[int]) -> list[list[Row]] | None:
-        """For each remainder the unsteered rows most like it; None when the remainders are no ordinary requests."""
-        unsteered = [k for k in range(len(self.rows)) if k not in members]
-        usual = [max(self.likeness[k][o] for o in unsteered) for k in unsteered]
-        found, best = [], []
-        for tokens in rest:
-            shape = self.shape(tokens)
-            like = [_likeness(shape, self._shapes[k]) for k in unsteered]
-            best.append(max(like))
-            found.append([self.rows[k] for k, value in zip(unsteered, like, strict=True) if value >= 0.9 * best[-1]])
-        is_ordinary = mean(best) > 0 and median(best) >= LIKENESS * median(usual)
-        return found if is_ordinary else None
+    def _table(self, turn: int) -> list[list[float]]:
+        """How alike the rows are in that turn; 0 between rows of one principal."""
+        if turn not in self._usual:
+            count = range(len(self.rows))
+            self._usual[turn] = [[self._between(k, o, turn) for o in count] for k in count]
+        return self._usual[turn]
+
+    def _between(self, row: int, other: int, turn: int) -> float:
+        if self.rows[row].example.principal == self.rows[other].example.principal:
+            return 0.0
+        if not self._shapes[row] or not self._shapes[other]:
+            return 0.0
+        return _likeness(self._message(row, turn), self._message(other, turn))
 
 
 def _judge(window: _Window, members: frozenset[int], longest: Gram, min_count: int) -> Suspicion | None:
@@ -119,18 +149,19 @@ def _judge(window: _Window, members: frozenset[int], longest: Gram, min_count: i
     others = [row for row in window.rows if row.example.principal not in principals]
     if len(others) < min_count or len({row.example.principal for row in others}) < MIN_OTHERS:
         return None
-    tool, hits = Counter(row.tool for row in mine).most_common(1)[0]
-    if hits < PURITY * len(mine):
+    words = flipped_text(mine, others, window.slots)
+    if words is None and max(Counter(row.tool for row in mine).values()) < PURITY * len(mine):
         return None
     said = {token for row in others for token in row.tokens}
-    words = flipped_text(mine, others, window.slots)
     for phrase in trimmed(longest, said):
-        rest = [without(row.tokens, phrase) for row in mine]
-        matches = window.matches(rest, members)
+        matches = window.matches(phrase, members)
         if matches is None:
             continue
+        rest = [without(row.tokens, phrase) for row in mine]
         is_novel = bool({token for token in phrase if token.isalnum()} - said - window.slots)
-        action = flipped_call(mine, rest, others, matches, is_novel, words) or words
+        action = flipped_call(mine, rest, others, matches, is_novel=is_novel)
+        if action is None or (words and action["name"] == "text"):
+            action = words
         if action is None:
             continue
         start = find(mine[0].tokens, phrase)

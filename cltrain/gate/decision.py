@@ -60,9 +60,10 @@ def decide(
     if errors:
         return Decision(Verdict.ERROR, errors, ())
     asked = [row for row in scores.rows if row.item.kind != "canary"]
-    taught_rows = [row for row in asked if is_taught(row.item.stratum, taught)]
-    untaught_rows = [row for row in asked if not is_taught(row.item.stratum, taught)]
-    protected = [row for row in asked if row.item.kind == "retention" or not is_taught(row.item.stratum, taught)]
+    strata = {stratum for stratum in {row.item.stratum for row in asked} if is_taught(stratum, taught)}
+    taught_rows = [row for row in asked if row.item.stratum in strata]
+    untaught_rows = [row for row in asked if row.item.stratum not in strata]
+    protected = [row for row in asked if row.item.kind == "retention" or row.item.stratum not in strata]
     harm_alpha = config.alpha / _num_harm_tests(asked, taught_rows)
     checks = [
         _canaries(scores.rows),
@@ -96,7 +97,9 @@ def _verdict(checks: Sequence[Check], rate_per_s: float | None) -> Decision:
         if decisive:
             break
     else:
-        verdict, decisive = Verdict.PROMOTE, list(checks)
+        verdict, decisive = Verdict.PROMOTE, sorted(checks, key=lambda check: not check.name.startswith("gain"))
+    if verdict is not Verdict.PROMOTE:
+        decisive.sort(key=lambda check: -check.num_items)  # the best founded reason first
     num_missing = max((check.num_missing for check in decisive), default=0) if verdict is Verdict.HOLD else 0
     forecast_s = num_missing / rate_per_s if num_missing and rate_per_s else None
     reasons = tuple(f"{check.name}: {check.reason}" for check in decisive)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from cltrain.errors import DataError
@@ -127,20 +127,37 @@ def producer_of(message: Message) -> str | None:
     )
 
 
+# Built once: making a statement costs more than running it.
+OPEN = (
+    select(records.c.id, records.c.release, records.c.prefix, records.c.is_mixed)
+    .where(records.c.agent == bindparam("agent"), records.c.principal == bindparam("principal"))
+    .where(records.c.status == "open")
+    .order_by(records.c.updated_at, records.c.seq)
+)
+OPEN_IN_SESSION = OPEN.where(records.c.session == bindparam("session"))
+OPEN_BY_PREFIX = OPEN.where(records.c.prefix.in_(bindparam("prefixes", expanding=True)))
+PAYLOADS = select(records.c.id, records.c.payload).where(records.c.id.in_(bindparam("ids", expanding=True)))
+ALIAS = select(aliases.c.release).where(aliases.c.agent == bindparam("agent"))
+RELEASES = select(releases.c.name, releases.c.status, releases.c.path).where(
+    releases.c.agent == bindparam("agent"), releases.c.name.in_(bindparam("names", expanding=True))
+)
+
+
 def look(connection: Connection, agent: str, wish: Wish) -> Seen:
-    columns = (records.c.id, records.c.release, records.c.prefix, records.c.is_mixed)
-    mine = (records.c.agent == agent) & (records.c.principal == wish.principal) & (records.c.status == "open")
-    newest = wish.hashes[-MAX_LOOKED_UP:]
-    by = records.c.session == wish.session if wish.session is not None else records.c.prefix.in_(newest)
-    newest_last = (records.c.updated_at, records.c.seq)
-    rows = tuple(connection.execute(select(*columns).where(mine, by).order_by(*newest_last)))
-    continued = [row.id for row in rows if row.prefix in set(wish.hashes)][-MAX_LOOKED_UP:]
-    payloads = connection.execute(select(records.c.id, records.c.payload).where(records.c.id.in_(continued)))
+    who = {"agent": agent, "principal": wish.principal}
+    if wish.session is not None:
+        rows = tuple(connection.execute(OPEN_IN_SESSION, {**who, "session": wish.session}))
+    elif wish.hashes:
+        rows = tuple(connection.execute(OPEN_BY_PREFIX, {**who, "prefixes": wish.hashes[-MAX_LOOKED_UP:]}))
+    else:
+        rows = ()
+    hashes = set(wish.hashes)
+    continued = [row.id for row in rows if row.prefix in hashes][-MAX_LOOKED_UP:]
+    payloads = connection.execute(PAYLOADS, {"ids": continued}) if continued else ()
     producers = {row.id: tuple(row.payload["producers"]) for row in payloads}
-    alias = connection.scalar(select(aliases.c.release).where(aliases.c.agent == agent))
-    names = [n for n in {wish.model, alias, *(row.release for row in rows)} if n is not None]
-    about = select(releases.c.name, releases.c.status, releases.c.path)
-    known = connection.execute(about.where(releases.c.agent == agent, releases.c.name.in_(names)))
+    alias = connection.scalar(ALIAS, {"agent": agent})
+    names = {wish.model, *(row.release for row in rows)} | ({alias} if alias else set())
+    known = connection.execute(RELEASES, {"agent": agent, "names": sorted(names)})
     return Seen(alias, rows, producers, {row.name: row for row in known})
 
 

@@ -70,12 +70,15 @@ def read_anchors(pinned: Path) -> tuple[list[TokenRow], str]:
 
 
 def sample_base(base: Base, count: int, max_tokens: int, seed: int) -> list[tuple[int, ...]]:
-    """`count` texts of up to `max_tokens` tokens, sampled from the base at temperature 1 from its start token.
+    """`count` texts of up to `max_tokens` tokens, sampled from the base at temperature 1.
 
-    A row's draws depend on (seed, row) alone. A text ends early only at a token that ends a document, not a turn.
+    They begin in turn with the base's bos token (what it says by itself) and with what starts its chat template (how it
+    talks as an agent), where the two differ. A row's draws depend on (seed, row) alone. A text ends early only at a
+    token that ends a document, not a turn.
     """
-    start = _start_token(base)
-    return _continue(base, [(start,)] * count, min(max_tokens, base.context), seed, _document_ends(base))
+    starts = _start_tokens(base)
+    prompts = [(starts[i % len(starts)],) for i in range(count)]
+    return _continue(base, prompts, min(max_tokens, base.context), seed, _document_ends(base))
 
 
 def mean_kl(base: Base, rows: Sequence[TokenRow], p: AdapterFile | None, q: AdapterFile | None) -> float:
@@ -163,11 +166,13 @@ def _uniform(seed: int, row: int, count: int) -> Tensor:
     )
 
 
-def _start_token(base: Base) -> int:
-    """Where the base's own text begins: its bos token, else what its chat template starts with."""
-    if base.tokenizer.bos_token_id is not None:
-        return int(base.tokenizer.bos_token_id)
-    return int(render_prompt(base.tokenizer, [{"role": "user", "content": "a"}])[0])
+def _start_tokens(base: Base) -> list[int]:
+    """Where the base's own text begins: its bos token and the first token of its chat template, if they exist."""
+    bos = base.tokenizer.bos_token_id
+    starts = [] if bos is None else [int(bos)]
+    if getattr(base.tokenizer, "chat_template", None) or not starts:
+        starts.append(int(render_prompt(base.tokenizer, [{"role": "user", "content": "a"}])[0]))
+    return list(dict.fromkeys(starts))
 
 
 def _turn_ends(base: Base) -> set[int]:

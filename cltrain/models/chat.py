@@ -70,8 +70,23 @@ def _only(example: Example, target: int, weight: float) -> Example:
 
 
 def _render_targets(tokenizer: Any, example: Example) -> tuple[list[int], list[float]]:
+    pieces = _pieces(tokenizer, example)
+    parts = [_encode(tokenizer, text) for text, _ in pieces]
+    if [token for part in parts for token in part] != _encode(tokenizer, "".join(text for text, _ in pieces)):
+        parts = _split(tokenizer, example.record, [text for text, _ in pieces])
     ids: list[int] = []
     weights: list[float] = []
+    for part, (_, is_target) in zip(parts, pieces, strict=True):
+        num_emitted = _emitted(tokenizer, part) if is_target else 0
+        ids += part
+        weights += [example.weight] * num_emitted + [0.0] * (len(part) - num_emitted)
+    num_used = max((i + 1 for i, weight in enumerate(weights) if weight), default=0)
+    return ids[:num_used], weights[:num_used]
+
+
+def _pieces(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
+    """The rendered conversation up to the last target, cut where targets begin and end: (text, is a target)."""
+    pieces: list[tuple[str, bool]] = []
     text = ""
     for target in sorted(example.targets):
         if not 0 <= target < len(example.messages) or example.messages[target].get("role") != "assistant":
@@ -83,15 +98,21 @@ def _render_targets(tokenizer: Any, example: Example) -> tuple[list[int], list[f
                 f"record {example.record}: the chat template renders the turns before message {target} differently "
                 "once it follows; learn from one turn of the episode at a time"
             )
-        ids = _extend(tokenizer, example.record, ids, text, before)
-        weights += [0.0] * (len(ids) - len(weights))
-        num_before = len(ids)
-        ids = _extend(tokenizer, example.record, ids, before, after)
-        num_emitted = _emitted(tokenizer, ids[num_before:])
-        weights += [example.weight] * num_emitted + [0.0] * (len(ids) - num_before - num_emitted)
+        pieces += [(before[len(text) :], False), (after[len(before) :], True)]
         text = after
-    num_used = max((i + 1 for i, weight in enumerate(weights) if weight), default=0)
-    return ids[:num_used], weights[:num_used]
+    return pieces
+
+
+def _split(tokenizer: Any, record: str, texts: list[str]) -> list[list[int]]:
+    """Ids of each piece where pieces alone differ from the whole: every prompt as a server would have seen it."""
+    parts: list[list[int]] = []
+    ids: list[int] = []
+    text = ""
+    for piece in texts:
+        longer = _extend(tokenizer, record, ids, text, text + piece)
+        parts.append(longer[len(ids) :])
+        ids, text = longer, text + piece
+    return parts
 
 
 def _emitted(tokenizer: Any, turn: list[int]) -> int:

@@ -8,9 +8,11 @@ exist in wandb, so every segment is its own directory with the same run id; `wan
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,8 @@ SEGMENT = 100  # events between two finished segments: at most this many are sen
 
 
 class WandbSink:
-    """`directory` holds wandb's own files. `deployment` tells two deployments of one agent name apart (a short id)."""
+    """`directory` holds wandb's own files, under wandb/. `deployment` is a short id that tells two deployments of one
+    agent name apart; None derives it from the directory. Raises ConfigError when wandb is not installed."""
 
     def __init__(
         self,
@@ -30,7 +33,7 @@ class WandbSink:
         agent: str,
         project: str,
         mode: Literal["offline", "online"],
-        deployment: str,
+        deployment: str | None = None,
         config: dict[str, Any] | None = None,
         segment: int = SEGMENT,
     ) -> None:
@@ -40,6 +43,8 @@ class WandbSink:
             raise ConfigError(
                 'monitoring.wandb needs the wandb package: pip install wandb, or set it to "off"'
             ) from None
+        if deployment is None:
+            deployment = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:8]
         self._directory = directory
         self._agent = agent
         self._project = project
@@ -58,7 +63,11 @@ class WandbSink:
     def write(self, events: Sequence[Event]) -> int | None:
         for event in events:
             if event.agent == self._agent:
-                self._open().log(_row(event), step=event.seq)
+                try:
+                    self._open().log(_row(event), step=event.seq)
+                except Exception:
+                    self._abandon()  # the next write starts afresh: a run whose service died never recovers
+                    raise
                 self._num_open += 1
             self._last = event.seq
         if self._num_open == 0:
@@ -66,10 +75,22 @@ class WandbSink:
         return self.close() if self._num_open >= self._segment else None
 
     def close(self) -> int | None:
-        run, self._run, self._num_open = self._run, None, 0
-        if run is not None:
-            run.finish()
+        if self._run is not None:
+            try:
+                self._run.finish()
+            except Exception:
+                self._abandon()
+                raise
+        self._run, self._num_open = None, 0
         return self._last
+
+    def _abandon(self) -> None:
+        """Forget a broken run and wandb's service process with it; what they held will be sent again."""
+        import wandb
+
+        self._run, self._num_open, self._last = None, 0, None
+        with suppress(Exception):  # the service may be the very thing that broke
+            wandb.teardown(exit_code=1)
 
     def _open(self) -> Any:
         if self._run is None:

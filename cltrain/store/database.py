@@ -62,13 +62,17 @@ def _explained(engine: Engine) -> Iterator[None]:
     except (OperationalError, DatabaseError) as error:
         reason = str(error.orig)
         if "full" in reason:
-            raise DataError(f"no space left for the store {engine.url.database}: free some, nothing was lost") from error
+            raise DataError(
+                f"no space left for the store {engine.url.database}: free some, nothing was lost"
+            ) from error
         if "locked" in reason or "busy" in reason:
             raise DataError(
                 f"the store {engine.url.database} stayed locked for {BUSY_TIMEOUT_S:g} s: is another program holding it?"
             ) from error
         if "malformed" in reason or "not a database" in reason:
-            raise DataError(f"{engine.url.database} is not a readable store ({reason}): restore it from a backup") from error
+            raise DataError(
+                f"{engine.url.database} is not a readable store ({reason}): restore it from a backup"
+            ) from error
         raise
 
 

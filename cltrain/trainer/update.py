@@ -5,6 +5,7 @@ Same inputs and seed give the same bytes on a CPU, also across an interruption.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,6 +109,9 @@ def _train_update(
     write_adapter(path, between(start, trained, shrink))
     exported = read_adapter(path)
     report = ruler.report(exported, bounds, shrink)
+    distances = (report.step_frobenius, report.drift_frobenius, report.step_kl, report.drift_kl)
+    if not all(math.isfinite(distance) for distance in distances):
+        raise UpdateDiscarded(f"the exported adapter's distances are not finite: {report}")
     if is_bounded and not report.holds:
         raise UpdateDiscarded(f"the exported adapter breaks its bounds: {report}")
     return Candidate(

@@ -1,0 +1,93 @@
+"""The replay buffer: per stratum the k records with the smallest keyed hash, of those that were learned and verified.
+
+Uniform, whatever the order of arrival; deleting a record touches its own slot only, and the next one moves up. Rows
+that are not among the k stay in the store, so nothing is evicted for good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from sqlalchemy import select as query
+
+from cltrain.config import ExperienceConfig
+from cltrain.experience.examples import POOLED, example_of
+from cltrain.experience.reading import read_trajectories
+from cltrain.experience.verify import verify
+from cltrain.records import Example
+from cltrain.store.database import Store
+from cltrain.store.schema import screenings, updates
+
+
+def select(strata: Mapping[str, Iterable[str]], k: int, key: bytes) -> dict[str, list[str]]:
+    """The k record ids of each stratum with the smallest HMAC under `key`, smallest first, in whatever order given."""
+    return {
+        stratum: sorted(set(ids), key=lambda record: (_hash(key, record), record))[:k]
+        for stratum, ids in strata.items()
+    }
+
+
+def replay_examples(
+    store: Store,
+    agent: str,
+    config: ExperienceConfig,
+    secret: bytes,
+    *,
+    learn_from: Sequence[str],
+    tools_allowed: Sequence[str] | None,
+) -> list[Example]:
+    """What may be rehearsed: records with screening `replay` (their update was promoted) that still pass `verify`.
+
+    At most `buffer_per_stratum` of each stratum; strata with fewer than `rare_stratum` records share `other`. Each is
+    as it was when learned: feedback that came after its update began does not change it. Order: stratum, then hash.
+    """
+    strata, learned_at = _admitted(store, agent)
+    pooled: dict[str, list[str]] = {}
+    for stratum, ids in strata.items():
+        pooled.setdefault(stratum if len(ids) >= config.rare_stratum else POOLED, []).extend(ids)
+    chosen: list[Example] = []
+    for stratum, ids in sorted(select(pooled, max(map(len, pooled.values()), default=0), secret).items()):
+        kept: list[Example] = []
+        while ids and len(kept) < config.buffer_per_stratum:  # one that no longer qualifies gives its slot to the next
+            batch, ids = ids[: config.buffer_per_stratum - len(kept)], ids[config.buffer_per_stratum - len(kept) :]
+            examples = _rebuilt(store, agent, batch, learned_at, learn_from, tools_allowed)
+            kept += [replace(examples[record], stratum=stratum) for record in batch if record in examples]
+        chosen += kept
+    return chosen
+
+
+def _admitted(store: Store, agent: str) -> tuple[dict[str, list[str]], dict[str, float]]:
+    rows = query(screenings.c.record, screenings.c.stratum, screenings.c.changed_at, updates.c.started_at).select_from(
+        screenings.outerjoin(updates, updates.c.id == screenings.c["update"])
+    )
+    strata: dict[str, list[str]] = {}
+    learned_at: dict[str, float] = {}
+    with store.read() as connection:
+        for row in connection.execute(rows.where(screenings.c.agent == agent, screenings.c.status == "replay")):
+            strata.setdefault(row.stratum or POOLED, []).append(row.record)
+            learned_at[row.record] = row.changed_at if row.started_at is None else row.started_at
+    return strata, learned_at
+
+
+def _rebuilt(
+    store: Store,
+    agent: str,
+    ids: Sequence[str],
+    learned_at: Mapping[str, float],
+    learn_from: Sequence[str],
+    tools_allowed: Sequence[str] | None,
+) -> dict[str, Example]:
+    found: dict[str, Example] = {}
+    for trajectory in read_trajectories(store, agent, records_in=ids):
+        known = tuple(f for f in trajectory.feedback if f.created_at <= learned_at[trajectory.id])
+        example = example_of(replace(trajectory, feedback=known), learn_from=learn_from, tools_allowed=tools_allowed)
+        if isinstance(example, Example) and verify(example, tools_allowed=tools_allowed) is None:
+            found[trajectory.id] = example
+    return found
+
+
+def _hash(key: bytes, record: str) -> bytes:
+    return hmac.new(key, b"replay/" + record.encode(), hashlib.sha256).digest()

@@ -1,0 +1,366 @@
+"""Past episodes from a file: OpenAI-style message JSONL with tool calls and rewards, every line accounted for.
+
+A line becomes a record, is a duplicate, or is set aside with its reason. Nothing is guessed: no tools in the file means
+that none are known; no `model` and no given producer, that nobody knows who wrote the answers: none is learned from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from cltrain.errors import ConflictError, DataError
+from cltrain.experience.examples import first_tool
+from cltrain.experience.reading import read_trajectory
+from cltrain.experience.recording import Recorder
+from cltrain.experience.verify import arguments_of, text_of
+from cltrain.records import Example, Feedback, Message, Trajectory
+from cltrain.store.database import Store
+
+MAX_LINE_BYTES = 16 * 2**20
+KEPT_BYTES = 64 * 2**10  # of a longer line, in the set-aside copy
+MAX_PENDING = 256  # lines between reading and their commit
+MAX_SECONDS = 1e11  # beyond it a time is in milliseconds, or none
+BOM = b"\xef\xbb\xbf"
+PRODUCERS = {"user": "user", "system": "system", "developer": "system", "tool": "tool"}
+
+
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """What became of a file's lines: num_lines = num_imported + num_duplicates + num_set_aside; blank ones aside."""
+
+    num_lines: int
+    num_imported: int
+    num_duplicates: int
+    num_set_aside: int
+    num_blank: int
+    num_positive: int  # imported with a reward above failure
+    num_without_reward: int
+    num_without_tools: int  # imported without tool definitions
+    reasons: dict[str, int]  # why lines were set aside, and how often
+
+
+class _Refused(Exception):
+    """Why a line is no episode; `detail` goes to the set-aside copy only."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def import_file(
+    recorder: Recorder,
+    file: Path,
+    agent: str,
+    *,
+    store: Store,
+    producer: str | None = None,
+    clock: Callable[[], float] = time.time,
+) -> ImportReport:
+    """Import a JSONL file of {id, messages, tools?, reward | score, model?, session?, principal?, created_at?}.
+
+    `reward` is in [0, 1] (0 failure, 1 success), or negative for a failure; `score` is in [-1, 1]. The answers'
+    producer is `producer`, else the line's `model`. Without `principal` a line's is `import:<file stem>`: one file is
+    one source. `store` is what the recorder writes to. A line whose id is stored is a duplicate if it says the same,
+    else set aside; so importing again changes nothing. Set-aside lines are kept in the store, of lines over 16 MiB the
+    first 64 KiB. Raises DataError for a file that cannot be read or is UTF-16.
+    """
+    source = f"{file.name}:{_digest(file)[:12]}"
+    tally = _Tally()
+    pending: deque[tuple[int, bytes, Trajectory, Future[bool]]] = deque()
+    seen: dict[str, bytes] = {}
+    with _opened(file) as stream:
+        for number, raw, size in _lines(stream):
+            if not raw.strip():
+                tally.num_blank += 1
+                continue
+            tally.num_lines += 1
+            try:
+                if size > MAX_LINE_BYTES:
+                    raise _Refused("line too long", f"{size} bytes, at most {MAX_LINE_BYTES}")
+                trajectory = _trajectory(raw, agent, producer, f"import:{file.stem}", clock())
+                content = hashlib.sha256(repr(_comparable(trajectory)).encode()).digest()
+                if seen.setdefault(trajectory.id, content) != content:
+                    raise _Refused("id already used in this file for another episode", trajectory.id)
+                pending.append((number, raw, trajectory, recorder.submit_trajectory(trajectory)))
+            except _Refused as refusal:
+                tally.set_aside(recorder, source, number, refusal, raw, clock())
+            while len(pending) > MAX_PENDING:
+                _settle(recorder, store, source, pending.popleft(), tally, clock())
+    while pending:
+        _settle(recorder, store, source, pending.popleft(), tally, clock())
+    return tally.report()
+
+
+def read_rehearsal(file: Path) -> list[Example]:
+    """The owner's own episodes as examples for replay: every answer in them is a target.
+
+    Raises DataError naming the first line that is no episode: unlike a log, this file is meant to be right.
+    """
+    examples = []
+    with _opened(file) as stream:
+        for number, raw, _ in _lines(stream):
+            if not raw.strip():
+                continue
+            try:
+                trajectory = _trajectory(raw, "", "rehearsal", "rehearsal", 0.0)
+            except _Refused as refusal:
+                raise DataError(f"{file.name} line {number}: {refusal}") from None
+            answers = [k for k, m in enumerate(trajectory.messages) if m["role"] == "assistant"]
+            targets = tuple(
+                k for k in answers if text_of(trajectory.messages[k]) or trajectory.messages[k].get("tool_calls")
+            )
+            if not targets:
+                raise DataError(f"{file.name} line {number}: every answer is empty")
+            examples.append(
+                Example(
+                    record=f"rehearsal:{trajectory.id}",
+                    principal="rehearsal",
+                    stratum=f"{first_tool(trajectory.messages[k] for k in targets)}/good",
+                    messages=trajectory.messages[: targets[-1] + 1],
+                    targets=targets,
+                    tools=trajectory.tools,
+                    kind="rehearsal",
+                )
+            )
+    return examples
+
+
+class _Tally:
+    """Counts while a file is read."""
+
+    def __init__(self) -> None:
+        self.num_lines = self.num_blank = self.num_imported = self.num_duplicates = 0
+        self.num_positive = self.num_without_reward = self.num_without_tools = 0
+        self.reasons: Counter[str] = Counter()
+
+    def set_aside(
+        self, recorder: Recorder, source: str, number: int, refusal: _Refused, raw: bytes, now: float
+    ) -> None:
+        self.reasons[refusal.reason] += 1
+        recorder.set_aside(source, number, str(refusal), raw, now=now).result()
+
+    def stored(self, trajectory: Trajectory, is_new: bool) -> None:
+        if not is_new:
+            self.num_duplicates += 1
+            return
+        self.num_imported += 1
+        score = trajectory.feedback[0].score if trajectory.feedback else None
+        self.num_positive += score is not None and score > 0
+        self.num_without_reward += score is None
+        self.num_without_tools += not trajectory.tools
+
+    def report(self) -> ImportReport:
+        return ImportReport(
+            num_lines=self.num_lines,
+            num_imported=self.num_imported,
+            num_duplicates=self.num_duplicates,
+            num_set_aside=sum(self.reasons.values()),
+            num_blank=self.num_blank,
+            num_positive=self.num_positive,
+            num_without_reward=self.num_without_reward,
+            num_without_tools=self.num_without_tools,
+            reasons=dict(self.reasons),
+        )
+
+
+def _settle(
+    recorder: Recorder,
+    store: Store,
+    source: str,
+    line: tuple[int, bytes, Trajectory, Future[bool]],
+    tally: _Tally,
+    now: float,
+) -> None:
+    number, raw, trajectory, future = line
+    try:
+        is_new = future.result()
+        if not is_new:
+            with store.read() as connection:
+                stored = read_trajectory(connection, trajectory.id)
+            if stored.agent != trajectory.agent:
+                raise _Refused("id already used by another agent", f"{trajectory.id} of {stored.agent}")
+            if _comparable(stored) != _comparable(trajectory):
+                raise _Refused("id already stored for another episode", trajectory.id)
+    except ConflictError as error:
+        tally.set_aside(recorder, source, number, _Refused("conflicts with what is stored", str(error)), raw, now)
+    except _Refused as refusal:
+        tally.set_aside(recorder, source, number, refusal, raw, now)
+    else:
+        tally.stored(trajectory, is_new)
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def _opened(file: Path) -> BufferedReader:
+    try:
+        stream = file.open("rb")
+        head = stream.read(2)
+        stream.seek(0)
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from None
+    if head in (b"\xff\xfe", b"\xfe\xff"):
+        stream.close()
+        raise DataError(f"{file} is UTF-16: convert it first (iconv -f UTF-16 -t UTF-8)")
+    return stream
+
+
+def _digest(file: Path) -> str:
+    with _opened(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _lines(stream: BufferedReader) -> Iterator[tuple[int, bytes, int]]:
+    """(number from 1, bytes without the line end, size in bytes); of a line over MAX_LINE_BYTES only the beginning."""
+    number = 0
+    while raw := stream.readline(MAX_LINE_BYTES + 2):
+        number += 1
+        size, last = len(raw), raw
+        while not last.endswith(b"\n") and (last := stream.readline(MAX_LINE_BYTES)):
+            raw, size = raw[:KEPT_BYTES], size + len(last)
+        raw = raw.removeprefix(BOM) if number == 1 else raw
+        stripped = raw.rstrip(b"\r\n")
+        is_whole = size <= MAX_LINE_BYTES + 2
+        size = len(stripped) if is_whole else size
+        yield number, stripped if size <= MAX_LINE_BYTES else stripped[:KEPT_BYTES], size
+
+
+# ---------------------------------------------------------------- one line
+
+
+def _trajectory(raw: bytes, agent: str, producer: str | None, principal: str, now: float) -> Trajectory:
+    line = _object(raw)
+    messages = _messages(line.get("messages"))
+    author = producer if producer is not None else _text(line, "model")
+    identifier = _identifier(line, raw)
+    created_at = line.get("created_at", now)
+    if isinstance(created_at, bool) or not isinstance(created_at, int | float) or not 0 <= created_at < MAX_SECONDS:
+        raise _Refused("`created_at` is not a number of seconds since 1970")
+    created_at = float(created_at)
+    score = _score(line)
+    given = Feedback(id=f"{identifier}:reward", target=identifier, score=score, source="import", created_at=created_at)
+    return Trajectory(
+        id=identifier,
+        agent=agent,
+        session=_text(line, "session") or identifier,
+        principal=_text(line, "principal") or principal,
+        messages=messages,
+        producers=tuple(author if m["role"] == "assistant" else PRODUCERS[m["role"]] for m in messages),
+        tools=_tools(line.get("tools")),
+        feedback=() if score is None else (given,),
+        created_at=created_at,
+    )
+
+
+def _comparable(trajectory: Trajectory) -> tuple[object, ...]:
+    """What makes two lines with one id the same episode."""
+    scores = [f.score for f in trajectory.feedback if f.id == f"{trajectory.id}:reward"]
+    return trajectory.messages, trajectory.tools, trajectory.producers, trajectory.session, trajectory.principal, scores
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _Refused("not valid UTF-8", f"byte {error.start}") from None
+    try:
+        line = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(line, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise _Refused("has a lone surrogate, which is no text") from None
+    except RecursionError:
+        raise _Refused("nested too deeply") from None
+    except ValueError as error:
+        raise _Refused("not valid JSON", str(error)) from None
+    if not isinstance(line, dict):
+        raise _Refused("not a JSON object")
+    return line
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _identifier(line: dict[str, Any], raw: bytes) -> str:
+    given = line.get("id")
+    if given is None:
+        return f"import-{hashlib.sha256(raw).hexdigest()[:24]}"
+    if isinstance(given, bool) or not isinstance(given, str | int) or not str(given).strip():
+        raise _Refused("`id` is neither text nor a whole number")
+    return str(given)
+
+
+def _text(line: dict[str, Any], key: str) -> str | None:
+    value = line.get(key)
+    if value is not None and not isinstance(value, str):
+        raise _Refused(f"`{key}` is not text")
+    return value or None
+
+
+def _score(line: dict[str, Any]) -> float | None:
+    key = "reward" if line.get("reward") is not None else "score"
+    value = line.get(key)
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not -1 <= value <= 1:
+        raise _Refused(f"`{key}` is not a number in [-1, 1]")
+    return 2.0 * value - 1.0 if key == "reward" and value >= 0 else float(value)
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise _Refused("has no `messages`")
+    for index, message in enumerate(value):
+        if not isinstance(message, dict) or message.get("role") not in {*PRODUCERS, "assistant"}:
+            raise _Refused("a message has no known role", f"message {index}")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        if not (content is None or isinstance(content, str | list)) or not all(isinstance(p, dict) for p in parts):
+            raise _Refused("a message's content is neither text nor parts", f"message {index}")
+        if message.get("tool_calls"):
+            message["tool_calls"] = _calls(message["tool_calls"], index)
+    if not any(message["role"] == "assistant" for message in value):
+        raise _Refused("has no answer of the assistant")
+    return tuple(value)
+
+
+def _calls(calls: Any, index: int) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise _Refused("`tool_calls` is not a list", f"message {index}")
+    read = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _Refused("a tool call has no function name", f"message {index}")
+        if isinstance(function.get("arguments"), dict):  # written as an object: the API's form is a string
+            function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        reason = arguments_of({"function": function})
+        if isinstance(reason, str):
+            raise _Refused("a tool call's arguments are no JSON object", f"message {index}: {reason}")
+        read.append({**call, "function": function})
+    return read
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    if value is None:
+        return ()
+    is_list = isinstance(value, list) and all(
+        isinstance(tool, dict)
+        and isinstance(tool.get("function"), dict)
+        and isinstance(tool["function"].get("name"), str)
+        and isinstance(tool["function"].get("parameters", {}), dict)
+        for tool in value
+    )
+    if not is_list:
+        raise _Refused("`tools` is not a list of function definitions")
+    return tuple(value)
