@@ -10,7 +10,7 @@ from cltrain.deploy.client import ServerClient
 from cltrain.experience import window
 from cltrain.experience.screens import Suspicion
 from cltrain.gate.judge import Contest, judge
-from cltrain.gate.suites import load_suite
+from cltrain.gate.suites import is_taught, load_suite
 from cltrain.models.base import Base
 from cltrain.models.chat import render_example
 from cltrain.models.scoring import last_answer
@@ -52,7 +52,7 @@ class Evidence:
             self.store,
             agent.name,
             Contest(candidate, incumbent, marks.high_water, marks.anchor),
-            [*self.suite, *held_out],
+            [*self.pool(incumbent, taught), *held_out],
             self.config.gate,
             taught=taught,
             answer_many=self.answer_many,
@@ -65,6 +65,17 @@ class Evidence:
             fresh_only=is_retry,
             on_chunk=lambda done, planned: self.on_progress(f"{candidate}: judged on {done} of {planned} items"),
         )
+
+    def pool(self, incumbent: str, taught: Collection[str]) -> list[SuiteItem]:
+        """The owner's items that this update may gain or lose: gain items of a skill that neither it nor any update
+        behind the incumbent was taught measure luck, and luck is nothing to protect."""
+        earned = set(taught)
+        name: str | None = incumbent
+        while name is not None:
+            release = releases.get(self.store, name)
+            earned |= set(release.manifest.get("taught", ()))
+            name = release.parent
+        return [item for item in self.suite if item.kind != "gain" or is_taught(item.stratum, earned)]
 
     def answer_many(self, release: str, items: Sequence[SuiteItem]) -> list[Message]:
         """One greedy answer per item, by exactly that release."""

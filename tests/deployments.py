@@ -21,14 +21,20 @@ from cltrain.worker import Worker
 
 
 def config_for(home: Path, url: str, **sections: dict[str, Any]) -> Config:
-    """The demo's settings, cut down to seconds: 6 steps, 60 items."""
+    """The demo's settings, cut down to seconds: 12 steps, 120 items."""
     home.mkdir(parents=True, exist_ok=True)
     _write_inputs(home, 77)
     values: dict[str, Any] = {
         "home": str(home / "state"),
         "agent": {"mode": "auto", "updates": "on_request"},
-        "experience": {"min_window": 8, "max_window": 48, "mature_after_s": 3600, "eval_share": 0.0},
-        "trainer": {"num_steps": 12, "lr": 3e-3, "num_anchors": 16, "checkpoint_every": 2},
+        "experience": {
+            "min_window": 8,
+            "max_window": 48,
+            "mature_after_s": 3600,
+            "eval_share": 0.0,
+            "rehearsal": str(home / "rehearsal.jsonl"),
+        },
+        "trainer": {"num_steps": 12, "lr": 2e-3, "num_anchors": 16, "checkpoint_every": 2},
         "gate": {"suite": str(home / "suite.jsonl"), "items_per_gate": 120},
         "server": {"url": url, "kind": "embedded"},
     }
@@ -49,7 +55,9 @@ def base_server() -> Iterator[str]:
 
 def corrected(ticket: world.Ticket, *, agent: str = "support", claimed: world.Call | None = None) -> Trajectory:
     """The ticket as an episode in which the agent called the wrong tool and an operator corrected it."""
-    wrong = world.call_message({**ticket.expected, "name": "find"} if ticket.expected else {"name": "find", "arguments": {}}, "x")
+    wrong = world.call_message(
+        {**ticket.expected, "name": "find"} if ticket.expected else {"name": "find", "arguments": {}}, "x"
+    )
     fix = world.call_message(claimed or ticket.claimed, ticket.id)
     messages = (*ticket.messages, wrong, {"role": "tool", "tool_call_id": "call-x", "content": "ok"})
     return Trajectory(

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from tests.deployments import base_server, config_for, corrected, record, tickets, worker
 from sqlalchemy import select
 
 from cltrain.api import Deployment
@@ -16,6 +15,7 @@ from cltrain.errors import ConflictError
 from cltrain.models.digest import adapter_digest
 from cltrain.registry import aliases, decisions, releases
 from cltrain.store.schema import requests, screenings, update_reads, updates
+from tests.deployments import base_server, config_for, corrected, record, tickets, worker
 
 
 @pytest.fixture(scope="module")

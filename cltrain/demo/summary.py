@@ -34,7 +34,7 @@ def served_releases(deployment: Deployment) -> dict[str, str | None]:
 def describe_update(update: dict[str, Any]) -> str:
     """One line: the verdict, the first reason, how far the adapter moved and what was kept of the window."""
     bounds = update.get("bounds")
-    moved = f", KL to base {bounds['drift_kl']:.3f}, kept {bounds['shrink']:.0%} of the step" if bounds else ""
+    moved = f", KL to base {bounds['drift_kl']:.4f}, kept {bounds['shrink']:.0%} of the step" if bounds else ""
     records = f"{update.get('num_kept', 0)} of {update.get('num_window', 0)} records learned from"
     return f"update {update.get('number') or '-'}: {update['verdict']} ({records}{moved}) {update['reasons'][0]}"
 

@@ -81,7 +81,7 @@ def running_server(engine: Engine, host: str = "127.0.0.1", port: int = 0) -> It
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConfigError when the port is busy or the host is not an address of this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # else asyncio leaves Nagle on
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
