@@ -6,14 +6,15 @@ Exit codes: 0 done, 1 failed, 2 configuration, 3 data, 4 conflict, 5 server; the
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from cltrain.errors import CltrainError
+from cltrain.errors import CltrainError, DataError
 
 if TYPE_CHECKING:
     from cltrain.api import Deployment
@@ -38,6 +39,7 @@ Home = Annotated[Path | None, typer.Option("--home", help="State directory (defa
 Agent = Annotated[str | None, typer.Option("--agent", help="The agent's name (default agent.name).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
+SHOWN = 3  # unusable episodes that `import` names
 VERDICT_EXIT = {"promote": 0, "hold": 10, "reject": 11, "error": 12}
 
 
@@ -270,6 +272,9 @@ def import_(
     report = deployment.import_file(file, producer=producer)
     lines = [f"{key:<16} {value}" for key, value in report.items() if not isinstance(value, dict | list)]
     lines += [f"  {count:>5}  {reason}" for reason, count in report["reasons"].items()]
+    lines += report["unusable"][:SHOWN]
+    if report["num_unusable"] > SHOWN:
+        lines.append(f"and {report['num_unusable'] - SHOWN} more (--json lists them)")
     _print(report, as_json, lines)
     raise typer.Exit(0 if report["num_set_aside"] == 0 else 3)
 
@@ -312,8 +317,10 @@ def doctor(
 ) -> None:
     """Look for what would go wrong: packages, disk, ports, base, store, servers."""
     findings = _open(config, overrides, home, agent).doctor()
-    _print(findings, as_json, [f"{f['state']:<5} {f['what']:<12} {f['detail']}" for f in findings])
-    raise typer.Exit(1 if any(f["state"] == "bad" for f in findings) else 0)
+    num_bad = sum(finding["state"] == "bad" for finding in findings)
+    lines = [f"{f['state']:<5} {f['what']:<12} {f['detail']}" for f in findings]
+    _print({"num_bad": num_bad, "findings": findings}, as_json, lines)
+    raise typer.Exit(1 if num_bad else 0)
 
 
 def main() -> None:
@@ -321,7 +328,15 @@ def main() -> None:
     try:
         app()
     except CltrainError as error:
-        if "--json" in sys.argv:
-            typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(error.exit_code)
+        _fail(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _fail(DataError(f"{error.strerror}: {error.filename or 'a file'} could not be written; free some space"))
+
+
+def _fail(error: CltrainError) -> NoReturn:
+    if "--json" in sys.argv:
+        typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
+    typer.echo(f"{type(error).__name__}: {error}", err=True)
+    sys.exit(error.exit_code)

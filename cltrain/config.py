@@ -73,6 +73,8 @@ class TrainerConfig(Section):
     method: Literal["bounded_replay", "naive"] = "bounded_replay"
     lr: float = Field(2e-3, gt=0)
     num_steps: int = Field(24, ge=1)
+    warmup_steps: int = Field(3, ge=0)
+    final_lr_share: float = Field(0.1, gt=0, le=1)  # of lr at the last step; 1 keeps it constant
     batch_size: int = Field(16, ge=1)  # rows per step; half fresh, half replay
     micro_batch: int | None = Field(None, ge=1)  # rows per forward; None: the whole batch
     replay_share: float = Field(0.5, ge=0, lt=1)
@@ -203,6 +205,8 @@ def _read(file: Path) -> dict[str, Any]:
         values = tomllib.loads(file.read_text())
     except FileNotFoundError:
         raise ConfigError(f"config file {file} does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {file} is not valid TOML: {error}") from None
     for section, key in (("base", "path"), ("experience", "rehearsal"), ("trainer", "anchors"), ("gate", "suite")):

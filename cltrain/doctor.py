@@ -76,7 +76,7 @@ def _port(config: Config, name: str) -> dict[str, str]:
     else:
         busy = f"{url} does not answer"
     try:
-        is_ours = httpx.get(f"{url}/health", timeout=1.0).status_code == 200
+        is_ours = httpx.get(f"{url}/health", timeout=1.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
         is_ours = False
     return _finding("good", name, f"{url} answers") if is_ours else _finding("bad", name, busy)
@@ -89,7 +89,7 @@ def _open_routes(config: Config) -> list[dict[str, str]]:
     found = []
     for route in GUARDED_ROUTES:
         try:
-            code = httpx.post(f"{launch.server_url(config)}{route}", json={}, timeout=1.0).status_code
+            code = httpx.post(f"{launch.server_url(config)}{route}", json={}, timeout=1.0, trust_env=False).status_code
         except httpx.HTTPError:
             continue
         if code not in (401, 403, 404, 405):

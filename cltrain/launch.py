@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
-
 from cltrain.config import Config
-from cltrain.errors import ConfigError, ServerError
+from cltrain.errors import CltrainError, ConfigError, ConflictError, DataError, ServerError
 
 PROCESSES = ("server", "gateway", "worker")
-MAX_RESTARTS = 20
+MAX_RESTARTS = 20  # of one process within RESTARTS_S
+RESTARTS_S = 600.0
+FIXABLE: dict[int, type[CltrainError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, ConflictError)}
 
 
 def server_url(config: Config) -> str:
@@ -33,8 +33,19 @@ def gateway_url(config: Config) -> str:
 
 
 def needed(config: Config) -> tuple[str, ...]:
-    """The processes that this configuration starts; a server that already runs elsewhere is not ours."""
-    return tuple(name for name in PROCESSES if name != "server" or config.server.url is None)
+    """The processes that this configuration starts: a server that already runs elsewhere is not ours, and without a
+    server that takes adapters there is nothing for a worker to do."""
+    is_ours = {"server": config.server.url is None, "gateway": True, "worker": config.server.kind != "openai"}
+    return tuple(name for name in PROCESSES if is_ours[name])
+
+
+def check_takes_adapters(config: Config) -> None:
+    """Raise ConfigError for a server that could never serve what is learned."""
+    if config.server.kind == "openai":
+        raise ConfigError(
+            "server.kind = 'openai' takes no adapters and gives no log-probs of a prompt: what comes in is recorded, but "
+            "learning needs server.kind = 'vllm' or 'embedded'"
+        )
 
 
 def check_port_is_free(host: str, port: int, setting: str) -> None:
@@ -60,12 +71,14 @@ class Fleet:
     on_event: Callable[[str], None] = print
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     restarts: int = 0
+    _restarted: dict[str, list[float]] = field(default_factory=dict, repr=False)  # when, lately
 
     def __enter__(self) -> Fleet:
-        if "server" in self.names:
-            check_port_is_free(self.config.server.host, self.config.server.port, "server.port")
-        if "gateway" in self.names:
-            check_port_is_free(self.config.gateway.host, self.config.gateway.port, "gateway.port")
+        for name, section in (("server", self.config.server), ("gateway", self.config.gateway)):
+            if name in self.names:
+                if section.port == 0:
+                    raise ConfigError(f"{name}.port = 0 leaves the choice to the system: name a port, others look there")
+                check_port_is_free(section.host, section.port, f"{name}.port")
         try:
             for name in self.names:
                 self.start(name)
@@ -90,13 +103,16 @@ class Fleet:
             self.processes[name] = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
 
     def wait_until_up(self, name: str, timeout_s: float = 120.0) -> None:
+        """Return once it answers. Raises what it ended with at its start, or ServerError."""
+        import httpx
+
         url = {"server": server_url(self.config), "gateway": gateway_url(self.config)}.get(name)
         deadline = time.monotonic() + timeout_s
         while url is not None:
             if (code := self.processes[name].poll()) is not None:
-                raise ServerError(f"{name} ended with code {code} at its start:\n{self.tail(name)}")
+                raise FIXABLE.get(code, ServerError)(f"{name} ended with code {code} at its start:\n{self.tail(name)}")
             try:
-                if httpx.get(f"{url}/health", timeout=2.0).status_code == 200:
+                if httpx.get(f"{url}/health", timeout=2.0, trust_env=False).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
@@ -108,13 +124,22 @@ class Fleet:
         return "\n".join(self.log_file(name).read_text(errors="replace").splitlines()[-num_lines:])
 
     def revive(self) -> list[str]:
-        """Restart what died since the last look; returns the names. Gives up after MAX_RESTARTS in all."""
+        """Restart what died since the last look; returns the names. What keeps ending is given up: a worker is left
+        out, because serving does not need it; for the others ServerError is raised."""
         dead = [name for name, process in self.processes.items() if process.poll() is not None]
-        for name in dead:
+        for name in list(dead):
+            code, now = self.processes[name].returncode, time.monotonic()
             self.restarts += 1
-            if self.restarts > MAX_RESTARTS:
-                raise ServerError(f"{name} keeps ending; see {self.log_file(name)}:\n{self.tail(name)}")
-            self.on_event(f"{name} ended with code {self.processes[name].returncode}; starting it again")
+            self._restarted[name] = [at for at in self._restarted.get(name, ()) if at > now - RESTARTS_S] + [now]
+            if len(self._restarted[name]) > MAX_RESTARTS:
+                said = f"{name} keeps ending; see {self.log_file(name)}:\n{self.tail(name)}"
+                if name != "worker":
+                    raise ServerError(said)
+                self.on_event(f"{said}\nserving goes on, nothing is learned")
+                del self.processes[name]
+                dead.remove(name)
+                continue
+            self.on_event(f"{name} ended with code {code}; starting it again")
             self.start(name)
         for name in dead:
             self.wait_until_up(name)

@@ -7,7 +7,7 @@ import sys
 
 from cltrain.config import Config
 from cltrain.errors import ConfigError
-from cltrain.launch import PROCESSES
+from cltrain.launch import PROCESSES, check_port_is_free
 from cltrain.store.database import Store
 
 
@@ -34,6 +34,7 @@ def _server(config: Config, store: Store) -> None:
     from cltrain.deploy import residents
     from cltrain.deploy.serve import run_server
 
+    check_port_is_free(config.server.host, config.server.port, "server.port")
     with store.read() as connection:
         wanted = residents.desired(connection, config.state_dir, config.agent.name)
     adapters = {name: path for name, path in wanted.items() if path.is_dir()}

@@ -13,9 +13,8 @@ from cltrain.monitoring import report
 from cltrain.monitoring.outbox import Sink
 from cltrain.monitoring.wandb_sink import WandbSink
 from cltrain.records import BoundReport
-from cltrain.registry import aliases
 from cltrain.store.database import Store
-from cltrain.store.schema import updates
+from cltrain.store.schema import aliases, updates
 
 
 def write_report(store: Store, config: Config, number: int | None) -> Path:
@@ -33,7 +32,7 @@ def write_report(store: Store, config: Config, number: int | None) -> Path:
         _home(config) / "index.html",
         config.agent.name,
         rows,
-        serving=aliases.read_alias(store, config.agent.name).release,
+        serving=_serving(store, config.agent.name),
         curves={"Held-out success, by what the gate compared": _curves(summaries)},
     )
 
@@ -54,6 +53,11 @@ def sinks(config: Config) -> list[Sink]:
             config.state_dir, agent=config.agent.name, project=config.monitoring.project, mode=config.monitoring.wandb
         )
     ]
+
+
+def _serving(store: Store, agent: str) -> str | None:
+    with store.read() as connection:
+        return connection.execute(select(aliases.c.release).where(aliases.c.agent == agent)).scalar()
 
 
 def _summaries(store: Store, agent: str) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from cltrain import launch, plans, reporting
 from cltrain.config import Config
 from cltrain.deploy import residents
 from cltrain.deploy.client import ServerClient
+from cltrain.deploy.preflight import check_adapter
 from cltrain.errors import CltrainError, ConflictError, DataError, ServerError
 from cltrain.evidence import Evidence
 from cltrain.experience import window
@@ -67,6 +68,7 @@ class Worker:
 
     def __enter__(self) -> Worker:
         config, agent = self.config, self.config.agent.name
+        launch.check_takes_adapters(config)
         base = load_base(
             config.base.path, device=config.base.device, dtype=config.base.dtype, context=config.base.context,
             num_threads=config.base.num_threads,
@@ -127,6 +129,8 @@ class Worker:
         directory = releases.release_dir(self.config.state_dir, found)
         if after is None or directory is None:
             raise DataError(f"{release} is the bare base: there is nothing to judge")
+        releases.verify_release(self.config.state_dir, found)
+        check_adapter(directory, base_dir=self.rooms.base.path, base_digest=self.rooms.base.digest)
         serving = aliases.read_alias(self.store, found.agent).release
         with self.rooms.server_lock:
             self.rooms.server.load(release, directory)

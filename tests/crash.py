@@ -12,7 +12,7 @@ import shutil
 import signal
 import struct
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,18 +94,24 @@ class Crashable:
         return drop_unsynced(self.watched, self.log)
 
 
-def drop_unsynced(watched: Path, log: Path) -> Dropped:
-    """Play every undo log backwards, newest write first, and empty it. No process may be writing."""
+def drop_unsynced(watched: Path, log: Path, is_lost: Callable[[Path], bool] | None = None) -> Dropped:
+    """Play every undo log backwards, newest write first, and empty it. No process may be writing.
+
+    With `is_lost` other processes live on, stopped: only files that it names are taken back, and -shm files stay.
+    """
     by_inode: dict[str, Path] = {}
     for path in watched.rglob("*"):
         if path.name.endswith("-shm"):
-            path.unlink()
+            if is_lost is None:
+                path.unlink()
         elif path.is_file() and not path.is_symlink():
             about = path.stat()
             by_inode[f"{about.st_dev}-{about.st_ino}"] = path
     num_files = num_writes = 0
     for undo in sorted(log.iterdir()):
         target = by_inode.get(undo.name)
+        if is_lost is not None and (target is None or not is_lost(target)):
+            continue
         changes = _changes(undo.read_bytes()) if target is not None else []
         if target is not None and changes:
             num_files += 1

@@ -34,12 +34,18 @@ def test_every_fresh_row_is_used_before_any_is_used_twice():
     assert used[:12] != used[12:24], "each pass has its own order"
 
 
-def test_replay_is_uniform_over_strata_however_full_they_are():
+def test_replay_strata_take_turns_while_they_last_and_no_record_comes_twice_in_a_pass():
     replay = [TokenRow(f"r{i}", "big" if i < 90 else f"small{i}", "p", (1, 2), (0.0, 1.0)) for i in range(93)]
     draws = Draws(1, rows("f", 4), replay, 8)
     strata = {row.record: row.stratum for row in replay}
-    used = Counter(strata[name] for step in range(10) for name in records(draws, "replay", step))
-    assert used == {"big": 20, "small90": 20, "small91": 20, "small92": 20}
+    used = [name for step in range(10) for name in records(draws, "replay", step)]
+    assert len(set(used)) == len(used) == 80
+    assert {strata[name] for name in used[:4]} == {"big", "small90", "small91", "small92"}
+    assert Counter(strata[name] for name in used) == {"big": 77, "small90": 1, "small91": 1, "small92": 1}
+    full = [TokenRow(f"r{i}", f"s{i % 3}", "p", (1, 2), (0.0, 1.0)) for i in range(90)]
+    draws = Draws(1, rows("f", 4), full, 8)
+    turns = Counter(int(name[1:]) % 3 for step in range(3) for name in records(draws, "replay", step))
+    assert turns == {0: 8, 1: 8, 2: 8}, "strata that last are drawn equally often"
 
 
 def test_the_order_in_which_rows_are_handed_in_does_not_matter():

@@ -239,6 +239,7 @@ def _write_inputs(out: Path, seed: int) -> Path:
         (Path(__file__).parent / "demo.toml").read_text(),
         "[server]",
         f"port = {server}",
+        "max_batch = 32",
         "[gateway]",
         f"port = {gateway}",
     ]

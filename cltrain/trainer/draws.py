@@ -35,7 +35,7 @@ class Draws:
             self._strata.setdefault(row.stratum, []).append(i)
 
     def batch(self, step: int, batch_size: int, replay_share: float) -> list[Draw]:
-        """The draws of one step: fresh slots first, then replay slots, a stratum each in turn (uniform over strata)."""
+        """The draws of one step: fresh slots first, then replay slots, a stratum each in turn while it lasts."""
         num_replay = min(round(batch_size * replay_share), batch_size - 1) if self.replay else 0
         num_fresh = batch_size - num_replay
         draws = [
@@ -54,11 +54,20 @@ class Draws:
         return Read(step, draw.slot, row.record)
 
     def _replayed(self, count: int) -> int:
-        strata = sorted(self._strata)
-        visit, place = divmod(count, len(strata))
-        order = sorted(strata, key=lambda name: _hash(self.seed, "strata", visit, name))
-        stratum = order[place]
-        return self._pick("replay", self._strata[stratum], visit, stratum)
+        """Strata take turns while they last: a stratum of one record, often a mislabelled one, is heard once a pass and
+        not as often as a full one."""
+        again, place = divmod(count, len(self.replay))
+        order = self._orders.get(("replay", again))
+        if order is None:
+            keys = self._keys["replay"]
+            ranked: list[tuple[int, bytes, int]] = []
+            for stratum, members in self._strata.items():
+                shuffled = sorted(members, key=lambda i: _hash(self.seed, f"replay\0{stratum}", again, keys[i]))
+                ranked += [
+                    (turn, _hash(self.seed, "turn", again, f"{turn} {stratum}"), i) for turn, i in enumerate(shuffled)
+                ]
+            order = self._orders[("replay", again)] = [i for _, _, i in sorted(ranked)]
+        return order[place]
 
     def _pick(self, pool: str, members: Sequence[int], count: int, part: str = "") -> int:
         """The `count`-th draw from `members`: a new hashed order after each pass through all of them."""

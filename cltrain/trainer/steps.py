@@ -76,6 +76,7 @@ def train(
             if not math.isfinite(value):
                 raise UpdateDiscarded(f"{name} is {value} at step {step}: the update is discarded, the incumbent stays")
         torch.nn.utils.clip_grad_norm_(parameters, trainer.max_grad_norm)
+        adam.param_groups[0]["lr"] = trainer.lr * lr_share(step, trainer)
         adam.step()
         history.append(measured)
         if (step + 1) % trainer.checkpoint_every == 0 or step + 1 == trainer.num_steps:
@@ -87,6 +88,15 @@ def train(
         for draw in draws.batch(step, trainer.batch_size, trainer.replay_share)
     ]
     return start.with_factors(snapshot(live)), history, reads
+
+
+def lr_share(step: int, trainer: TrainerConfig) -> float:
+    """The part of trainer.lr that step 0, 1, ... uses: up over the warm-up, then linearly down to `final_lr_share`."""
+    warmup, last = trainer.warmup_steps, trainer.num_steps - 1
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    left = (last - step) / (last - warmup) if last > warmup else 0.0
+    return trainer.final_lr_share + (1 - trainer.final_lr_share) * left
 
 
 def add_likelihood(

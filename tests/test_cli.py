@@ -1,0 +1,239 @@
+"""The command line and its Python twin: quick where they must be, exit codes and JSON for scripts, usable from the start."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from cltrain import cli
+from cltrain.api import Deployment
+from cltrain.config import from_dict
+from cltrain.experience.recording import Recorder, load_secret
+from cltrain.records import Trajectory
+from cltrain.registry.releases import ensure_base_release
+from tests.command import BASE_DIGEST, Command, cltrain, promoted_home
+from tests.deployments import base_server
+
+__all__ = ["cltrain"]  # a fixture
+
+REPO = Path(__file__).parent.parent
+NUM_TRIES = 3
+EPISODE = {
+    "id": "one",
+    "model": "agent",
+    "reward": 1.0,
+    "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}],
+}
+
+
+def best_seconds(homes: list[Path], *words: str) -> float:
+    """The quickest of several runs in processes of their own, each on a state directory of its own."""
+    seconds = []
+    for home in homes:
+        options = [] if "--help" in words else ["--home", str(home)]
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "cltrain", *words, *options], check=True, capture_output=True, cwd=REPO)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    first = tmp_path_factory.mktemp("homes") / "0"
+    promoted_home(first)
+    return [first] + [Path(shutil.copytree(first, first.with_name(str(i)))) for i in range(1, NUM_TRIES)]
+
+
+@pytest.fixture(scope="module")
+def url():
+    with base_server() as url:
+        yield url
+
+
+def test_help_answers_in_half_a_second(homes: list[Path]) -> None:
+    assert best_seconds(homes, "--help") <= 0.5
+
+
+@pytest.mark.parametrize("command", ["status", "freeze", "unfreeze", "rollback"])
+def test_what_an_owner_needs_in_an_emergency_takes_a_second_with_everything_down(
+    homes: list[Path], command: str
+) -> None:
+    assert best_seconds(homes, command) <= 1.0
+
+
+def test_help_and_the_emergency_commands_never_import_torch(tmp_path: Path) -> None:
+    promoted_home(tmp_path)
+    commands = [["--help"], *([c, f"--home={tmp_path}"] for c in ("status", "freeze", "unfreeze", "rollback"))]
+    code = (
+        "import sys\nfrom cltrain.cli import app\n"
+        f"for words in {commands!r}:\n"
+        "    try: app(words)\n"
+        "    except SystemExit as end: assert not end.code, (words, end.code)\n"
+        "    heavy = {'torch', 'transformers', 'peft', 'scipy', 'matplotlib', 'fastapi'} & set(sys.modules)\n"
+        "    assert not heavy, (words, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "answers with support-v000000" in done.stdout
+
+
+def test_exit_codes_and_errors_tell_scripts_what_to_do(cltrain: Command, tmp_path: Path, url: str) -> None:
+    home = f"--home={tmp_path}"
+    (tmp_path / "broken.jsonl").write_text("{\n")
+    (tmp_path / "torn.toml").write_text("agent = [")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = f"--set=server.url=http://127.0.0.1:{free.getsockname()[1]}"
+    for words, code, said in (
+        (["status", home, "--set=trainer.learning_rat=1"], 2, "unknown setting trainer.learning_rat"),
+        (["status", home, "--set=trainer.num_step=1"], 2, "Did you mean trainer.num_steps?"),
+        (["status", home, "--set=trianer.lr=1"], 2, "Did you mean trainer?"),
+        (["status", home, "--set=trainer.lr=-1"], 2, "trainer.lr"),
+        (["status", home, "--set=trainer"], 2, "section.key=value"),
+        (["status", home, "--agent=No Name"], 2, "agent.name"),
+        (["config", "check", str(tmp_path / "nowhere.toml")], 2, "does not exist"),
+        (["config", "check", str(tmp_path)], 2, "cannot be read"),
+        (["config", "check", str(tmp_path / "torn.toml")], 2, "not valid TOML"),
+        (["run", home, "--only=door"], 2, "server, gateway, worker"),
+        (["run", home, "--mode=always"], 2, "agent.mode"),
+        (["rollback", home], 3, "no alias yet"),
+        (["report", "7", home], 3, "no update 7"),
+        (["gate", "nobody", home, f"--set=server.url={url}"], 3, "no release nobody"),
+        (["promote", "nobody", home], 3, "no release nobody"),
+        (["import", str(tmp_path / "nowhere.jsonl"), home], 3, "nowhere.jsonl"),
+        (["update", home, f"--base={tmp_path / 'nowhere'}", f"--set=server.url={url}"], 3, "not a model directory"),
+        (["update", home, nobody], 5, "does not answer"),
+        (["status", f"--home={tmp_path / 'torn.toml'}"], 3, "torn.toml"),
+    ):
+        done = cltrain(*words, "--json") if words[0] not in ("run",) else cltrain(*words)
+        assert done.code == code, (words, done)
+        assert said in done.err, (words, done)
+        assert "Traceback" not in done.err
+        if words[0] != "run":
+            assert said in done.json["message"]
+    assert cltrain("import", str(tmp_path / "broken.jsonl"), home, "--json").code == 3
+    assert cltrain("no-such-command").code == 2
+
+
+def test_moving_against_what_stands_is_a_conflict(cltrain: Command, tmp_path: Path) -> None:
+    base, release = promoted_home(tmp_path)
+    home = f"--home={tmp_path}"
+    assert cltrain("rollback", home, f"--to={release}").code == 4
+    assert cltrain("rollback", home).code == 0
+    done = cltrain("rollback", home)
+    assert (done.code, "nothing to roll back" in done.err) == (4, True)
+
+
+def test_an_update_without_records_holds_with_code_10_and_says_how_many_are_missing(
+    cltrain: Command, tmp_path: Path, url: str
+) -> None:
+    done = cltrain("update", f"--home={tmp_path}", f"--set=server.url={url}", "--set=trainer.num_anchors=2", "--json")
+    assert done.code == 10, done
+    default = from_dict({}).experience.min_window
+    assert (done.json["verdict"], done.json["num_missing"]) == ("hold", default)
+    assert f"0 learnable records are waiting, {default} are missing" in done.json["reasons"][0]
+
+
+def test_an_update_of_a_frozen_agent_is_a_conflict(cltrain: Command, tmp_path: Path, url: str) -> None:
+    assert cltrain("freeze", f"--home={tmp_path}", "--reason=audit").code == 0
+    done = cltrain("update", f"--home={tmp_path}", f"--set=server.url={url}", "--set=trainer.num_anchors=2")
+    assert (done.code, "audit" in done.err) == (4, True)
+
+
+def test_json_is_one_object_for_every_command_that_reports(cltrain: Command, tmp_path: Path) -> None:
+    promoted_home(tmp_path)
+    (tmp_path / "one.jsonl").write_text(json.dumps(EPISODE) + "\n")
+    home = f"--home={tmp_path}"
+    for words, key in (
+        (["status", home], "release"),
+        (["freeze", home], "frozen"),
+        (["unfreeze", home], "frozen"),
+        (["import", str(tmp_path / "one.jsonl"), home], "num_imported"),
+        (["report", home], "path"),
+        (["config", "check"], "digest"),
+        (["doctor", home], "findings"),
+        (["rollback", home], "release"),
+    ):
+        done = cltrain(*words, "--json")
+        assert key in done.json, words
+    reporting = {name for name, command in commands().items() if any(p.name == "as_json" for p in command.params)}
+    assert reporting == {
+        "update", "gate", "promote", "rollback", "freeze", "unfreeze", "status", "import", "report", "config check",
+        "doctor",
+    }  # fmt: skip
+
+
+def commands() -> dict[str, typer.core.TyperCommand]:
+    """Every command by its words."""
+    found = {}
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        inner = getattr(command, "commands", None)
+        found |= {f"{name} {k}": v for k, v in inner.items()} if inner else {name: command}
+    return found
+
+
+def test_every_command_is_in_the_readme_and_every_command_there_exists() -> None:
+    text = (REPO / "README.md").read_text()
+    assert [name for name in commands() if f"`cltrain {name}" not in text] == []
+    groups = {name.split()[0] for name in commands()}
+    assert set(re.findall(r"^cltrain ([a-z]+)|`cltrain ([a-z]+)", text, re.M)) <= {
+        pair for name in groups for pair in ((name, ""), ("", name))
+    }
+
+
+def test_a_fresh_directory_has_a_status_a_page_and_a_doctor(tmp_path: Path) -> None:
+    deployment = Deployment(from_dict({"home": str(tmp_path / "new")}))
+    status = deployment.status()
+    assert (status["release"], status["records"], status["updates"]) == (None, 0, [])
+    assert status["processes"]["worker"] == "down"
+    assert "support" in deployment.report().read_text()
+    assert {f["state"] for f in deployment.doctor() if f["what"] in ("state", "base", "decisions")} == {"good"}
+    assert deployment.freeze("before anything ran")["frozen"]
+    assert deployment.status()["frozen_reason"] == "before anything ran"
+
+
+def test_an_import_shows_in_the_status(cltrain: Command, tmp_path: Path) -> None:
+    lines = [json.dumps({**EPISODE, "id": f"e{i}"}) for i in range(3)]
+    (tmp_path / "three.jsonl").write_text("\n".join([*lines, "{"]) + "\n")
+    home = f"--home={tmp_path / 'state'}"
+    done = cltrain("import", str(tmp_path / "three.jsonl"), home, "--agent=desk", "--json")
+    assert (done.code, done.json["num_imported"], done.json["num_set_aside"]) == (3, 3, 1)
+    assert (done.json["num_fitting"], done.json["num_unusable"]) == (3, 0)
+    status = cltrain("status", home, "--agent=desk", "--json").json
+    assert (status["agent"], status["records"], status["feedback"], status["set_aside"]) == ("desk", 3, 3, 1)
+
+
+def test_two_agents_in_one_home_leave_each_other_alone(tmp_path: Path) -> None:
+    one, two = (Deployment(from_dict({"home": str(tmp_path), "agent": {"name": name}})) for name in ("one", "two"))
+    messages = tuple(EPISODE["messages"])
+    with Recorder(one.store, load_secret(tmp_path), 0.0) as recorder:
+        recorder.add_trajectory(Trajectory("a", "one", "a", "ann", messages, ("user", "agent")))
+    ensure_base_release(two.store, "two", BASE_DIGEST, now=1.0)
+    one.freeze("one only")
+    seen, other = one.status(), two.status()
+    assert (seen["records"], seen["frozen"], seen["release"]) == (1, True, None)
+    assert (other["records"], other["frozen"]) == (0, False)
+    assert other["release"].startswith("two-v000000-")
+    one.unfreeze()
+    two.freeze("two only")
+    assert (one.status()["frozen"], two.status()["frozen"]) == (False, True)
+    assert one.report() != two.report()
+    assert one.status()["chain"] == two.status()["chain"] == "unbroken"
+
+
+def test_each_agent_of_a_home_rolls_back_alone(cltrain: Command, tmp_path: Path) -> None:
+    bases = {}
+    for agent in ("one", "two"):
+        bases[agent], _ = promoted_home(tmp_path, agent)
+        shutil.rmtree(tmp_path / "made")
+    assert cltrain("rollback", f"--home={tmp_path}", "--agent=one", "--json").json["release"] == bases["one"]
+    status = cltrain("status", f"--home={tmp_path}", "--agent=two", "--json").json
+    assert (status["release"].split("-v")[1][:6], status["frozen"]) == ("000001", False)
