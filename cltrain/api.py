@@ -273,7 +273,9 @@ def _is_up(url: str) -> str:
     """Whether a process answers there. A port is knocked at first: the HTTP client alone costs a fifth of a second."""
     place = urlsplit(url)
     try:
-        socket.create_connection((place.hostname or "", place.port or (443 if place.scheme == "https" else 80)), 0.3).close()
+        socket.create_connection(
+            (place.hostname or "", place.port or (443 if place.scheme == "https" else 80)), 0.3
+        ).close()
     except OSError:
         return "down"
     import httpx

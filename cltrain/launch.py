@@ -77,7 +77,9 @@ class Fleet:
         for name, section in (("server", self.config.server), ("gateway", self.config.gateway)):
             if name in self.names:
                 if section.port == 0:
-                    raise ConfigError(f"{name}.port = 0 leaves the choice to the system: name a port, others look there")
+                    raise ConfigError(
+                        f"{name}.port = 0 leaves the choice to the system: name a port, others look there"
+                    )
                 check_port_is_free(section.host, section.port, f"{name}.port")
         try:
             for name in self.names:

@@ -129,6 +129,7 @@ def finish(rooms: Rooms, plan: Plan) -> dict[str, Any]:
     if attempt.decision.verdict is Verdict.REJECT and rooms.config.gate.filter_and_retry and not plan.is_trial:
         calmer = without_most_surprising(rooms, plan, attempt)
         if calmer:
+            close_release(rooms, attempt)
             rooms.on_progress(
                 f"update {plan.number}: rejected; once more on {len(calmer)} of {len(plan.fresh)} records"
             )
@@ -192,26 +193,27 @@ def conclude(rooms: Rooms, plan: Plan, attempt: Attempt) -> dict[str, Any]:
             is_served = True
         except ConflictError as error:  # rolled back, frozen or taken over meanwhile
             decision = Decision(Verdict.ERROR, (f"discarded: {error}",), decision.checks)
-    if candidate is not None and not is_served and (plan.is_trial or decision.verdict is not Verdict.PROMOTE):
-        is_held = decision.verdict is Verdict.HOLD and not plan.is_trial
-        status = "held" if is_held else "rejected"
-        releases.set_status(rooms.store, candidate.name, status, now=rooms.clock(), reason=decision.reasons[0][:300])
+    attempt.decision = decision
+    if plan.is_trial or decision.verdict is not Verdict.PROMOTE:
+        close_release(rooms, attempt, is_held=decision.verdict is Verdict.HOLD and not plan.is_trial)
     summary = plans.summary_of(
         plan, decision, candidate=candidate.name if candidate else None, made=attempt.candidate,
         learned=attempt.learned, proof=attempt.proof.verdict if attempt.proof else None, seconds=attempt.seconds,
         mode=mode, serving=aliases.read_alias(rooms.store, rooms.agent).release, is_served=is_served, now=rooms.clock(),
     )  # fmt: skip
+    learned = attempt.learned
     plans.close_plan(
-        rooms.store,
-        plan,
-        attempt.candidate,
-        summary,
-        decision,
-        learned=attempt.learned,
-        is_served=is_served,
-        now=rooms.clock(),
+        rooms.store, plan, attempt.candidate, summary, decision, learned=learned, is_served=is_served, now=rooms.clock()
     )
     return summary
+
+
+def close_release(rooms: Rooms, attempt: Attempt, *, is_held: bool = False) -> None:
+    """What was sealed and does not serve is rejected for good, or held to be judged again."""
+    if attempt.release is not None:
+        reason = attempt.decision.reasons[0][:300]
+        status = "held" if is_held else "rejected"
+        releases.set_status(rooms.store, attempt.release.name, status, now=rooms.clock(), reason=reason)
 
 
 def prove(
@@ -263,6 +265,16 @@ def adapter_of(rooms: Rooms, name: str) -> AdapterFile | None:
     """The release's weights; None for the bare base."""
     directory = releases.release_dir(rooms.config.state_dir, releases.get(rooms.store, name))
     return read_adapter(directory) if directory else None
+
+
+def collect_garbage(rooms: Rooms) -> None:
+    """Unload what nobody wants; delete rejected adapters that the server no longer lists. What served stays on disk."""
+    with rooms.server_lock:
+        tidy_server(rooms)
+        with rooms.store.read() as connection:
+            gone = residents.unlisted(connection, [rooms.server], rooms.agent)
+    for name in gone:
+        releases.delete_release(rooms.store, rooms.config.state_dir, name, now=rooms.clock())
 
 
 def tidy_server(rooms: Rooms) -> None:

@@ -86,7 +86,7 @@ def open_plan(
     number = int(last or 0) + 1
     key = f"{config.seed}/{agent}/{number}/{parent.name}"
     plan_id = f"{agent}-u{number:06d}"
-    rows = {"fresh": [asdict(row) for row in fresh], "replay": [asdict(row) for row in replay]}
+    rows = {"fresh": [_as_json(row) for row in fresh], "replay": [_as_json(row) for row in replay]}
     encoded = json.dumps(rows, sort_keys=True).encode()
     manifest = {
         "agent": agent,
@@ -343,6 +343,10 @@ def _plan(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[str
         refusal=manifest["refusal"],
         manifest=manifest,
     )
+
+
+def _as_json(row: TokenRow) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in ("record", "stratum", "principal", "ids", "weights")}
 
 
 def _write_synced(file: Path, content: bytes) -> None:

@@ -28,7 +28,7 @@ from cltrain.evidence import Evidence
 from cltrain.experience import window
 from cltrain.experience.ingest import read_rehearsal
 from cltrain.experience.recording import load_secret, read_trajectories
-from cltrain.loop import Rooms, adapter_of, finish, run_update
+from cltrain.loop import Rooms, adapter_of, collect_garbage, finish, run_update
 from cltrain.models.anchors import load_anchors
 from cltrain.models.base import load_base
 from cltrain.models.chat import render_rows
@@ -201,6 +201,8 @@ class Worker:
         if summary["number"] is not None:
             self._on_progress(f"update {summary['number']}: {summary['verdict']}: {summary['reasons'][0]}")
             self._pump.wake()
+            with contextlib.suppress(ServerError):  # a server that is away is tidied after the next update
+                collect_garbage(self.rooms)
             if self.config.monitoring.report:
                 reporting.write_update(self.config, summary)
 

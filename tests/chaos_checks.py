@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import create_engine, func, select
 
 from cltrain.errors import CltrainError
-from cltrain.experience.recording import read_trajectories
+from cltrain.experience.recording import episode_of, read_trajectories
 from cltrain.registry import aliases, decisions, releases
 from cltrain.store import schema
 from cltrain.store.database import Store
@@ -44,12 +44,14 @@ def lost_or_doubled(store: Store, acknowledged: Acknowledged) -> list[str]:
         for name, messages in trajectories.items()
         if name in by_id and list(by_id[name].messages) != messages
     ]
-    problems += [f"acknowledged feedback {pair} is there {targets[pair]} times" for pair in said.items() if targets[pair] != 1]
+    problems += [
+        f"acknowledged feedback {pair} is there {targets[pair]} times" for pair in said.items() if targets[pair] != 1
+    ]
     problems += [f"acknowledged answer {record} is lost" for record in answers if record not in generated]
     problems += [
         f"answer {record} is in {generated[record].id}, not in {episode}"
         for record, (episode, _) in answers.items()
-        if record in generated and generated[record].session != episode and not _is_of(store, generated[record].id, episode)
+        if record in generated and episode_of(generated[record].id) != episode
     ]
     if num_generations != len(generated):
         problems.append(f"{num_generations} generations are stored, {len(generated)} belong to a record")
@@ -112,7 +114,8 @@ def half_done(store: Store, state: Path) -> list[str]:
                 filed = schema.screenings
                 num_filed = connection.scalar(select(func.count()).where(filed.c["update"] == update.id)) or 0
             if num_reads or num_filed or status.get(update.candidate, "rejected") != "rejected":
-                problems.append(f"{update.id} was discarded and left {update.candidate}, {num_reads} reads, {num_filed} filed")
+                left = f"{update.candidate} ({status.get(update.candidate)}), {num_reads} reads, {num_filed} filed records"
+                problems.append(f"{update.id} was discarded and left {left}")
         else:
             problems.append(f"{update.id} is still {update.state}")
     waiting = [name for name, said in status.items() if said == "candidate"]
@@ -126,6 +129,3 @@ def updates_of(store: Store) -> list[Any]:
         query = select(schema.updates).where(schema.updates.c.agent == AGENT).order_by(schema.updates.c.number)
         return list(connection.execute(query).all())
 
-
-def _is_of(store: Store, record: str, episode: str) -> bool:
-    return record == episode or record.startswith(f"{episode}.") or record.startswith(f"{episode}-")

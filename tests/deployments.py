@@ -1,4 +1,4 @@
-"""A small real deployment in one process for tests: the shipped base behind the embedded server, and tickets as records."""
+"""A small real deployment in one process: the shipped base behind the embedded server, and tickets as records."""
 
 from __future__ import annotations
 

@@ -155,8 +155,8 @@ def print_table(result: dict[str, Any], out: Path, deployment: Deployment) -> No
         f"median {ours['swap_ms_p50']} ms; {ours['updates']} updates: {verdicts}"
     )
     console.print(
-        f"{ours['bad_windows_caught']} of {ours['bad_windows']} bad windows caught, {ours['clean_windows_rejected']} of "
-        f"{ours['clean_windows']} clean ones rejected; to an unfiltered poisoned window the gate says "
+        f"{ours['bad_windows_caught']} of {ours['bad_windows']} bad windows caught, "
+        f"{ours['clean_windows_rejected']} of {ours['clean_windows']} clean ones rejected; to an unfiltered poisoned window the gate says "
         f"{ours['unfiltered_poison_verdict']}"
     )
     console.print(f"summary  {out / 'summary.json'}", soft_wrap=True)

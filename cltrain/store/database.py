@@ -67,7 +67,7 @@ def _explained(engine: Engine) -> Iterator[None]:
             ) from error
         if "locked" in reason or "busy" in reason:
             raise DataError(
-                f"the store {engine.url.database} stayed locked for {BUSY_TIMEOUT_S:g} s: is another program holding it?"
+                f"the store {engine.url.database} stayed locked for {BUSY_TIMEOUT_S:g} s: who else holds it?"
             ) from error
         if "malformed" in reason or "not a database" in reason:
             raise DataError(
