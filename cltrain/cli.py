@@ -69,6 +69,17 @@ def _print(value: Any, as_json: bool, lines: list[str]) -> None:
     typer.echo(json.dumps(value, indent=2, sort_keys=True, default=str) if as_json else "\n".join(lines))
 
 
+def _said(outcome: dict[str, Any]) -> list[str]:
+    """A verdict in words; a hold by the gate says how much evidence it lacks."""
+    lines = [f"{outcome['verdict']}: {reason}" for reason in outcome["reasons"]]
+    is_gates = outcome.get("number", 0) is not None  # without a number no update was started, and its reason says it
+    if is_gates and outcome["verdict"] == "hold" and outcome["num_missing"]:
+        when = outcome["forecast_s"]
+        soon = f", at the present rate in about {when / 60:.0f} minutes" if when is not None else ""
+        lines.append(f"about {outcome['num_missing']} held-out items are missing{soon}")
+    return lines
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("out/demo"),
@@ -152,7 +163,7 @@ def update(
     """Try one update now: by the running worker if there is one, else here."""
     deployment = _open(config, overrides, home, agent, **{"base.path": str(base.resolve()) if base else None})
     outcome = deployment.update(trial=trial, on_progress=lambda line: typer.echo(line, err=True))
-    _print(outcome, as_json, [f"{outcome['verdict']}: {reason}" for reason in outcome["reasons"]])
+    _print(outcome, as_json, _said(outcome))
     raise typer.Exit(VERDICT_EXIT[outcome["verdict"]])
 
 
@@ -167,7 +178,7 @@ def gate(
 ) -> None:
     """Judge a release again; nothing is promoted."""
     decision = _open(config, overrides, home, agent).gate(release, on_progress=lambda line: typer.echo(line, err=True))
-    _print(decision, as_json, [f"{decision['verdict']}: {reason}" for reason in decision["reasons"]])
+    _print(decision, as_json, _said(decision))
     raise typer.Exit(VERDICT_EXIT[decision["verdict"]])
 
 

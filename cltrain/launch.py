@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ def check_takes_adapters(config: Config) -> None:
     """Raise ConfigError for a server that could never serve what is learned."""
     if config.server.kind == "openai":
         raise ConfigError(
-            "server.kind = 'openai' takes no adapters and gives no log-probs of a prompt: what comes in is recorded, but "
+            "server.kind = 'openai' takes no adapters and gives no log-probs of a prompt: what comes in is recorded, "
             "learning needs server.kind = 'vllm' or 'embedded'"
         )
 
@@ -71,9 +72,11 @@ class Fleet:
     on_event: Callable[[str], None] = print
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     restarts: int = 0
+    _catches_sigterm: bool = field(default=False, repr=False)
     _restarted: dict[str, list[float]] = field(default_factory=dict, repr=False)  # when, lately
 
     def __enter__(self) -> Fleet:
+        self._end_on_sigterm()
         for name, section in (("server", self.config.server), ("gateway", self.config.gateway)):
             if name in self.names:
                 if section.port == 0:
@@ -92,6 +95,13 @@ class Fleet:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _end_on_sigterm(self) -> None:
+        """From the first start on a SIGTERM must end the others too: by default it would leave them running."""
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda signum, _frame: sys.exit(128 + signum))
+            self._catches_sigterm = True
 
     def log_file(self, name: str) -> Path:
         return self.config.state_dir / "logs" / f"{name}.log"
@@ -159,6 +169,9 @@ class Fleet:
                 process.kill()
                 process.wait()
         self.processes.clear()
+        if self._catches_sigterm:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._catches_sigterm = False
 
 
 def run_until_signal(fleet: Fleet, poll_s: float = 0.5) -> None:

@@ -6,6 +6,7 @@ judges and concludes. A crash anywhere leaves a plan that `finish` carries on wi
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -129,9 +130,16 @@ def finish(rooms: Rooms, plan: Plan) -> dict[str, Any]:
     if attempt.decision.verdict is Verdict.REJECT and rooms.config.gate.filter_and_retry and not plan.is_trial:
         calmer = without_most_surprising(rooms, plan, attempt)
         if calmer:
-            close_release(rooms, attempt)
             rooms.on_progress(
                 f"update {plan.number}: rejected; once more on {len(calmer)} of {len(plan.fresh)} records"
+            )
+            assert attempt.release is not None
+            releases.set_status(
+                rooms.store,
+                attempt.release.name,
+                "rejected",
+                now=rooms.clock(),
+                reason=attempt.decision.reasons[0][:300],
             )
             attempt = try_update(rooms, plan, calmer, number=2, used_before=attempt.decision.items_used)
     return conclude(rooms, plan, attempt)
@@ -160,6 +168,9 @@ def try_update(
             plans.judging(rooms.store, plan, attempt.release.name)
             directory = releases.release_dir(rooms.config.state_dir, attempt.release)
             assert directory is not None
+            if attempt.release.status == "rejected":  # before an interruption: nothing is judged until it passes
+                attempt.decision = Decision(Verdict.REJECT, (f"{attempt.release.name} was rejected before",), ())
+                return attempt
             check_adapter(directory, base_dir=rooms.base.path, base_digest=rooms.base.digest)
         with attempt.timed("load"):
             with rooms.server_lock:
@@ -179,41 +190,43 @@ def try_update(
 
 
 def conclude(rooms: Rooms, plan: Plan, attempt: Attempt) -> dict[str, Any]:
-    """Make the verdict true: move the alias or not, file the window's records, write down what the report shows."""
-    decision, mode, candidate = attempt.decision, rooms.config.agent.mode, attempt.release
-    is_served = False
-    if decision.verdict is Verdict.PROMOTE and mode is LearningMode.AUTO and not plan.is_trial:
-        assert candidate is not None
-        try:
-            with attempt.timed("swap"):
-                aliases.move_alias(
-                    rooms.store, rooms.agent, expected=plan.alias, to=candidate.name, fence=rooms.fence,
-                    now=rooms.clock(), raises_high_water=moves_high_water(decision),
-                )  # fmt: skip
-            is_served = True
-        except ConflictError as error:  # rolled back, frozen or taken over meanwhile
-            decision = Decision(Verdict.ERROR, (f"discarded: {error}",), decision.checks)
-    attempt.decision = decision
-    if plan.is_trial or decision.verdict is not Verdict.PROMOTE:
-        close_release(rooms, attempt, is_held=decision.verdict is Verdict.HOLD and not plan.is_trial)
-    summary = plans.summary_of(
-        plan, decision, candidate=candidate.name if candidate else None, made=attempt.candidate,
-        learned=attempt.learned, proof=attempt.proof.verdict if attempt.proof else None, seconds=attempt.seconds,
-        mode=mode, serving=aliases.read_alias(rooms.store, rooms.agent).release, is_served=is_served, now=rooms.clock(),
-    )  # fmt: skip
-    learned = attempt.learned
-    plans.close_plan(
-        rooms.store, plan, attempt.candidate, summary, decision, learned=learned, is_served=is_served, now=rooms.clock()
-    )
+    """Make the verdict true, whole or not at all: move the alias or not, file the window's records, write the report's
+    facts. One transaction, so that no crash leaves a release serving whose update never got its verdict."""
+    mode = rooms.config.agent.mode
+    is_served = attempt.decision.verdict is Verdict.PROMOTE and mode is LearningMode.AUTO and not plan.is_trial
+    try:
+        summary = _conclude(rooms, plan, attempt, attempt.decision, is_served=is_served)
+    except ConflictError as error:  # rolled back, frozen or taken over meanwhile
+        decision = Decision(Verdict.ERROR, (f"discarded: {error}",), attempt.decision.checks)
+        summary = _conclude(rooms, plan, attempt, decision, is_served=False)
+    shutil.rmtree(plan.work_dir, ignore_errors=True)
     return summary
 
 
-def close_release(rooms: Rooms, attempt: Attempt, *, is_held: bool = False) -> None:
-    """What was sealed and does not serve is rejected for good, or held to be judged again."""
-    if attempt.release is not None:
-        reason = attempt.decision.reasons[0][:300]
-        status = "held" if is_held else "rejected"
-        releases.set_status(rooms.store, attempt.release.name, status, now=rooms.clock(), reason=reason)
+def _conclude(rooms: Rooms, plan: Plan, attempt: Attempt, decision: Decision, *, is_served: bool) -> dict[str, Any]:
+    candidate, mode, now, begun = attempt.release, rooms.config.agent.mode, rooms.clock(), time.perf_counter()
+    with rooms.store.write() as connection:
+        if is_served:
+            assert candidate is not None
+            aliases.move_alias_in(
+                connection, rooms.agent, expected=plan.alias, to=candidate.name, fence=rooms.fence, now=now,
+                raises_high_water=moves_high_water(decision),
+            )  # fmt: skip
+            attempt.seconds["swap"] = time.perf_counter() - begun  # less the commit that also files the update
+        elif candidate is not None and (plan.is_trial or decision.verdict is not Verdict.PROMOTE):
+            is_held = decision.verdict is Verdict.HOLD and not plan.is_trial
+            status, reason = "held" if is_held else "rejected", decision.reasons[0][:300]
+            releases.retire(connection, candidate.name, status, now=now, reason=reason)
+        summary = plans.summary_of(
+            plan, decision, candidate=candidate.name if candidate else None, made=attempt.candidate,
+            learned=attempt.learned, proof=attempt.proof.verdict if attempt.proof else None, seconds=attempt.seconds,
+            mode=mode, serving=aliases.serving_in(connection, rooms.agent), is_served=is_served, now=now,
+        )  # fmt: skip
+        plans.close_plan(
+            connection, plan, attempt.candidate, summary, decision, learned=attempt.learned, is_served=is_served,
+            now=now,
+        )  # fmt: skip
+    return summary
 
 
 def prove(

@@ -27,10 +27,12 @@ from cltrain.monitoring.outbox import emit
 from cltrain.monitoring.rows import update_event
 from cltrain.records import Alias, Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict
 from cltrain.registry.decisions import append
+from cltrain.registry.releases import retire
 from cltrain.store.database import Store
 from cltrain.store.schema import update_reads, updates
 
 ROWS_FILE = "rows.json"
+CONCLUDED = ("done", "discarded")
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,16 @@ def open_plan(
 
 
 def interrupted(store: Store, config: Config) -> list[Plan]:
-    """Plans that no process concluded, oldest first; one whose rows are gone or changed is discarded on the spot."""
+    """Plans that no process concluded, oldest first; one whose rows are gone or changed is discarded on the spot.
+
+    What concluded updates left on disk, because a crash came before it was removed, is removed here.
+    """
     query = select(updates).where(updates.c.agent == config.agent.name, updates.c.state.in_(("training", "judging")))
     with store.read() as connection:
         found = connection.execute(query.order_by(updates.c.number)).all()
+        concluded = select(updates.c.id).where(updates.c.agent == config.agent.name, updates.c.state.in_(CONCLUDED))
+        for plan_id in connection.execute(concluded).scalars():
+            shutil.rmtree(config.state_dir / "updates" / plan_id, ignore_errors=True)
     plans = []
     for row in found:
         work_dir = config.state_dir / "updates" / row.id
@@ -155,6 +163,8 @@ def discard(store: Store, plan_id: str, work_dir: Path, reason: str) -> None:
             .where(updates.c.id == plan_id)
             .values(state="discarded", verdict="error", summary={"reasons": [f"discarded: {reason}"]})
         )
+        if row.candidate is not None:
+            retire(connection, row.candidate, "rejected", now=row.started_at, reason=f"discarded: {reason}"[:300])
         append(connection, row.agent, "discard", {"update": plan_id, "reason": reason}, row.started_at)
     shutil.rmtree(work_dir, ignore_errors=True)
 
@@ -166,7 +176,7 @@ def judging(store: Store, plan: Plan, candidate: str) -> None:
 
 
 def close_plan(
-    store: Store,
+    connection: Connection,
     plan: Plan,
     candidate: Candidate | None,
     summary: dict[str, Any],
@@ -176,26 +186,24 @@ def close_plan(
     is_served: bool,
     now: float,
 ) -> None:
-    """The update's verdict, its reads, its records' new standing and its event, in one transaction."""
-    with store.write() as connection:
+    """The update's verdict, its reads, its records' new standing and its event, in the transaction that swaps."""
+    connection.execute(
+        change(updates)
+        .where(updates.c.id == plan.id)
+        .values(state="done", verdict=summary["verdict"], summary=summary, finished_at=now)
+    )
+    connection.execute(delete(update_reads).where(update_reads.c["update"] == plan.id))
+    if candidate is not None:
         connection.execute(
-            change(updates)
-            .where(updates.c.id == plan.id)
-            .values(state="done", verdict=summary["verdict"], summary=summary, finished_at=now)
+            insert(update_reads),
+            [{"update": plan.id, "step": r.step, "slot": r.slot, "record": r.record} for r in candidate.reads],
         )
-        connection.execute(delete(update_reads).where(update_reads.c["update"] == plan.id))
-        if candidate is not None:
-            connection.execute(
-                insert(update_reads),
-                [{"update": plan.id, "step": r.step, "slot": r.slot, "record": r.record} for r in candidate.reads],
-            )
-        if not plan.is_trial:
-            _file_records(connection, plan, learned, summary["verdict"], is_served=is_served, now=now)
-        payload = {key: summary[key] for key in ("update", "verdict", "candidate", "is_served")}
-        append(connection, plan.agent, "verdict", payload, now)
-        event = update_event(summary, decision, candidate.bounds if candidate else None)
-        emit(connection, plan.agent, "update", event, now)
-    shutil.rmtree(plan.work_dir, ignore_errors=True)
+    if not plan.is_trial:
+        _file_records(connection, plan, learned, decision, is_served=is_served, now=now)
+    payload = {key: summary[key] for key in ("update", "verdict", "candidate", "is_served")}
+    append(connection, plan.agent, "verdict", payload, now)
+    event = update_event(summary, decision, candidate.bounds if candidate else None)
+    emit(connection, plan.agent, "update", event, now)
 
 
 def manifest_of(plan: Plan, candidate: Candidate, attempt: int, learned: Sequence[str]) -> dict[str, Any]:
@@ -295,24 +303,31 @@ def nothing_to_learn(agent: str, serving: str, waiting: window.Window) -> dict[s
 
 
 def _file_records(
-    connection: Connection, plan: Plan, learned: Sequence[TokenRow], verdict: str, *, is_served: bool, now: float
+    connection: Connection, plan: Plan, learned: Sequence[TokenRow], decision: Decision, *, is_served: bool, now: float
 ) -> None:
-    """Learned records go into replay, those of a hold or an error wait again, rejected ones go to quarantine."""
-    strata = {record: stratum for record, stratum, _ in plan.window}
+    """Where each record of the window goes: into replay, back to waiting, or to quarantine with its reason."""
     aside = dict(plan.set_aside)
-    kept = [row.record for row in learned]
-    status = {"reject": "quarantined", "promote": "replay" if is_served else "waiting"}.get(verdict, "waiting")
-    for record, stratum in strata.items():
-        if record in aside:
-            is_surplus = aside[record].startswith("quota")
-            window.mark(connection, plan.agent, record, "waiting" if is_surplus else "quarantined", now=now,
-                        reason=aside[record], stratum=stratum, update=plan.id)  # fmt: skip
-        elif record in kept:
-            reason = f"update {plan.number}: {verdict}"
-            window.mark(connection, plan.agent, record, status, now=now, reason=reason, stratum=stratum, update=plan.id)
+    kept = {row.record for row in learned}
+    standing = _standing(decision, is_served=is_served)
+    for record, stratum, _ in plan.window:
+        if record in kept:
+            status, reason = standing, f"update {plan.number}: {decision.verdict}"
+        elif record in aside:
+            status, reason = "waiting" if aside[record].startswith("quota") else "quarantined", aside[record]
         else:
-            window.mark(connection, plan.agent, record, "quarantined", now=now, stratum=stratum, update=plan.id,
-                        reason="left out of the second attempt as too surprising")  # fmt: skip
+            status, reason = "quarantined", "left out of the second attempt as too surprising"
+        window.mark(connection, plan.agent, record, status, now=now, reason=reason, stratum=stratum, update=plan.id)
+
+
+def _standing(decision: Decision, *, is_served: bool) -> str:
+    """What becomes of learned records. A hold that lacks nothing but gain means that they teach nothing new: they were
+    verified and did no harm, so they are rehearsed from now on and leave the next window to what is new."""
+    if decision.verdict is Verdict.REJECT:
+        return "quarantined"
+    harmless = all(c.verdict is Verdict.PROMOTE or c.name.startswith("gain") for c in decision.checks)
+    if is_served or (decision.verdict is Verdict.HOLD and decision.checks and harmless):
+        return "replay"
+    return "waiting"
 
 
 def _plan(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[str, Any]) -> Plan:

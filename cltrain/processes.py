@@ -8,6 +8,7 @@ import sys
 from cltrain.config import Config
 from cltrain.errors import ConfigError
 from cltrain.launch import PROCESSES, check_port_is_free
+from cltrain.models.digest import base_path, weight_files
 from cltrain.store.database import Store
 
 
@@ -31,10 +32,11 @@ def run_process(name: str, config: Config, store: Store) -> None:
 
 
 def _server(config: Config, store: Store) -> None:
+    check_port_is_free(config.server.host, config.server.port, "server.port")
+    weight_files(base_path(config.base.path))  # what is wrong here is said before torch is loaded
     from cltrain.deploy import residents
     from cltrain.deploy.serve import run_server
 
-    check_port_is_free(config.server.host, config.server.port, "server.port")
     with store.read() as connection:
         wanted = residents.desired(connection, config.state_dir, config.agent.name)
     adapters = {name: path for name, path in wanted.items() if path.is_dir()}

@@ -29,6 +29,7 @@ from cltrain.experience import window
 from cltrain.experience.ingest import read_rehearsal
 from cltrain.experience.recording import load_secret, read_trajectories
 from cltrain.loop import Rooms, adapter_of, collect_garbage, finish, run_update
+from cltrain.models.adapter import read_adapter
 from cltrain.models.anchors import load_anchors
 from cltrain.models.base import load_base
 from cltrain.models.chat import render_rows
@@ -74,7 +75,7 @@ class Worker:
             num_threads=config.base.num_threads,
         )  # fmt: skip
         releases.ensure_base_release(self.store, agent, base.digest, now=time.time())
-        fence = lease.acquire(self.store, agent, self.holder, LEASE_S, time.time()) if self.takes_lease else 0
+        fence = lease.acquire(self.store, agent, self.holder, LEASE_S, time.time(), is_alive) if self.takes_lease else 0
         anchors, anchors_digest = load_anchors(
             base, file=config.trainer.anchors, count=config.trainer.num_anchors,
             max_tokens=config.trainer.anchor_tokens, seed=config.seed, directory=config.state_dir / "anchors",
@@ -125,12 +126,12 @@ class Worker:
     def judge_again(self, release: str) -> dict[str, Any]:
         """The gate's answer on a sealed release against what serves now; nothing moves."""
         found = releases.get(self.store, release)
-        after = adapter_of(self.rooms, release)
         directory = releases.release_dir(self.config.state_dir, found)
-        if after is None or directory is None:
+        if directory is None:
             raise DataError(f"{release} is the bare base: there is nothing to judge")
         releases.verify_release(self.config.state_dir, found)
         check_adapter(directory, base_dir=self.rooms.base.path, base_digest=self.rooms.base.digest)
+        after = read_adapter(directory)
         serving = aliases.read_alias(self.store, found.agent).release
         with self.rooms.server_lock:
             self.rooms.server.load(release, directory)
@@ -181,7 +182,7 @@ class Worker:
         if agent.updates == "on_request" or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + TEND_S
-        if self._has_news():
+        if self._has_news() and self.rooms.server.health():  # training for a server that is away ends in an error
             self._after(run_update(self.rooms))
 
     def _has_news(self) -> bool:
@@ -221,10 +222,27 @@ class Worker:
             except ConflictError as error:
                 self._lost = error
                 return
-            with contextlib.suppress(ServerError), self.rooms.server_lock:
+            except DataError as error:  # a full disk or a store held too long passes, and the lease may still be ours
+                log.warning("the lease was not renewed: %s", error)
+                continue
+            with contextlib.suppress(ServerError, DataError), self.rooms.server_lock:
                 with self.store.read() as connection:
                     wanted = residents.desired(connection, self.config.state_dir, self.config.agent.name)
                 residents.reconcile(self.rooms.server, wanted)
+
+
+def is_alive(holder: str) -> bool:
+    """Whether a lease's holder may still run: a worker of this machine that was killed has no process any more."""
+    host, _, pid = holder.rpartition(":")
+    if host != socket.gethostname() or not pid.isdigit():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def count_fitting(config: Config, store: Store, agent: str) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class TicketLoad(Load):
                     with self.acknowledged.lock:
                         self.acknowledged.answers[record] = (answer.headers["x-cltrain-trajectory"], text)
                     return record
+            self.num_resent += 1
             self._stop.wait(0.2)
         return None
 

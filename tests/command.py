@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,6 +60,12 @@ def run_cltrain(*words: str, timeout_s: float = 240) -> Said:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout_s)
     return Said(done.returncode, done.stdout, done.stderr)
+
+
+def free_port() -> int:
+    """A port that nobody has now."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
 
 
 def promoted_home(home: Path, agent: str = "support") -> tuple[str, str]:

@@ -45,6 +45,11 @@ def read_alias(store: Store, agent: str) -> Alias:
         return _alias(_row(connection, agent))
 
 
+def serving_in(connection: Connection, agent: str) -> str:
+    """The name of the release that serves, as the caller's transaction sees it."""
+    return str(_row(connection, agent).release)
+
+
 def read_references(store: Store, agent: str) -> References:
     """The releases that a candidate is judged against. Raises DataError like `read_alias`."""
     with store.read() as connection:
@@ -63,7 +68,26 @@ def move_alias(
     is_human: bool = False,
     raises_high_water: bool = False,
 ) -> Alias:
-    """Let `to` serve if the alias still is `expected`; marks it released in the same transaction.
+    """`move_alias_in` in a transaction of its own."""
+    with store.write() as connection:
+        return move_alias_in(
+            connection, agent, expected=expected, to=to, fence=fence, now=now, is_human=is_human,
+            raises_high_water=raises_high_water,
+        )  # fmt: skip
+
+
+def move_alias_in(
+    connection: Connection,
+    agent: str,
+    *,
+    expected: str | Alias,
+    to: str,
+    fence: int | None,
+    now: float,
+    is_human: bool = False,
+    raises_high_water: bool = False,
+) -> Alias:
+    """Let `to` serve if the alias still is `expected`; marks it released, in the caller's write transaction.
 
     Give the Alias that the update started from as `expected`: its version also catches an alias that went away and
     came back. `fence` is the worker's lease; only a human may pass None. A human move makes `to` the new anchor,
@@ -73,43 +97,42 @@ def move_alias(
     """
     if fence is None and not is_human:
         raise ConflictError(f"{agent}: a move without a lease is a human's; pass the fence of the lease")
-    with store.write() as connection:
-        row = _row(connection, agent)
-        _compare(row, expected)
-        if fence is not None:
-            require_fence(connection, agent, fence)
-            if fence < row.fence:
-                raise ConflictError(f"lease {fence} of {agent} is older than {row.fence}, which moved the alias last")
-        switch = agent_row(connection, agent)
-        if switch.is_frozen and not is_human:
-            raise ConflictError(f"{agent} is frozen ({switch.frozen_reason}): unfreeze it to promote {to}")
-        target = get_in(connection, to)
-        if target.agent != agent:
-            raise ConflictError(f"{to} belongs to {target.agent}, not to {agent}")
-        if target.status == "rolled_back" and not is_human:
-            raise ConflictError(f"{to} was rolled back: only a human can promote it again")
-        _refuse_verdict(connection, agent, to)
-        change_status(connection, to, "released", now=now)
-        moved = {
-            "release": to,
-            "previous": row.previous if to == row.release else row.release,
-            "version": row.version + 1,
-            "fence": row.fence if fence is None else fence,
-            "anchor": to if is_human else row.anchor,
-            "high_water": to if raises_high_water else row.high_water,
-            "changed_at": now,
-        }
-        connection.execute(update(aliases).where(aliases.c.agent == agent).values(**moved))
-        payload = {
-            "from": row.release,
-            "to": to,
-            "anchor": moved["anchor"],
-            "high_water": moved["high_water"],
-            "is_human": is_human,
-            "fence": fence,
-        }
-        append(connection, agent, "promote", payload, now)
-        return _alias(_row(connection, agent))
+    row = _row(connection, agent)
+    _compare(row, expected)
+    if fence is not None:
+        require_fence(connection, agent, fence)
+        if fence < row.fence:
+            raise ConflictError(f"lease {fence} of {agent} is older than {row.fence}, which moved the alias last")
+    switch = agent_row(connection, agent)
+    if switch.is_frozen and not is_human:
+        raise ConflictError(f"{agent} is frozen ({switch.frozen_reason}): unfreeze it to promote {to}")
+    target = get_in(connection, to)
+    if target.agent != agent:
+        raise ConflictError(f"{to} belongs to {target.agent}, not to {agent}")
+    if target.status == "rolled_back" and not is_human:
+        raise ConflictError(f"{to} was rolled back: only a human can promote it again")
+    _refuse_verdict(connection, agent, to)
+    change_status(connection, to, "released", now=now)
+    moved = {
+        "release": to,
+        "previous": row.previous if to == row.release else row.release,
+        "version": row.version + 1,
+        "fence": row.fence if fence is None else fence,
+        "anchor": to if is_human else row.anchor,
+        "high_water": to if raises_high_water else row.high_water,
+        "changed_at": now,
+    }
+    connection.execute(update(aliases).where(aliases.c.agent == agent).values(**moved))
+    payload = {
+        "from": row.release,
+        "to": to,
+        "anchor": moved["anchor"],
+        "high_water": moved["high_water"],
+        "is_human": is_human,
+        "fence": fence,
+    }
+    append(connection, agent, "promote", payload, now)
+    return _alias(_row(connection, agent))
 
 
 def rollback(

@@ -6,6 +6,8 @@ checks the fence in its own transaction.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
@@ -14,15 +16,23 @@ from cltrain.store.database import Store
 from cltrain.store.schema import agents
 
 
-def acquire(store: Store, agent: str, holder: str, ttl_s: float, now: float) -> int:
+def acquire(
+    store: Store,
+    agent: str,
+    holder: str,
+    ttl_s: float,
+    now: float,
+    is_alive: Callable[[str], bool] = lambda holder: True,
+) -> int:
     """Take the lease for `ttl_s` seconds; returns its fence, larger than any before.
 
-    Raises ConflictError while another holder's lease runs, with who and for how long.
+    `is_alive` may know that a holder is gone, whose lease then is not waited for. Raises ConflictError while another
+    holder's lease runs, with who and for how long.
     """
     with store.write() as connection:
         row = agent_row(connection, agent)
         is_taken = row.lease_holder not in (None, holder) and row.lease_until is not None and row.lease_until > now
-        if is_taken:
+        if is_taken and is_alive(row.lease_holder):
             left = row.lease_until - now
             raise ConflictError(f"{agent} is being worked on by {row.lease_holder} for another {left:.0f} s")
         fence = int(row.fence) + 1

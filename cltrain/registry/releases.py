@@ -164,6 +164,12 @@ def change_status(connection: Connection, name: str, status: str, *, now: float,
     append(connection, release.agent, "status", payload, now)
 
 
+def retire(connection: Connection, name: str, status: str, *, now: float, reason: str) -> None:
+    """`change_status` to rejected or held for a candidate; one that a human let serve meanwhile stays as it is."""
+    if get_in(connection, name).status not in ("released", "rolled_back"):
+        change_status(connection, name, status, now=now, reason=reason)
+
+
 def delete_release(store: Store, state_dir: Path, name: str, *, now: float) -> None:
     """Delete an adapter's files. Raises ConflictError for the bare base and for what the alias still refers to.
 

@@ -63,7 +63,10 @@ static void unlock_log(int log) {
     if (log >= 0) syscall(SYS_close, log);
 }
 
-static int read_only_twin(int fd) {
+/* The descriptor itself wherever it can be read: closing a second one drops the process's fcntl locks on the file, and
+ * SQLite in another process then takes it for dead. */
+static int readable(int fd) {
+    if ((fcntl(fd, F_GETFL) & O_ACCMODE) != O_WRONLY) return fd;
     char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     return (int)syscall(SYS_openat, AT_FDCWD, link, O_RDONLY | O_CLOEXEC, 0);
@@ -79,13 +82,13 @@ static void note(int log, int fd, uint64_t offset, uint64_t count) {
     char *record = malloc(sizeof head + n);
     if (!record) abort();
     memcpy(record, head, sizeof head);
-    int twin = read_only_twin(fd); /* the caller's descriptor may be write-only */
+    int twin = readable(fd);
     for (uint64_t got = 0; got < n;) {
         ssize_t r = syscall(SYS_pread64, twin, record + sizeof head + got, n - got, offset + got);
         if (r <= 0) abort();
         got += (uint64_t)r;
     }
-    if (twin >= 0) syscall(SYS_close, twin);
+    if (twin >= 0 && twin != fd) syscall(SYS_close, twin);
     if (syscall(SYS_write, log, record, sizeof head + n) != (ssize_t)(sizeof head + n)) abort();
     free(record);
 }
