@@ -110,7 +110,10 @@ def open_plan(
     }
     work_dir = config.state_dir / "updates" / plan_id
     shutil.rmtree(work_dir, ignore_errors=True)  # an attempt that never became a row
-    work_dir.mkdir(parents=True)
+    try:
+        work_dir.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"cannot make {work_dir}: {error.strerror}; nothing was lost, free some space") from None
     _write_synced(work_dir / ROWS_FILE, encoded)
     with store.write() as connection:
         connection.execute(

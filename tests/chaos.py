@@ -1,6 +1,6 @@
 """Kill -9 of a real deployment's processes at chosen moments of an update, with what was not yet on disk taken back.
 
-One of three processes dies, or all at once as in a power cut. What a lone victim had written is taken back while the others
+One of three processes dies, or all as in a power cut. What a lone victim had written is taken back while the others
 stand still; its writes to the shared store only if no other process is in the middle of one.
 """
 
@@ -336,11 +336,12 @@ class Chaos:
         """No more load: wait until no update runs, then look at everything once more."""
         deadline = time.monotonic() + UP_WAIT_S
         is_busy = True
-        while is_busy and time.monotonic() < deadline:
+        while is_busy and time.monotonic() < deadline and not self.victims.ended():
             time.sleep(0.2)
             with self._as_found(is_alive=True) as store:
                 is_busy = any(u.state in ("training", "judging") for u in updates_of(store))
             is_busy = is_busy or "carries on" in "".join(self._worker_lines()[-1:])
+        self.log.problems += [f"{name} ended by itself with code {code}" for name, code in self.victims.ended().items()]
         self.victims.stop()
         with self._as_found(is_alive=True) as store:
             self.log.problems += lost_or_doubled(store, self.load.acknowledged)

@@ -34,7 +34,8 @@ def lost_or_doubled(store: Store, acknowledged: Acknowledged) -> list[str]:
         if health != "ok":
             return [f"the store is damaged: {health}"]
         ids = Counter(connection.scalars(select(schema.records.c.id)))
-        targets = Counter(connection.execute(select(schema.feedback.c.id, schema.feedback.c.target)).tuples())
+        said_about = connection.execute(select(schema.feedback.c.id, schema.feedback.c.target)).all()
+        targets = Counter((row.id, row.target) for row in said_about)
         num_generations = connection.scalar(select(func.count()).select_from(schema.generations))
     by_id = {t.id: t for t in read_trajectories(store, AGENT)}
     generated = {g.id: t for t in by_id.values() for g in t.generations}

@@ -1,4 +1,4 @@
-"""Clients of a deployment that is killed: episodes from elsewhere and chats, both corrected by an operator, so that there
+"""Clients of a deployment that is killed: episodes from elsewhere and chats, both corrected by an operator, so there
 is always something to learn. What was acknowledged is remembered in `Load.acknowledged`.
 """
 

@@ -1,5 +1,5 @@
-"""Gateway, server and worker killed while updates run, unsynced writes lost: nothing acknowledged is lost or doubled, the
-incumbent serves again, and no update is left half done. `scripts/bench chaos` does it thirty times.
+"""Gateway, server and worker killed while updates run, unsynced writes lost: nothing acknowledged is lost or doubled,
+the incumbent serves again, and no update is left half done. `scripts/bench chaos` does it thirty times.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ from cltrain.worker import is_alive
 from tests.chaos_checks import broken_serving, half_done
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
 
+# the event is the last thing that an update writes
+CUT_OFF = "CREATE TRIGGER cut_off BEFORE INSERT ON outbox BEGIN SELECT RAISE(ABORT, 'cut off'); END"
+
 
 @pytest.fixture
 def server():
@@ -40,10 +43,7 @@ def run_sql(deployment: Deployment, statement: str) -> None:
 
 def test_an_update_cut_off_while_its_verdict_is_written_has_not_swapped_and_carries_on(made):
     config, deployment = made
-    run_sql(
-        deployment,
-        "CREATE TRIGGER cut_off BEFORE INSERT ON outbox BEGIN SELECT RAISE(ABORT, 'cut off'); END",  # the last thing written
-    )
+    run_sql(deployment, CUT_OFF)
     with worker(config, deployment.store) as learner:
         with pytest.raises(DBAPIError, match="cut off"):
             learner.update()

@@ -156,8 +156,8 @@ def print_table(result: dict[str, Any], out: Path, deployment: Deployment) -> No
     )
     console.print(
         f"{ours['bad_windows_caught']} of {ours['bad_windows']} bad windows caught, "
-        f"{ours['clean_windows_rejected']} of {ours['clean_windows']} clean ones rejected; to an unfiltered poisoned window the gate says "
-        f"{ours['unfiltered_poison_verdict']}"
+        f"{ours['clean_windows_rejected']} of {ours['clean_windows']} clean ones rejected; "
+        f"to an unfiltered poisoned window the gate says {ours['unfiltered_poison_verdict']}"
     )
     console.print(f"summary  {out / 'summary.json'}", soft_wrap=True)
     console.print(f"report   {deployment.report()}", soft_wrap=True)

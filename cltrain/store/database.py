@@ -69,6 +69,10 @@ def _explained(engine: Engine) -> Iterator[None]:
             raise DataError(
                 f"the store {engine.url.database} stayed locked for {BUSY_TIMEOUT_S:g} s: who else holds it?"
             ) from error
+        if "disk I/O error" in reason:
+            raise DataError(
+                f"the disk refused to read or write {engine.url.database}: check its space, quota and health"
+            ) from error
         if "malformed" in reason or "not a database" in reason:
             raise DataError(
                 f"{engine.url.database} is not a readable store ({reason}): restore it from a backup"

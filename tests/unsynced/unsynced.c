@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -141,6 +142,14 @@ ssize_t pwritev(int fd, const struct iovec *parts, int count, off_t at) {
 ssize_t pwritev64(int fd, const struct iovec *parts, int count, off64_t at) {
     CACHED(pwritev64);
     LOGGED(ssize_t, fd, (uint64_t)at, total(parts, count), real(fd, parts, count, at));
+}
+ssize_t sendfile(int out, int in, off_t *from, size_t n) { /* shutil.copyfile */
+    CACHED(sendfile);
+    LOGGED(ssize_t, out, position(out, &about), n, real(out, in, from, n));
+}
+ssize_t sendfile64(int out, int in, off64_t *from, size_t n) {
+    CACHED(sendfile64);
+    LOGGED(ssize_t, out, position(out, &about), n, real(out, in, from, n));
 }
 int ftruncate(int fd, off_t size) {
     CACHED(ftruncate);
