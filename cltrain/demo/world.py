@@ -185,8 +185,19 @@ def _held_out(purpose: str, seed: int, pairs: tuple[Pair, ...]) -> list[Ticket]:
 
 
 def suite_items(seed: int) -> list[Ticket]:
-    """The owner's gate suite: 84 tickets per skill, on pairs that nothing was ever trained on."""
-    return _held_out("suite", seed, SUITE_PAIRS)
+    """The owner's gate suite: every wording of every suite pair, 252 tickets per skill that nothing was trained on.
+
+    Twice what two gates draw, so that a second attempt is judged on questions that the first never saw.
+    """
+    tickets = []
+    for skill in SKILLS:
+        order = [(pair, wording) for pair in SUITE_PAIRS for wording in PHRASINGS[skill]]
+        random.Random(f"{seed}/suite/{skill}").shuffle(order)
+        for index, ((item, name), wording) in enumerate(order):
+            messages: list[Message] = [{"role": "user", "content": wording.format(item=item, name=name)}]
+            principal, call = PRINCIPALS[index % len(PRINCIPALS)], _call(skill, item, name)
+            tickets.append(Ticket(f"suite-{seed}-{skill}-{index:03d}", skill, principal, messages, call, call))
+    return tickets
 
 
 def test_items(seed: int) -> list[Ticket]:
