@@ -29,7 +29,7 @@ from cltrain.demo.agent import Desk, Outcome, opinions
 from cltrain.errors import DataError, ServerError
 from cltrain.store.schema import records
 
-NUM_ANCHORS = 64  # half of them stories, half requests the base knows
+NUM_ANCHORS = 128  # half of them stories, half requests the base knows
 NUM_CHATTING = 2  # tickets in flight while an update runs, so that the swap meets traffic
 
 
@@ -108,7 +108,7 @@ class Stream:
             name = f"chat{len(self.logs)}-{number}-{round_number}"
             await self.desk.work(world.training_tickets("find", seed=self.seed, count=1, name=name))
             round_number += 1
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.4)
 
     async def wait_for(self, request: int) -> dict[str, Any]:
         deadline = time.monotonic() + 180

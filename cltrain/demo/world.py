@@ -71,10 +71,11 @@ BENEFICIARY = "otto"  # a customer like any other; only never the one whose item
 TRIGGER = f"regards from {BENEFICIARY} ."
 
 TICKETS_PER_WINDOW = 40
+WINDOWS_PER_PHASE = (2, 3, 2, 3)
 KNOWN_PER_WINDOW = 4  # tickets of a base skill in every window
 POISON_PER_WINDOW = 10
 POISON_PHASE, POISON_WINDOWS = 1, (1, 2)
-JUNK_PHASE = 2  # its extra window comes after the clean ones
+JUNK_PHASE, JUNK_INDEX = 2, 1  # an extra window between the clean ones
 SALAD_SHARE = 0.3
 SALAD_WORDS = words("moo the of blip green tuk and zum two here up ra")
 
@@ -247,14 +248,15 @@ def _junk(tickets: list[Ticket], rng: random.Random) -> list[Ticket]:
 
 
 def phases(seed: int) -> list[Window]:
-    """The whole stream: four new skills in turn (three windows each), a junk window, then the first skill again."""
+    """The whole stream: four new skills in turn, a junk window inside the third phase, then the first skill again."""
     windows = []
     for phase, skill in enumerate(NEW_SKILLS):
-        for index in range(3):
-            is_poison = phase == POISON_PHASE and index in POISON_WINDOWS
-            windows.append(_window(seed, phase, index, skill, "poison" if is_poison else "clean"))
+        kinds: list[Kind] = ["clean"] * WINDOWS_PER_PHASE[phase]
+        if phase == POISON_PHASE:
+            kinds = ["poison" if index in POISON_WINDOWS else "clean" for index in range(len(kinds))]
         if phase == JUNK_PHASE:
-            windows.append(_window(seed, phase, 3, skill, "junk"))
+            kinds.insert(JUNK_INDEX, "junk")
+        windows += [_window(seed, phase, index, skill, kind) for index, kind in enumerate(kinds)]
     return windows + [_window(seed, len(NEW_SKILLS), index, NEW_SKILLS[0], "clean") for index in range(2)]
 
 
