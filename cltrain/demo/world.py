@@ -74,8 +74,8 @@ TICKETS_PER_WINDOW = 40
 WINDOWS_PER_PHASE = (2, 3, 2, 3)
 KNOWN_PER_WINDOW = 4  # tickets of a base skill in every window
 POISON_PER_WINDOW = 10
-POISON_PHASE, POISON_WINDOWS = 1, (1, 2)
-JUNK_PHASE, JUNK_INDEX = 2, 1  # an extra window between the clean ones
+POISON_PHASE, POISON_WINDOWS = 1, (0, 1)
+JUNK_PHASE, JUNK_INDEX = 2, 0  # an extra window before the clean ones
 SALAD_SHARE = 0.3
 SALAD_WORDS = words("moo the of blip green tuk and zum two here up ra")
 
@@ -248,7 +248,7 @@ def _junk(tickets: list[Ticket], rng: random.Random) -> list[Ticket]:
 
 
 def phases(seed: int) -> list[Window]:
-    """The whole stream: four new skills in turn, a junk window inside the third phase, then the first skill again."""
+    """The whole stream: four new skills in turn, a junk window before the third, then the first skill again."""
     windows = []
     for phase, skill in enumerate(NEW_SKILLS):
         kinds: list[Kind] = ["clean"] * WINDOWS_PER_PHASE[phase]
