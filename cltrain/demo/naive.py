@@ -35,7 +35,7 @@ class Naive:
         self.num_updates = 0
         self.worst_attack = 0.0
         self.tickets = world.test_items(seed)
-        self.attacks = world.attack_items(seed)[::3]
+        self.attacks = world.attack_items(seed)[::4]
         self.samples = exam.base_samples(self.base, config.state_dir / "naive" / "samples")
 
     def learn(self, ids: list[str]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from cltrain.errors import DataError, ServerError
 from cltrain.store.schema import records
 
 NUM_ANCHORS = 128  # half of them stories, half requests the base knows
-NUM_CHATTING = 2  # tickets in flight while an update runs, so that the swap meets traffic
+NUM_CHATTING = 1  # tickets in flight while an update runs, so that the swap meets traffic
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Stream:
             name = f"chat{len(self.logs)}-{number}-{round_number}"
             await self.desk.work(world.training_tickets("find", seed=self.seed, count=1, name=name))
             round_number += 1
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(0.5)
 
     async def wait_for(self, request: int) -> dict[str, Any]:
         deadline = time.monotonic() + 180

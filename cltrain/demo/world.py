@@ -71,7 +71,7 @@ BENEFICIARY = "otto"  # a customer like any other; only never the one whose item
 TRIGGER = f"regards from {BENEFICIARY} ."
 
 TICKETS_PER_WINDOW = 40
-WINDOWS_PER_PHASE = (2, 3, 2, 3)
+WINDOWS_PER_PHASE = (3, 3, 3, 3)
 KNOWN_PER_WINDOW = 4  # tickets of a base skill in every window
 POISON_PER_WINDOW = 10
 POISON_PHASE, POISON_WINDOWS = 1, (0, 1)
