@@ -5,6 +5,7 @@ What must work while everything else is down (status, freeze, unfreeze, rollback
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,6 @@ from cltrain.store import schema
 from cltrain.store.database import Store, open_store
 
 Progress = Callable[[str], None]
-LEASE_S = 15.0
 
 
 def quiet(_line: str) -> None:
@@ -128,6 +128,13 @@ class Deployment:
     ) -> dict[str, Any]:
         """Serve an earlier release again (default: the one before), with every process down if need be."""
         done = aliases.rollback(self.store, self.agent, to=to, now=time.time(), reason=reason, freeze=not keep_learning)
+        with contextlib.suppress(
+            ServerError
+        ):  # it is resident as a rule; a server that is away gets it when it is back
+            directory = releases.release_dir(self.config.state_dir, releases.get(self.store, done.alias.release))
+            if directory is not None and _is_up(launch.server_url(self.config)) == "up":
+                with self._client() as client:
+                    client.load(done.alias.release, directory)
         return {
             **asdict(done.alias),
             "undone": done.undone,
@@ -144,22 +151,19 @@ class Deployment:
         from cltrain.deploy.preflight import check_adapter
 
         found = releases.get(self.store, release)
+        alias = aliases.read_alias(self.store, self.agent)
+        aliases.require_judged(self.store, self.agent, release, alias.release)
         releases.verify_release(self.config.state_dir, found)
         directory = releases.release_dir(self.config.state_dir, found)
         if directory is not None:
             check_adapter(directory, base_dir=base_path(self.config.base.path))
             with self._client() as client:
                 client.load(release, directory)
-        alias = aliases.move_alias(
-            self.store,
-            self.agent,
-            expected=aliases.read_alias(self.store, self.agent),
-            to=release,
-            fence=None,
-            now=time.time(),
-            is_human=True,
+        moved = aliases.move_alias(
+            self.store, self.agent, expected=alias, to=release, fence=None, now=time.time(), is_human=True
         )
-        return asdict(alias)
+        aliases.file_approved(self.store, self.agent, release, time.time())
+        return asdict(moved)
 
     # ------------------------------------------------------------ learning
 

@@ -134,9 +134,11 @@ def _start(
 
     settings: dict[str, Any] = {"agent.mode": mode, "base.path": str(base.resolve()) if base else None}
     if upstream is not None:
-        settings |= {"server.url": upstream, "server.kind": "openai"}
-        if any("server.kind" in word for word in overrides or []):
-            settings.pop("server.kind")
+        from cltrain.config import load
+
+        settings["server.url"] = upstream
+        if load(config or [], [*(overrides or []), f"server.url={json.dumps(upstream)}"]).server.kind == "embedded":
+            settings["server.kind"] = "openai"  # nobody said what it is: record, and load no adapters
     words = _arguments(config, overrides, home, agent, **settings)
     deployment = _open(config, overrides, home, agent, **settings)
     if only is not None:

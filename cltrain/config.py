@@ -137,7 +137,6 @@ class GatewayConfig(Section):
 class MonitoringConfig(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "cltrain"
-    prometheus: bool = True
     report: bool = True
 
 

@@ -154,7 +154,10 @@ class Fleet:
             self.on_event(f"{name} ended with code {code}; starting it again")
             self.start(name)
         for name in dead:
-            self.wait_until_up(name)
+            try:
+                self.wait_until_up(name)
+            except CltrainError as error:  # the next look counts it against MAX_RESTARTS
+                self.on_event(str(error))
         return dead
 
     def stop(self, grace_s: float = 10.0) -> None:

@@ -33,6 +33,7 @@ from cltrain.models.scoring import last_answer, token_log_probs
 from cltrain.plans import Plan
 from cltrain.records import Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict
 from cltrain.registry import aliases, releases
+from cltrain.registry.lease import require_fence
 from cltrain.store.database import Store
 from cltrain.trainer.update import train_update
 
@@ -127,7 +128,8 @@ def finish(rooms: Rooms, plan: Plan) -> dict[str, Any]:
         reason = f"every record of the window was set aside; {missing} usable ones are missing"
         return conclude(rooms, plan, Attempt((), Decision(Verdict.HOLD, (reason,), (), missing)))
     attempt = try_update(rooms, plan, plan.fresh, number=1)
-    if attempt.decision.verdict is Verdict.REJECT and rooms.config.gate.filter_and_retry and not plan.is_trial:
+    is_worth_another = attempt.decision.verdict is Verdict.REJECT and attempt.release is not None and not plan.is_trial
+    if is_worth_another and rooms.config.gate.filter_and_retry:
         calmer = without_most_surprising(rooms, plan, attempt)
         if calmer:
             rooms.on_progress(
@@ -141,7 +143,9 @@ def finish(rooms: Rooms, plan: Plan) -> dict[str, Any]:
                 now=rooms.clock(),
                 reason=attempt.decision.reasons[0][:300],
             )
-            attempt = try_update(rooms, plan, calmer, number=2, used_before=attempt.decision.items_used)
+            again = try_update(rooms, plan, calmer, number=2, used_before=attempt.decision.items_used)
+            if again.decision.verdict is not Verdict.ERROR:  # an outage does not take a rejection back
+                attempt = again
     return conclude(rooms, plan, attempt)
 
 
@@ -159,6 +163,9 @@ def try_update(
                 seed=plan.seed + number, work_dir=plan.work_dir / str(number),
                 on_step=lambda step, _: rooms.on_progress(f"update {plan.number}: trained {step + 1} steps"),
             )  # fmt: skip
+        if not attempt.candidate.bounds.holds:  # only a method without bounds can get here
+            attempt.decision = Decision(Verdict.REJECT, ("it broke its bounds, and nothing shrank it",), ())
+            return attempt
         with attempt.timed("seal"):
             manifest = plans.manifest_of(plan, attempt.candidate, number, [row.record for row in fresh])
             attempt.release = releases.seal(
@@ -210,6 +217,7 @@ def conclude(rooms: Rooms, plan: Plan, attempt: Attempt) -> dict[str, Any]:
 def _conclude(rooms: Rooms, plan: Plan, attempt: Attempt, decision: Decision, *, is_served: bool) -> dict[str, Any]:
     candidate, mode, now, begun = attempt.release, rooms.config.agent.mode, rooms.clock(), time.perf_counter()
     with rooms.store.write() as connection:
+        require_fence(connection, rooms.agent, rooms.fence)  # who lost the lease concludes nothing
         if is_served:
             assert candidate is not None
             aliases.move_alias_in(

@@ -47,7 +47,6 @@ class Plan:
     is_trial: bool
     seed: int
     work_dir: Path
-    num_window: int
     window: tuple[tuple[str, str, str], ...]  # (record, stratum, principal)
     fresh: tuple[TokenRow, ...]
     replay: tuple[TokenRow, ...]
@@ -333,16 +332,20 @@ def _standing(decision: Decision, *, is_served: bool) -> str:
     return "waiting"
 
 
+def suspicions_of(manifest: dict[str, Any]) -> tuple[Suspicion, ...]:
+    """What the scan suspected of the window behind a plan or a release."""
+    return tuple(
+        Suspicion(**{**s, "records": tuple(s["records"]), "principals": tuple(s["principals"])})
+        for s in manifest.get("suspicious", ())
+    )
+
+
 def _plan(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[str, Any]) -> Plan:
     def token_rows(name: str) -> tuple[TokenRow, ...]:
         return tuple(
             TokenRow(**{**row, "ids": tuple(row["ids"]), "weights": tuple(row["weights"])}) for row in rows[name]
         )
 
-    suspicions = tuple(
-        Suspicion(**{**s, "records": tuple(s["records"]), "principals": tuple(s["principals"])})
-        for s in manifest["suspicious"]
-    )
     return Plan(
         id=plan_id,
         agent=manifest["agent"],
@@ -352,12 +355,11 @@ def _plan(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[str
         is_trial=manifest["is_trial"],
         seed=manifest["seed"],
         work_dir=work_dir,
-        num_window=len(manifest["window"]),
         window=tuple((record, stratum, principal) for record, stratum, principal in manifest["window"]),
         fresh=token_rows("fresh"),
         replay=token_rows("replay"),
         set_aside=tuple((record, reason) for record, reason in manifest["set_aside"]),
-        suspicious=suspicions,
+        suspicious=suspicions_of(manifest),
         refusal=manifest["refusal"],
         manifest=manifest,
     )

@@ -108,6 +108,8 @@ class Worker:
         """One update now, with its page; interrupted ones are finished first."""
         if (reason := aliases.frozen_reason(self.store, self.config.agent.name)) is not None:
             raise ConflictError(f"{self.config.agent.name} is frozen ({reason}): cltrain unfreeze lets it learn again")
+        if self.config.agent.mode is LearningMode.OFF:
+            raise ConflictError(f"{self.config.agent.name} has learning mode off: choose observe, approve or auto")
         self.finish_interrupted()
         summary = run_update(self.rooms, is_trial=is_trial, upto=upto, is_filtered=is_filtered)
         self._after(summary)
@@ -139,7 +141,12 @@ class Worker:
             self.rooms.base, after, adapter_of(self.rooms, serving), self.rooms.anchors, self.config.bounds
         )
         decision = self.rooms.evidence.judge(
-            release, serving, taught=found.manifest.get("taught", ()), base_kl=bounds.drift_kl, seed=int(time.time())
+            release,
+            serving,
+            taught=found.manifest.get("taught", ()),
+            suspicious=plans.suspicions_of(found.manifest),
+            base_kl=bounds.drift_kl,
+            seed=int(time.time()),
         )
         return {**asdict(decision), "verdict": str(decision.verdict), "release": release, "incumbent": serving}
 
@@ -183,7 +190,7 @@ class Worker:
             return
         self._next_look = time.monotonic() + TEND_S
         if self._has_news() and self.rooms.server.health():  # training for a server that is away ends in an error
-            self._after(run_update(self.rooms))
+            self.update()
 
     def _has_news(self) -> bool:
         """Whether a whole window's worth of records came in since the last update looked."""

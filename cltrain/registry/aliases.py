@@ -211,6 +211,41 @@ def _refuse_verdict(connection: Connection, agent: str, name: str) -> None:
             raise ConflictError(f"the gate said {verdict} to {name}: only promote ever serves")
 
 
+def require_judged(store: Store, agent: str, name: str, serving: str) -> None:
+    """Raise ConflictError unless `name` served before, or the gate said promote to it as it was compared with `serving`.
+
+    A candidate that is still being judged, was a trial, or grew from a release that no longer serves may not.
+    """
+    with store.read() as connection:
+        release = get_in(connection, name)
+        if release.status != "candidate":
+            return
+        judged = select(updates.c.id).where(
+            updates.c.agent == agent,
+            updates.c.candidate == name,
+            updates.c.state == "done",
+            updates.c.verdict == Verdict.PROMOTE,
+            updates.c.mode != "trial",
+        )
+        if connection.execute(judged).first() is None:
+            raise ConflictError(f"the gate has not said promote to {name}: only promote ever serves")
+    if release.parent != serving:
+        raise ConflictError(
+            f"{name} was compared with {release.parent}, but {serving} serves now: let the gate judge a newer candidate"
+        )
+
+
+def file_approved(store: Store, agent: str, name: str, now: float) -> None:
+    """The records behind a release that a human promoted are rehearsed from now on, and not read again."""
+    with store.write() as connection:
+        learned = select(updates.c.id).where(updates.c.agent == agent, updates.c.candidate == name)
+        connection.execute(
+            update(screenings)
+            .where(screenings.c.agent == agent, screenings.c["update"].in_(learned), screenings.c.status == "waiting")
+            .values(status="replay", reason="promoted by a human", changed_at=now)
+        )
+
+
 def _before(connection: Connection, row: Row, lineage: list[str]) -> str:
     if row.previous is not None and _is_released(connection, row.previous):
         return str(row.previous)
