@@ -12,6 +12,7 @@ from tests.chaos import Chaos
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(600)
 def test_five_kills_lose_nothing_and_leave_no_update_half_done(tmp_path: Path) -> None:
     log = Chaos(tmp_path / "deployment", seed=1).run(5, lambda row: print(row))
     assert log.all_problems == []

@@ -212,7 +212,7 @@ def _refuse_verdict(connection: Connection, agent: str, name: str) -> None:
 
 
 def require_judged(store: Store, agent: str, name: str, serving: str) -> None:
-    """Raise ConflictError unless `name` served before, or the gate said promote to it as it was compared with `serving`.
+    """Raise ConflictError unless `name` served before, or the gate said promote to it against `serving`.
 
     A candidate that is still being judged, was a trial, or grew from a release that no longer serves may not.
     """
