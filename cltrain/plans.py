@@ -265,7 +265,7 @@ def summary_of(
         "is_refused": plan.refusal is not None,
         "suspicious": [asdict(s) for s in plan.suspicious],
         "window": {
-            "num_examples": len(plan.window),
+            "num_examples": len({row.record for row in learned}),
             "strata": dict(Counter(stratum for _, stratum, _ in plan.window)),
             "principals": dict(Counter(principal for _, _, principal in plan.window)),
             "set_aside": dict(by_reason),

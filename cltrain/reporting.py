@@ -74,7 +74,7 @@ def _curves(summaries: list[dict[str, Any]]) -> dict[str, list[tuple[float, floa
     curves: dict[str, list[tuple[float, float]]] = {}
     for summary in summaries:
         for check in (summary.get("decision") or {}).get("checks", ()):
-            if check["name"].startswith("stratum ") and check["candidate"] is not None:
+            if check["name"].startswith("stratum ") and "/" not in check["name"] and check["candidate"] is not None:
                 curves.setdefault(check["name"].removeprefix("stratum "), []).append(
                     (summary["number"], check["candidate"])
                 )

@@ -97,7 +97,10 @@ def _verdict(checks: Sequence[Check], rate_per_s: float | None) -> Decision:
         if decisive:
             break
     else:
-        verdict, decisive = Verdict.PROMOTE, sorted(checks, key=lambda check: not check.name.startswith("gain"))
+        verdict, decisive = (
+            Verdict.PROMOTE,
+            sorted(checks, key=lambda check: (not check.name.startswith("gain"), -check.num_items)),
+        )
     if verdict is not Verdict.PROMOTE:
         decisive.sort(key=lambda check: -check.num_items)  # the best founded reason first
     num_missing = max((check.num_missing for check in decisive), default=0) if verdict is Verdict.HOLD else 0
