@@ -152,11 +152,12 @@ class Deployment:
 
         found = releases.get(self.store, release)
         alias = aliases.read_alias(self.store, self.agent)
-        aliases.require_judged(self.store, self.agent, release, alias.release)
         releases.verify_release(self.config.state_dir, found)
         directory = releases.release_dir(self.config.state_dir, found)
         if directory is not None:
             check_adapter(directory, base_dir=base_path(self.config.base.path))
+        aliases.require_judged(self.store, self.agent, release, alias.release)
+        if directory is not None:
             with self._client() as client:
                 client.load(release, directory)
         moved = aliases.move_alias(

@@ -20,7 +20,7 @@ from cltrain.config import Config
 from cltrain.deploy import proof, residents
 from cltrain.deploy.client import ServerClient
 from cltrain.deploy.preflight import check_adapter
-from cltrain.errors import ConfigError, ConflictError, DataError, ServerError
+from cltrain.errors import ConflictError, DataError, ServerError
 from cltrain.evidence import Evidence
 from cltrain.experience import window
 from cltrain.experience.buffer import replay_examples
@@ -191,11 +191,7 @@ def try_update(
                 attempt.release.name, plan.parent, taught=plan.taught, suspicious=plan.suspicious, base_kl=kl,
                 seed=plan.seed + number, used_before=used_before, is_retry=number > 1,
             )  # fmt: skip
-    except (
-        ServerError,
-        DataError,
-        ConfigError,
-    ) as error:  # an update that cannot be judged is an answer, and the worker goes on
+    except (ServerError, DataError) as error:  # an update that cannot be judged is an answer, the worker goes on
         attempt.decision = Decision(Verdict.ERROR, (f"{type(error).__name__}: {error}",), ())
     return attempt
 

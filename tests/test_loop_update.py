@@ -13,12 +13,13 @@ from cltrain.api import Deployment
 from cltrain.demo import world
 from cltrain.errors import ConflictError
 from cltrain.models.digest import adapter_digest
+from cltrain.records import LearningMode
 from cltrain.registry import aliases, decisions, releases
 from cltrain.store.schema import requests, screenings, update_reads, updates
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server():
     with base_server() as url:
         yield url
@@ -59,7 +60,7 @@ def test_a_gain_is_promoted_proved_and_served(made, server):
 
 def test_observe_trains_and_judges_but_serves_the_base(made):
     config, deployment = made
-    config = config.model_copy(update={"agent": config.agent.model_copy(update={"mode": "observe"})})
+    config = config.model_copy(update={"agent": config.agent.model_copy(update={"mode": LearningMode.OBSERVE})})
     with worker(config, deployment.store) as learner:
         summary = learner.update()
     assert summary["verdict"] == "promote"
@@ -71,7 +72,7 @@ def test_observe_trains_and_judges_but_serves_the_base(made):
 
 def test_approve_waits_for_a_human_who_moves_the_anchor(made):
     config, deployment = made
-    config = config.model_copy(update={"agent": config.agent.model_copy(update={"mode": "approve"})})
+    config = config.model_copy(update={"agent": config.agent.model_copy(update={"mode": LearningMode.APPROVE})})
     with worker(config, deployment.store) as learner:
         summary = learner.update()
     assert aliases.read_alias(deployment.store, "support").release.startswith("support-v000000-")
