@@ -131,11 +131,22 @@ def test_a_rollback_during_an_update_discards_it(made):
 
         learner.rooms.evidence.on_progress = roll_back_while_it_is_judged
         second = learner.update()
-    assert second["verdict"] == "error"
-    assert "discarded" in second["reasons"][0]
+    assert not second["is_served"]  # whatever the gate said of it
+    assert aliases.read_alias(deployment.store, "support").release.startswith("support-v000000-")
+    with pytest.raises(ConflictError):
+        deployment.promote(second["candidate"])
+
+
+def test_a_freeze_during_an_update_discards_what_the_gate_would_have_promoted(made):
+    config, deployment = made
+    with worker(config, deployment.store) as learner:
+        learner.rooms.evidence.on_progress = lambda line: deployment.freeze("something looks odd")
+        summary = learner.update()
+    assert summary["verdict"] == "error"
+    assert "discarded" in summary["reasons"][0]
     assert aliases.read_alias(deployment.store, "support").release.startswith("support-v000000-")
     with pytest.raises(ConflictError, match="only promote"):
-        deployment.promote(second["candidate"])
+        deployment.promote(summary["candidate"])
 
 
 def test_frozen_learning_refuses_an_update_and_goes_on_after_unfreeze(made):
