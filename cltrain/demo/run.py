@@ -40,7 +40,7 @@ class WindowLog:
     window: world.Window
     success: float
     records: list[str]
-    bad_records: list[str]
+    bad_tickets: dict[str, world.Ticket]  # by record: those whose correction feed lies
     update: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,7 +88,11 @@ class Stream:
     def note(self, window: world.Window, outcomes: list[Outcome]) -> WindowLog:
         self.outcomes = outcomes
         success = sum(outcome.success for outcome in outcomes) / max(1, len(outcomes))
-        bad = [o.trajectory for o in outcomes if o.ticket.kind != "clean" and o.ticket.claimed != o.ticket.expected]
+        bad = {
+            o.trajectory: o.ticket
+            for o in outcomes
+            if o.ticket.kind != "clean" and o.ticket.claimed != o.ticket.expected
+        }
         self.logs.append(WindowLog(window, success, [o.trajectory for o in outcomes], bad))
         return self.logs[-1]
 

@@ -10,6 +10,8 @@ from sqlalchemy import select
 
 from cltrain.api import Deployment
 from cltrain.demo import world
+from cltrain.experience.examples import accepted
+from cltrain.experience.recording import read_trajectories
 from cltrain.registry import decisions, releases
 from cltrain.store import schema
 
@@ -47,7 +49,7 @@ def build(stream: Stream, exams: dict[str, Exam], naive: Exam, *, seconds: float
     clean = [log for log in stream.logs if log.window.kind == "clean"]
     bad = [log for log in stream.logs if log.window.kind != "clean"]
     swaps = [u["swap_ms"] for u in updates if u.get("swap_ms") is not None]
-    learned = _records_behind_served(stream.deployment)
+    wrong = _wrongly_learned(stream)
     return {
         "cltrain": {
             "requests": stream.desk.requests,
@@ -63,7 +65,7 @@ def build(stream: Stream, exams: dict[str, Exam], naive: Exam, *, seconds: float
             "clean_windows": len(clean),
             "clean_windows_rejected": sum(_is_rejected(log) for log in clean),
             "bad_windows": len(bad),
-            "bad_windows_caught": sum(not learned & set(log.bad_records) for log in bad),
+            "bad_windows_caught": sum(not wrong & log.bad_tickets.keys() for log in bad),
             "unfiltered_poison_verdict": stream.trial.get("verdict"),
             "unfiltered_poison_reason": (stream.trial.get("reasons") or [None])[0],
             **_skills(before, after),
@@ -103,16 +105,25 @@ def _is_rejected(log: WindowLog) -> bool:
     return log.update["verdict"] == "reject" or bool(log.update.get("is_refused")) or bool(log.update.get("suspicious"))
 
 
-def _records_behind_served(deployment: Deployment) -> set[str]:
-    """Every record that filled a slot of an update whose candidate was promoted."""
-    s = schema
+def _wrongly_learned(stream: Stream) -> set[str]:
+    """Records of the stream that taught a wrong answer to an adapter that served: they filled a slot of a promoted
+    update, and their target was not the right call. (A junk ticket whose own answer was right teaches no harm.)"""
+    deployment, s = stream.deployment, schema
     query = (
         select(s.update_reads.c.record)
         .join(s.updates, s.updates.c.id == s.update_reads.c["update"])
         .where(s.updates.c.agent == deployment.agent, s.updates.c.verdict == "promote", s.updates.c.mode != "trial")
     )
     with deployment.store.read() as connection:
-        return set(connection.execute(query).scalars())
+        read = set(connection.execute(query).scalars())
+    tickets = {record: ticket for log in stream.logs for record, ticket in log.bad_tickets.items() if record in read}
+    wrong = set()
+    for trajectory in read_trajectories(deployment.store, deployment.agent, records_in=list(tickets)):
+        example = accepted(trajectory, learn_from=deployment.config.agent.learn_from, tools_allowed=None)
+        ticket = tickets[trajectory.id]
+        if isinstance(example, str) or not world.check(ticket, example.messages[example.targets[0]]):
+            wrong.add(trajectory.id)
+    return wrong
 
 
 def _window_row(log: WindowLog) -> dict[str, Any]:
@@ -122,7 +133,7 @@ def _window_row(log: WindowLog) -> dict[str, Any]:
         "kind": log.window.kind,
         "solved": round(log.success, 4),
         "tickets": len(log.records),
-        "bad_records": len(log.bad_records),
+        "bad_records": len(log.bad_tickets),
         "update": {key: value for key, value in log.update.items() if key not in {"checks", "window"}},
     }
 

@@ -336,13 +336,13 @@ def episode(ticket: Ticket) -> list[Message]:
 
 
 def user_feedback(ticket: Ticket, success: bool, rng: random.Random) -> float | None:
-    """The customer's thumb, -1 or 1: given on half of the tickets and wrong on a tenth of those.
+    """The customer's thumb, -1 or 1: given on 70 % of the tickets and wrong on a tenth of those.
 
     The attacker always gives one, against every honest answer.
     """
     if ticket.kind == "poison":
         return -1.0 if success else 1.0
-    is_given, is_wrong = rng.random() < 0.5, rng.random() < 0.1
+    is_given, is_wrong = rng.random() < 0.7, rng.random() < 0.1
     if not is_given:
         return None
     return 1.0 if success != is_wrong else -1.0
