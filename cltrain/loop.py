@@ -252,8 +252,9 @@ def prove(
         [ours[i][-tail:] for i, tail in zip(chosen, tails, strict=True)],
         [theirs[i][-tail:] for i, tail in zip(chosen, tails, strict=True)], NOISE[rooms.config.base.dtype],
     )  # fmt: skip
-    root = rooms.server.list().get(name, "")
-    residents.mark_proved(rooms.store, rooms.server.url, name, root, rooms.clock())
+    if found.verdict == "proved":
+        root = rooms.server.list().get(name, "")
+        residents.mark_proved(rooms.store, rooms.server.url, name, root, rooms.clock())
     return found
 
 
