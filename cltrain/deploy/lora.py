@@ -111,12 +111,14 @@ class AdapterTable:
 
 
 class RowLora:
-    """Adds each row's own low-rank delta to the outputs of the model's linear layers. Used by one thread only."""
+    """Adds each row's own low-rank delta to the outputs of the model's linear layers, in the thread that called `use`;
+    another thread's forward of the same model stays the bare base."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._hooks: dict[str, Any] = {}
         self._current: dict[str, tuple[Tensor, Tensor]] = {}
+        self._owner: int | None = None
         self._recent: OrderedDict[tuple[Adapter | None, ...], dict[str, tuple[Tensor, Tensor]]] = OrderedDict()
 
     def use(self, rows: Sequence[Adapter | None]) -> None:
@@ -132,6 +134,7 @@ class RowLora:
         else:
             self._recent.move_to_end(key)
         self._current = stacks
+        self._owner = threading.get_ident()
 
     def forget(self) -> None:
         """Let go of stacked weights: called when no row is running, so that unloaded adapters free their memory."""
@@ -147,7 +150,7 @@ class RowLora:
     def _hook(self, path: str) -> Callable[..., Tensor | None]:
         def add_delta(_module: torch.nn.Module, args: tuple[Tensor, ...], out_BTN: Tensor) -> Tensor | None:
             stack = self._current.get(path)
-            if stack is None:
+            if stack is None or threading.get_ident() != self._owner:
                 return None
             a_BKR, b_BRN = stack
             return torch.baddbmm(out_BTN, torch.bmm(args[0], a_BKR), b_BRN)
