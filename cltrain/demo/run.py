@@ -31,6 +31,7 @@ from cltrain.store.schema import records
 
 NUM_ANCHORS = 128  # half of them stories, half requests the base knows
 NUM_CHATTING = 1  # tickets in flight while an update runs, so that the swap meets traffic
+CHAT_PAUSE_S = 1.5
 
 
 @dataclass
@@ -112,7 +113,7 @@ class Stream:
             name = f"chat{len(self.logs)}-{number}-{round_number}"
             await self.desk.work(world.training_tickets("find", seed=self.seed, count=1, name=name))
             round_number += 1
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(CHAT_PAUSE_S)
 
     async def wait_for(self, request: int) -> dict[str, Any]:
         deadline = time.monotonic() + 180
@@ -177,13 +178,16 @@ class NaiveProcess:
             await self.process.wait()
 
 
-def run_demo(out: Path, seed: int) -> dict[str, Any]:
-    """Run the whole demo into `out` (emptied first if an earlier demo filled it); returns what summary.json holds."""
+def run_demo(out: Path, seed: int, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the whole demo into `out` (emptied first if an earlier demo filled it); returns what summary.json holds.
+
+    `settings`: `section.key=value`, over the demo's own.
+    """
     started = time.monotonic()
     out = out.resolve()
     _empty(out)
     config_file = _write_inputs(out, seed)
-    deployment = Deployment.open([f"--config={config_file}"])
+    deployment = Deployment.open([f"--config={config_file}", *(f"--set={setting}" for setting in settings)])
     say(f"seed {seed}; everything goes to {out}")
     result = asyncio.run(_run(deployment, out, seed, started))
     (out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -82,6 +82,7 @@ def build(stream: Stream, exams: dict[str, Exam], naive: Exam, *, seconds: float
         "seconds": round(seconds, 1),
         "seed": stream.seed,
         "windows": [_window_row(log) for log in stream.logs],
+        "trial": stream.trial,
         "releases": exams,
         "naive_skill_learned": stream.learned,
         "naive_skills": naive["skills"],
