@@ -7,16 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cltrain.models.adapter import AdapterFile
-from cltrain.objectives.bounds import (
-    between,
-    delta_norms,
-    difference_norms,
-    inner,
-    largest_step,
-    norm_step,
-    segment_quartics,
-    spectral_norms,
-)
+from cltrain.objectives.bounds import between, largest_step, norm_step, segment_quartics
+from cltrain.objectives.geometry import delta_norms, difference_norms, inner, spectral_norms
 
 SIZES = [(1, 1, 1), (17, 33, 4), (65, 17, 8), (33, 65, 1)]
 

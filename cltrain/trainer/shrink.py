@@ -15,7 +15,8 @@ from cltrain.errors import DataError
 from cltrain.models.adapter import AdapterFile, Factors, attach, parameters_of, set_factors
 from cltrain.models.base import Base
 from cltrain.models.forward import next_log_probs, predicted, token_kl
-from cltrain.objectives.bounds import base_norms, between, delta_norms, difference_norms, max_ratio, norm_step
+from cltrain.objectives.bounds import between, max_ratio, norm_step
+from cltrain.objectives.geometry import base_norms, delta_norms, difference_norms
 from cltrain.records import BoundReport, TokenRow
 from cltrain.trainer.reference import Reference
 

@@ -17,7 +17,8 @@ from cltrain.errors import ConfigError, DataError
 from cltrain.models.adapter import AdapterFile, check_fits, new_factors, read_adapter, write_adapter
 from cltrain.models.base import Base
 from cltrain.models.forward import predicted
-from cltrain.objectives.bounds import between, max_ratio, spectral_norms
+from cltrain.objectives.bounds import between, max_ratio
+from cltrain.objectives.geometry import spectral_norms
 from cltrain.records import BoundReport, Candidate, TokenRow
 from cltrain.trainer.shrink import Ruler, largest_fraction
 from cltrain.trainer.steps import OnStep, UpdateDiscarded, train
