@@ -18,7 +18,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cltrain.errors import ConfigError
-from cltrain.records import LearningMode
+from cltrain.records import LearningMode, Objective
+
+MethodName = Literal[
+    "bounded_replay", "naive", "replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "distill", "joint", "merge_reset"
+]
+Remember = Literal["replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "distill"]
 
 
 class Section(BaseModel):
@@ -69,8 +74,31 @@ class ExperienceConfig(Section):
     rehearsal: Path | None = None  # JSONL of the owner's own episodes, always in replay
 
 
+class ObjectivesConfig(Section):
+    """What each kind of feedback is learned by; a coefficient multiplies its own term only."""
+
+    use: tuple[Objective, ...] = ("sft", "dpo", "kto", "policy", "hindsight")  # what is not listed is not learned
+    corrections: Literal["sft", "dpo"] = "sft"  # dpo: a correction beside the answer that it replaces
+    sft: float = Field(1.0, gt=0)
+    dpo: float = Field(1.0, gt=0)
+    kto: float = Field(1.0, gt=0)
+    policy: float = Field(1.0, gt=0)
+    hindsight: float = Field(1.0, gt=0)
+    dpo_beta: float = Field(0.1, gt=0)
+    kto_beta: float = Field(0.1, gt=0)
+    policy_kind: Literal["cispo", "ppo"] = "cispo"
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.28, gt=0)
+    truncate: float = Field(2.0, ge=1)  # cap on the importance weight
+    max_lag: int = Field(2, ge=0)  # promotions between the record's adapter and the incumbent
+    baseline_decay: float = Field(0.9, ge=0, lt=1)  # of the running mean score of a stratum
+    hindsight_kind: Literal["forward", "reverse", "jsd"] = "forward"
+
+
 class TrainerConfig(Section):
-    method: Literal["bounded_replay", "naive"] = "bounded_replay"
+    method: MethodName = "bounded_replay"
+    remember: tuple[Remember, ...] | None = None  # None: what the method names; any of them combine
+    objectives: ObjectivesConfig = ObjectivesConfig()
     lr: float = Field(2e-3, gt=0)
     num_steps: int = Field(24, ge=1)
     warmup_steps: int = Field(3, ge=0)
@@ -79,7 +107,13 @@ class TrainerConfig(Section):
     micro_batch: int | None = Field(None, ge=1)  # rows per forward; None: the whole batch
     replay_share: float = Field(0.5, ge=0, lt=1)
     kl_beta: float = Field(1.0, ge=0)
+    kl_to: Literal["base", "incumbent"] = "base"
     kl_batch: int = Field(8, ge=1)  # anchor rows per step
+    l2sp_lambda: float = Field(2.0, ge=0)  # on ||dW - dW_incumbent||^2 / ||W0||^2
+    ewc_lambda: float = Field(1000.0, ge=0)  # on the same distance, weighted by a Fisher of unit mean
+    ewc_decay: float = Field(0.95, ge=0, lt=1)  # of the Fisher, per update
+    oplora_rank: int = Field(16, ge=1)  # singular directions of each base matrix that no update touches
+    ema_decay: float = Field(0.5, ge=0, lt=1)  # of the served adapter, per update
     max_grad_norm: float = Field(1.0, gt=0)
     num_anchors: int = Field(64, ge=1)
     anchor_tokens: int = Field(64, ge=8)
@@ -88,13 +122,26 @@ class TrainerConfig(Section):
 
 
 class BoundsConfig(Section):
-    """Hard limits, as fractions of ||W0|| and nats per token; measured again on the exported file."""
+    """Hard limits, as fractions of ||W0||_F and nats per token; measured again on the exported file."""
 
-    step_frobenius: float = Field(0.1, gt=0)
-    drift_frobenius: float = Field(0.5, gt=0)
-    step_kl: float = Field(0.25, gt=0)
-    drift_kl: float = Field(0.25, gt=0)
+    step_frobenius: float = Field(0.1, gt=0, allow_inf_nan=False)
+    drift_frobenius: float = Field(0.5, gt=0, allow_inf_nan=False)
+    step_spectral: float = Field(0.1, gt=0, allow_inf_nan=False)
+    drift_spectral: float = Field(0.5, gt=0, allow_inf_nan=False)
+    step_kl: float = Field(0.25, gt=0, allow_inf_nan=False)
+    drift_kl: float = Field(0.25, gt=0, allow_inf_nan=False)
+    day_frobenius: float = Field(1.0, gt=0, allow_inf_nan=False)  # sum of the steps that served, any 24 hours
+    max_tokens: int = Field(200_000, ge=1)  # supervised tokens per update; training ends before the step that exceeds it
+    max_steps: int = Field(1000, ge=1)
     min_shrink: float = Field(0.05, gt=0, le=1)  # a candidate that must shrink below this is rejected
+
+
+class HealthConfig(Section):
+    """Signs of collapse on the anchors, against the base; beyond them an update is discarded with its reason."""
+
+    min_entropy_share: float = Field(0.5, gt=0, le=1)
+    max_ending_ratio: float = Field(4.0, gt=1)  # of the chance to end an answer early, either way
+    max_grad_norm: float = Field(1e4, gt=0, allow_inf_nan=False)  # before clipping
 
 
 class GateConfig(Section):
@@ -149,6 +196,7 @@ class Config(Section):
     experience: ExperienceConfig = ExperienceConfig()
     trainer: TrainerConfig = TrainerConfig()
     bounds: BoundsConfig = BoundsConfig()
+    health: HealthConfig = HealthConfig()
     gate: GateConfig = GateConfig()
     server: ServerConfig = ServerConfig()
     gateway: GatewayConfig = GatewayConfig()
@@ -160,6 +208,10 @@ class Config(Section):
             raise ValueError(
                 f"experience.max_window ({self.experience.max_window}) is below experience.min_window "
                 f"({self.experience.min_window})"
+            )
+        if self.trainer.num_steps > self.bounds.max_steps:
+            raise ValueError(
+                f"trainer.num_steps ({self.trainer.num_steps}) is above bounds.max_steps ({self.bounds.max_steps})"
             )
         if self.server.kind != "embedded" and self.server.url is None:
             raise ValueError(f"server.kind = {self.server.kind!r} needs server.url")

@@ -17,6 +17,9 @@ Tool = dict[str, Any]
 
 Split = Literal["train", "eval"]
 
+Objective = Literal["sft", "dpo", "kto", "policy", "hindsight"]
+"""What a record is learned by: likelihood, a pair, a lone label, a scored sample, or itself having seen a hint."""
+
 
 class Verdict(StrEnum):
     """What the gate says. Only promote ever serves."""
@@ -108,6 +111,10 @@ class TokenRow:
     principal: str
     ids: tuple[int, ...]
     weights: tuple[float, ...]
+    objective: Objective = "sft"
+    value: float = 1.0  # kto: +1 desirable, -1 undesirable; policy: the advantage; else unused
+    behaviour: tuple[float, ...] | None = None  # policy: log-probs of the predicted tokens when they were sampled
+    partner: TokenRow | None = None  # dpo: the rejected answer; hindsight: the same answer behind the hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,20 +134,36 @@ class BoundReport:
     step_frobenius_limit: float
     drift_frobenius: float  # max over modules of ||dW_cand||_F / ||W0||_F
     drift_frobenius_limit: float
+    step_spectral: float  # the same with the spectral norm of the difference; still over ||W0||_F
+    step_spectral_limit: float
+    drift_spectral: float
+    drift_spectral_limit: float
     step_kl: float  # mean token KL(incumbent || candidate) on the anchors, nats
     step_kl_limit: float
     drift_kl: float  # mean token KL(base || candidate) on the anchors, nats
     drift_kl_limit: float
+    day_frobenius: float  # step_frobenius and those of all that were promoted in the 24 hours before
+    day_frobenius_limit: float
+    num_tokens: int  # supervised tokens of the fresh and replayed rows that were trained on
+    num_tokens_limit: int
+    num_steps: int
+    num_steps_limit: int
     shrink: float  # fraction of the way from incumbent to trained weights that was kept, in (0, 1]
 
     @property
+    def broken(self) -> tuple[str, ...]:
+        """Names of the distances that exceed their limit."""
+        return tuple(name for name in BOUNDS if not getattr(self, name) <= getattr(self, f"{name}_limit"))
+
+    @property
     def holds(self) -> bool:
-        return (
-            self.step_frobenius <= self.step_frobenius_limit
-            and self.drift_frobenius <= self.drift_frobenius_limit
-            and self.step_kl <= self.step_kl_limit
-            and self.drift_kl <= self.drift_kl_limit
-        )
+        return not self.broken
+
+
+BOUNDS = (
+    "step_frobenius", "drift_frobenius", "step_spectral", "drift_spectral", "step_kl", "drift_kl", "day_frobenius",
+    "num_tokens", "num_steps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from cltrain.deploy.cache import SlotCache, visible
 from cltrain.deploy.lora import Adapter, AdapterTable, RowLora
 from cltrain.deploy.sampling import Sampling, Token, choose, score
 from cltrain.errors import DataError, ServerError
-from cltrain.models.base import Base
+from cltrain.models.base import Base, stop_ids
 
 log = logging.getLogger(__name__)
 
@@ -271,11 +271,3 @@ class Engine:
         self._free.append(row.slot)
         self._free.sort()
         row.slot = -1
-
-
-def stop_ids(base: Base) -> frozenset[int]:
-    """The tokens that end an answer: what the tokenizer, the config and the generation config call end of sequence."""
-    generation = getattr(base.model, "generation_config", None)
-    found = [base.tokenizer.eos_token_id, base.model.config.eos_token_id, getattr(generation, "eos_token_id", None)]
-    ids = [i for one in found if one is not None for i in (one if isinstance(one, list | tuple) else [one])]
-    return frozenset(int(i) for i in ids)

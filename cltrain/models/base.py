@@ -26,6 +26,14 @@ class Base:
     device: str
 
 
+def stop_ids(base: Base) -> frozenset[int]:
+    """The tokens that end an answer: what the tokenizer, the config and the generation config call end of sequence."""
+    generation = getattr(base.model, "generation_config", None)
+    found = [base.tokenizer.eos_token_id, base.model.config.eos_token_id, getattr(generation, "eos_token_id", None)]
+    ids = [i for one in found if one is not None for i in (one if isinstance(one, list | tuple) else [one])]
+    return frozenset(int(i) for i in ids)
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The base's config.json. Raises DataError when it is missing or no JSON object."""
     try:

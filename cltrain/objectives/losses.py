@@ -42,13 +42,15 @@ def weighted_nll(base: Base, hidden_MD: Tensor, rows: Sequence[TokenRow], weight
     return _in_pieces(base, piece, hidden_MD, targets_M, weights_M)
 
 
-def forward_kl(base: Base, hidden_MD: Tensor, logp_MV: Tensor) -> Tensor:
-    """sum_m KL(p_m || q_m) in nats over the full vocabulary, q from hidden states, p given as log-probs."""
+def forward_kl(base: Base, hidden_MD: Tensor, logp_MV: Tensor, weights_M: Tensor | None = None) -> Tensor:
+    """sum_m weights_m * KL(p_m || q_m) in nats over the full vocabulary, q from hidden states, p given as log-probs."""
+    weights_M = torch.ones(len(hidden_MD)) if weights_M is None else weights_M
+    weights_M = weights_M.to(hidden_MD.device)
 
-    def piece(hidden: Tensor, logp: Tensor) -> Tensor:
-        return token_kl(logp, F.log_softmax(logits_of(base, hidden), dim=-1)).sum()
+    def piece(hidden: Tensor, logp: Tensor, weights: Tensor) -> Tensor:
+        return (token_kl(logp, F.log_softmax(logits_of(base, hidden), dim=-1)) * weights).sum()
 
-    return _in_pieces(base, piece, hidden_MD, logp_MV)
+    return _in_pieces(base, piece, hidden_MD, logp_MV, weights_M)
 
 
 def _in_pieces(base: Base, function, hidden_MD: Tensor, *others: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cltrain.records import Read, TokenRow
+from cltrain.records import TokenRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,8 @@ class Draws:
         num_rows = min(num_rows, self.num_anchors)
         return [self._pick("anchor", range(self.num_anchors), step * num_rows + slot) for slot in range(num_rows)]
 
-    def read_of(self, step: int, draw: Draw) -> Read:
-        row = (self.fresh if draw.pool == "fresh" else self.replay)[draw.index]
-        return Read(step, draw.slot, row.record)
+    def record_of(self, draw: Draw) -> str:
+        return (self.fresh if draw.pool == "fresh" else self.replay)[draw.index].record
 
     def _replayed(self, count: int) -> int:
         """Strata take turns while they last: a stratum of one record, often a mislabelled one, is heard once a pass and

@@ -1,4 +1,7 @@
-"""What a fixed model says on the anchors, as log-probs over the whole vocabulary, kept while they fit in memory."""
+"""What a fixed model says on given rows: final hidden states, kept while they fit in memory, and logits from them.
+
+Hidden states take D floats a token where log-probs take V, so a large vocabulary costs no more to remember.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cltrain.models.base import Base
-from cltrain.models.forward import MAX_LOGITS, batches_of, next_log_probs, predicted
+from cltrain.models.forward import batches_of, hidden_at, logits_of, predicted
 from cltrain.records import TokenRow
+
+MAX_KEPT = 1 << 26  # floats (256 MiB)
 
 
 class Reference:
-    """Log-probs of one model that does not change, computed once per update (256 MiB at most), else at each use."""
+    """Log-probs of one model that does not change, at the predicted tokens of rows, over the whole vocabulary."""
 
-    def __init__(self, base: Base, model: Any, anchors: Sequence[TokenRow]) -> None:
-        self.base, self.model, self.anchors = base, model, anchors
-        self.num_tokens = sum(len(predicted(row)) for row in anchors)
-        self.groups = batches_of(base, anchors)
-        self._kept: dict[int, Tensor] | None = None
-        if self.num_tokens * base.model.config.vocab_size <= MAX_LOGITS:
+    def __init__(self, base: Base, model: Any, rows: Sequence[TokenRow]) -> None:
+        self.base, self.model, self.rows = base, model, rows
+        self.num_tokens = sum(len(predicted(row)) for row in rows)
+        self.groups = batches_of(base, rows)
+        self._kept: dict[int, Tensor] | None = None  # hidden_MD of each row
+        if self.num_tokens * base.model.config.hidden_size <= MAX_KEPT:
             self._kept = {}
             for group in self.groups:
-                rows = [anchors[i] for i in group]
-                parts = next_log_probs(base, model, rows).split([len(predicted(row)) for row in rows])
+                chosen = [rows[i] for i in group]
+                parts = self._hidden(chosen).split([len(predicted(row)) for row in chosen])
                 self._kept.update(zip(group, parts, strict=True))
 
     def log_probs(self, indices: Sequence[int]) -> Tensor:
-        """logp_MV at the predicted tokens of these anchors, in order."""
+        """logp_MV at the predicted tokens of these rows, in order."""
         if self._kept is None:
-            return next_log_probs(self.base, self.model, [self.anchors[i] for i in indices])
-        return torch.cat([self._kept[i] for i in indices])
+            hidden_MD = self._hidden([self.rows[i] for i in indices])
+        else:
+            hidden_MD = torch.cat([self._kept[i] for i in indices])
+        with torch.no_grad():
+            return F.log_softmax(logits_of(self.base, hidden_MD), dim=-1)
+
+    def _hidden(self, rows: Sequence[TokenRow]) -> Tensor:
+        with torch.no_grad():
+            return hidden_at(self.base, self.model, rows)

@@ -1,89 +1,171 @@
-"""The way back to the bounds: along the straight line of both factors from incumbent to candidate, as far as allowed.
+"""Measuring a candidate, and its way back to the bounds: from incumbent towards candidate, as far as allowed.
 
-Norms give the largest fraction exactly (a quartic per module), KL by bisection below it; what counts is measured again
-on the exported file.
+Norms give the largest fraction along the straight line of both factors exactly (a quartic per module), the rest by
+bisection below it; what counts is measured again on the exported file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from cltrain.config import BoundsConfig
 from cltrain.errors import DataError
 from cltrain.models.adapter import AdapterFile, Factors, attach, parameters_of, set_factors
-from cltrain.models.base import Base
+from cltrain.models.base import Base, stop_ids
 from cltrain.models.forward import next_log_probs, predicted, token_kl
-from cltrain.objectives.bounds import between, max_ratio, norm_step
-from cltrain.objectives.geometry import base_norms, delta_norms, difference_norms
+from cltrain.objectives.bounds import between, norm_step
+from cltrain.objectives.geometry import (
+    base_norms,
+    combine,
+    delta_norms,
+    difference_norms,
+    max_ratio,
+    spectral_norms,
+)
 from cltrain.records import BoundReport, TokenRow
 from cltrain.trainer.reference import Reference
 
-KL_HALVINGS = 8
+HALVINGS = 8
 MARGIN = 1e-4  # float32 rounding of the exported factors moves a norm by less than this fraction
+
+
+@dataclass(frozen=True, slots=True)
+class OnAnchors:
+    """What one adapter says on the anchors, per predicted token."""
+
+    step_kl: float  # KL(incumbent || adapter), nats
+    drift_kl: float  # KL(base || adapter), nats
+    entropy: float  # nats
+    ending: float  # chance of ending the answer where the anchor goes on
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What the update used of budgets that no adapter file shows."""
+
+    day_frobenius: float  # by what was promoted in the 24 hours before
+    num_tokens: int
+    num_steps: int
 
 
 class Ruler:
     """Measures adapters on pinned anchors against one base and one incumbent. Holds one attached model."""
 
     def __init__(
-        self, base: Base, incumbent: AdapterFile | None, shape: AdapterFile, anchors: Sequence[TokenRow]
+        self,
+        base: Base,
+        incumbent: AdapterFile | None,
+        shape: AdapterFile,
+        anchors: Sequence[TokenRow],
+        of_base: Reference | None = None,
     ) -> None:
         if not any(predicted(row) for row in anchors):
             raise DataError("there are no anchors to measure a KL on (trainer.num_anchors, trainer.anchors)")
-        self.base, self.incumbent, self.anchors = base, incumbent, anchors
+        self.base, self.incumbent = base, incumbent
         self.base_norms = base_norms(base, list(shape.factors))
-        self.of_base = Reference(base, base.model, anchors)
-        self.of_incumbent = self.of_base if incumbent is None else Reference(base, attach(base, incumbent), anchors)
+        self.of_base = of_base or Reference(base, base.model, anchors)
+        self.incumbent_model = base.model if incumbent is None else attach(base, incumbent)
+        self.of_incumbent = self.of_base if incumbent is None else Reference(base, self.incumbent_model, anchors)
         self._model = attach(base, shape)
         self._live: Factors = parameters_of(self._model, shape)
+        self._stops = torch.tensor(sorted(stop_ids(base)), device=base.device)
 
-    def kl(self, adapter: AdapterFile) -> tuple[float, float]:
-        """Mean token KL(incumbent || adapter) and KL(base || adapter) on the anchors, nats."""
-        set_factors(self._live, adapter.factors)
-        step, drift = 0.0, 0.0
+    def on_anchors(self, adapter: AdapterFile | None) -> OnAnchors:
+        """One pass over the anchors with this adapter (None: the bare base)."""
+        if adapter is not None:
+            set_factors(self._live, adapter.factors)
+        model = self.base.model if adapter is None else self._model
+        step = drift = entropy = ending = 0.0
+        num_open = 0
         for group in self.of_base.groups:
-            logq_MV = next_log_probs(self.base, self._model, [self.anchors[i] for i in group])
+            rows = [self.of_base.rows[i] for i in group]
+            logq_MV = next_log_probs(self.base, model, rows)
             drift += float(token_kl(self.of_base.log_probs(group), logq_MV).double().sum())
             step += float(token_kl(self.of_incumbent.log_probs(group), logq_MV).double().sum())
-        return step / self.of_base.num_tokens, drift / self.of_base.num_tokens
+            probabilities_MV = logq_MV.exp()
+            entropy -= float((probabilities_MV * logq_MV).sum(-1).double().sum())
+            targets_M = torch.tensor([row.ids[t] for row in rows for t in predicted(row)], device=logq_MV.device)
+            goes_on_M = ~torch.isin(targets_M, self._stops)
+            ending += float(probabilities_MV[goes_on_M][:, self._stops].sum().double())
+            num_open += int(goes_on_M.sum())
+        num = self.of_base.num_tokens
+        return OnAnchors(step / num, drift / num, entropy / num, ending / max(1, num_open))
 
-    def report(self, adapter: AdapterFile, bounds: BoundsConfig, shrink: float) -> BoundReport:
-        """All four distances of an adapter beside their limits."""
-        step_kl, drift_kl = self.kl(adapter)
+    def report(self, adapter: AdapterFile, bounds: BoundsConfig, spent: Spent, shrink: float) -> BoundReport:
+        """All distances of an adapter and what the update spent, each beside its limit."""
+        seen = self.on_anchors(adapter)
+        step_frobenius = max_ratio(difference_norms(adapter, self.incumbent), self.base_norms)
         return BoundReport(
-            step_frobenius=max_ratio(difference_norms(adapter, self.incumbent), self.base_norms),
+            step_frobenius=step_frobenius,
             step_frobenius_limit=bounds.step_frobenius,
             drift_frobenius=max_ratio(delta_norms(adapter), self.base_norms),
             drift_frobenius_limit=bounds.drift_frobenius,
-            step_kl=step_kl,
+            step_spectral=max_ratio(spectral_norms(adapter, self.incumbent), self.base_norms),
+            step_spectral_limit=bounds.step_spectral,
+            drift_spectral=max_ratio(spectral_norms(adapter, None), self.base_norms),
+            drift_spectral_limit=bounds.drift_spectral,
+            step_kl=seen.step_kl,
             step_kl_limit=bounds.step_kl,
-            drift_kl=drift_kl,
+            drift_kl=seen.drift_kl,
             drift_kl_limit=bounds.drift_kl,
+            day_frobenius=spent.day_frobenius + step_frobenius,
+            day_frobenius_limit=bounds.day_frobenius,
+            num_tokens=spent.num_tokens,
+            num_tokens_limit=bounds.max_tokens,
+            num_steps=spent.num_steps,
+            num_steps_limit=bounds.max_steps,
             shrink=shrink,
         )
 
 
-def largest_fraction(ruler: Ruler, start: AdapterFile, trained: AdapterFile, bounds: BoundsConfig) -> float:
-    """Largest fraction in [0, 1] of the way from `start` to `trained` that obeys all four bounds.
+def shrink_to_bounds(
+    ruler: Ruler, start: AdapterFile | None, trained: AdapterFile, bounds: BoundsConfig, spent: Spent
+) -> tuple[AdapterFile | None, float]:
+    """The adapter at the largest fraction of the way from the incumbent that obeys all bounds, and that fraction.
 
-    Exact for the norms (every smaller fraction obeys too); for KL a bisection between 0 and that, KL_HALVINGS deep.
+    Where the trained factors grew out of `start` (the incumbent, or factors that change nothing), the way is the
+    straight line of both factors; where they were re-compressed (None), it is the straight line of the weights' delta.
     """
+    slack = 1 - MARGIN
+    step_limit = min(bounds.step_frobenius, bounds.day_frobenius - spent.day_frobenius) * slack
+    if step_limit <= 0:
+        return start, 0.0
+
+    def obeys(adapter: AdapterFile) -> bool:
+        steps = difference_norms(adapter, ruler.incumbent)
+        if (
+            max_ratio(steps, ruler.base_norms) > step_limit
+            or max_ratio(delta_norms(adapter), ruler.base_norms) > bounds.drift_frobenius * slack
+            or max_ratio(spectral_norms(adapter, ruler.incumbent), ruler.base_norms) > bounds.step_spectral * slack
+            or max_ratio(spectral_norms(adapter, None), ruler.base_norms) > bounds.drift_spectral * slack
+        ):
+            return False
+        seen = ruler.on_anchors(adapter)
+        return seen.step_kl <= bounds.step_kl and seen.drift_kl <= bounds.drift_kl
+
     with torch.no_grad():
-        slack = 1 - MARGIN
-        high = norm_step(
-            start, trained, ruler.base_norms, bounds.step_frobenius * slack, bounds.drift_frobenius * slack
-        )
+        if start is not None:
+            high = norm_step(start, trained, ruler.base_norms, step_limit, bounds.drift_frobenius * slack)
+            return _farthest(lambda c: between(start, trained, c), obeys, high)
+        return _farthest(lambda c: _mixed(ruler.incumbent, trained, c), obeys, 1.0)
 
-        def obeys(c: float) -> bool:
-            step_kl, drift_kl = ruler.kl(between(start, trained, c))
-            return step_kl <= bounds.step_kl and drift_kl <= bounds.drift_kl
 
-        if high == 0 or obeys(high):
-            return high
-        low = 0.0
-        for _ in range(KL_HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if obeys(middle) else (low, middle)
-        return low
+def _farthest(
+    at: Callable[[float], AdapterFile], obeys: Callable[[AdapterFile], bool], high: float
+) -> tuple[AdapterFile, float]:
+    """The last adapter `at` a fraction up to `high` that obeys, by bisection from a fraction that does (0)."""
+    if high == 0 or obeys(at(high)):
+        return at(high), high
+    low = 0.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if obeys(at(middle)) else (low, middle)
+    return at(low), low
+
+
+def _mixed(incumbent: AdapterFile | None, trained: AdapterFile, c: float) -> AdapterFile:
+    parts = [(trained, c)] if incumbent is None else [(incumbent, 1 - c), (trained, c)]
+    return trained if c == 1.0 else combine(parts, trained.rank, trained.alpha)[0]

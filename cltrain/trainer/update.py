@@ -5,23 +5,42 @@ Same inputs and seed give the same bytes on a CPU, also across an interruption.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from cltrain.config import AdapterConfig, BoundsConfig, TrainerConfig
+from cltrain.config import AdapterConfig, BoundsConfig, HealthConfig, TrainerConfig
 from cltrain.errors import ConfigError, DataError
-from cltrain.models.adapter import AdapterFile, check_fits, new_factors, read_adapter, write_adapter
+from cltrain.models.adapter import (
+    AdapterFile,
+    attach,
+    check_fits,
+    new_factors,
+    parameters_of,
+    read_adapter,
+    write_adapter,
+)
 from cltrain.models.base import Base
 from cltrain.models.forward import predicted
-from cltrain.objectives.bounds import between, max_ratio
-from cltrain.objectives.geometry import spectral_norms
+from cltrain.objectives.fisher import decayed, measure_fisher
+from cltrain.objectives.geometry import combine
 from cltrain.records import BoundReport, Candidate, TokenRow
-from cltrain.trainer.shrink import Ruler, largest_fraction
+from cltrain.trainer.draws import Draws
+from cltrain.trainer.fingerprint import fingerprint_of
+from cltrain.trainer.health import collapse, vital_signs
+from cltrain.trainer.memory import Memory, write_memory
+from cltrain.trainer.methods import Method, method_of
+from cltrain.trainer.recipe import Recipe, make_recipe
+from cltrain.trainer.reference import Reference
+from cltrain.trainer.shrink import Ruler, Spent, shrink_to_bounds
 from cltrain.trainer.steps import OnStep, UpdateDiscarded, train
+from cltrain.trainer.terms import Measured
 
 __all__ = ["UpdateDiscarded", "train_update", "verify_bounds"]
 
@@ -38,26 +57,33 @@ def train_update(
     bounds: BoundsConfig,
     seed: int,
     work_dir: Path,
+    health: HealthConfig | None = None,
+    memory: Memory | None = None,
+    spent_today: float = 0.0,
+    of_base: Reference | None = None,
     on_step: OnStep = lambda step, measured: None,
 ) -> Candidate:
     """Train on `fresh` and `replay` rows from `incumbent` (None: the bare base) and write `work_dir`/candidate.
 
-    `bounded_replay` keeps to all four bounds, measured on the file it wrote; `naive` leaves replay, KL and bounds out
-    and reports the distances. A second call with the same arguments continues an interrupted one. `on_step(step,
-    measured)` sees nll_fresh, nll_replay, kl (nats per token), grad_norm_nll, grad_norm_kl, grad_norm.
+    A bounded method keeps to all bounds, measured on the file it wrote; the others report the distances. `memory` is
+    what earlier updates left (see Memory), `spent_today` the sum of the step_frobenius promoted in the 24 hours before,
+    `of_base` the base on the anchors if it is at hand. A second call with the same arguments continues an interrupted
+    one. `on_step(step, measured)` sees each term (nats per token) and the norms of their gradients.
 
-    Raises UpdateDiscarded (work_dir then holds no candidate and no checkpoint): loss or gradient not finite, no token
-    to learn from, bounds that only a fraction below bounds.min_shrink would meet. ConfigError: rank, alpha or targets
-    differ from the incumbent's. DataError: rows that the base cannot take, another base's adapter, a full disk.
+    Raises UpdateDiscarded (work_dir then holds no candidate and no checkpoint): a loss or gradient not finite, no token
+    to learn from, collapse (HealthConfig), bounds that only a fraction below bounds.min_shrink would meet. ConfigError:
+    targets differ from the incumbent's. DataError: rows that the base cannot take, another base's adapter, a full disk.
     """
-    start = _start(base, incumbent, adapter, seed)
     for name, rows in (("fresh", fresh), ("replay", replay), ("anchor", anchors)):
         _check_rows(base, name, rows)
+    update = _Update(
+        base, incumbent, adapter, trainer, bounds, health or HealthConfig(), memory or Memory(), seed, spent_today
+    )
     work_dir.mkdir(parents=True, exist_ok=True)
     path = work_dir / "candidate"
     shutil.rmtree(path, ignore_errors=True)
     try:
-        return _train_update(base, incumbent, start, fresh, replay, anchors, trainer, bounds, seed, path, on_step)
+        return update.run(fresh, replay, anchors, of_base, path, on_step)
     except UpdateDiscarded:
         shutil.rmtree(path, ignore_errors=True)
         for left in work_dir.glob("checkpoint.safetensors*"):
@@ -72,73 +98,185 @@ def verify_bounds(
     anchors: Sequence[TokenRow],
     bounds: BoundsConfig,
     *,
+    spent: Spent | None = None,
     shrink: float = 1.0,
 ) -> BoundReport:
-    """The four distances of an adapter recomputed from its file, its incumbent's, the base and the pinned anchors."""
-    return Ruler(base, incumbent, adapter, anchors).report(adapter, bounds, shrink)
+    """The distances of an adapter recomputed from its file, its incumbent's, the base and the pinned anchors; `spent`
+    (None: nothing) is what those do not show."""
+    return Ruler(base, incumbent, adapter, anchors).report(adapter, bounds, spent or Spent(0.0, 0, 0), shrink)
 
 
-def _train_update(
-    base: Base,
-    incumbent: AdapterFile | None,
-    start: AdapterFile,
-    fresh: Sequence[TokenRow],
-    replay: Sequence[TokenRow],
-    anchors: Sequence[TokenRow],
-    trainer: TrainerConfig,
-    bounds: BoundsConfig,
-    seed: int,
-    path: Path,
-    on_step: OnStep,
-) -> Candidate:
-    is_bounded = trainer.method == "bounded_replay"
-    fresh = [row for row in fresh if predicted(row)]
-    replay = [row for row in replay if predicted(row)] if is_bounded else []
-    anchors = [row for row in anchors if predicted(row)]
-    if not fresh:
-        raise UpdateDiscarded("no fresh row has a token to learn from")
-    ruler = Ruler(base, incumbent, start, anchors)
-    reference = ruler.of_base if is_bounded else None
-    trained, history, reads = train(base, start, fresh, replay, anchors, reference, trainer, seed, path.parent, on_step)
-    if not all(bool(torch.isfinite(factor).all()) for pair in trained.factors.values() for factor in pair):
-        raise UpdateDiscarded("the trained factors hold NaN or infinity")
-    shrink = largest_fraction(ruler, start, trained, bounds) if is_bounded else 1.0
-    if shrink < bounds.min_shrink and is_bounded:
-        raise UpdateDiscarded(
-            f"only {shrink:.4f} of the step would keep to the bounds, less than bounds.min_shrink = {bounds.min_shrink}"
+@dataclasses.dataclass(frozen=True)
+class _Update:
+    base: Base
+    incumbent: AdapterFile | None
+    adapter: AdapterConfig
+    trainer: TrainerConfig
+    bounds: BoundsConfig
+    health: HealthConfig
+    memory: Memory
+    seed: int
+    spent_today: float
+
+    @property
+    def method(self) -> Method:
+        return method_of(self.trainer)
+
+    def run(
+        self,
+        fresh: Sequence[TokenRow],
+        replay: Sequence[TokenRow],
+        anchors: Sequence[TokenRow],
+        of_base: Reference | None,
+        path: Path,
+        on_step: OnStep,
+    ) -> Candidate:
+        fresh = [row for row in fresh if predicted(row)]
+        replay = [row for row in replay if predicted(row)]
+        if not fresh:
+            raise UpdateDiscarded("no fresh row has a token to learn from")
+        if self.method.is_joint:
+            fresh, replay = [*fresh, *replay], []
+        if not self.method.remember & {"replay", "distill", "agem"}:
+            replay = []
+        anchors = [row for row in anchors if predicted(row)]
+        start, grows_from = self._start()
+        ruler = Ruler(self.base, self.incumbent, start, anchors, of_base)
+        trained, recipe, history = self._train(start, ruler, fresh, replay, path.parent, on_step)
+        if not all(bool(torch.isfinite(factor).all()) for pair in trained.factors.values() for factor in pair):
+            raise UpdateDiscarded("the trained factors hold NaN or infinity")
+        spent = Spent(self.spent_today, _num_tokens(recipe, len(history)), len(history))
+        served = self._served(trained)
+        shrunk, shrink = served, 1.0
+        if self.method.is_bounded:
+            shrunk, shrink = shrink_to_bounds(ruler, grows_from, served, self.bounds, spent)
+            if shrink < self.bounds.min_shrink or shrunk is None:
+                raise UpdateDiscarded(
+                    f"only {shrink:.4f} of the step would keep to the bounds, less than bounds.min_shrink = "
+                    f"{self.bounds.min_shrink}"
+                )
+        write_adapter(path, shrunk)
+        exported = read_adapter(path)
+        report = ruler.report(exported, self.bounds, spent, shrink)
+        self._check(report)
+        signs = vital_signs(exported, ruler.on_anchors(exported), ruler.on_anchors(None), history)
+        if self.method.is_bounded and (reason := collapse(signs, self.health)) is not None:
+            raise UpdateDiscarded(reason)
+        write_memory(path, self._remember(exported, trained, fresh))
+        return Candidate(
+            path=str(path),
+            bounds=report,
+            metrics={**_summary(history, fresh, replay), **signs},
+            reads=tuple(recipe.reads(len(history))),
+            num_steps=len(history),
         )
-    write_adapter(path, between(start, trained, shrink))
-    exported = read_adapter(path)
-    report = ruler.report(exported, bounds, shrink)
-    distances = (report.step_frobenius, report.drift_frobenius, report.step_kl, report.drift_kl)
-    if not all(math.isfinite(distance) for distance in distances):
-        raise UpdateDiscarded(f"the exported adapter's distances are not finite: {report}")
-    if is_bounded and not report.holds:
-        raise UpdateDiscarded(f"the exported adapter breaks its bounds: {report}")
-    return Candidate(
-        path=str(path),
-        bounds=report,
-        metrics=_summary(ruler, exported, incumbent, history, fresh, replay),
-        reads=tuple(reads),
-        num_steps=trainer.num_steps,
-    )
 
-
-def _start(base: Base, incumbent: AdapterFile | None, adapter: AdapterConfig, seed: int) -> AdapterFile:
-    if incumbent is None:
-        return new_factors(base, adapter.rank, adapter.alpha, adapter.targets, seed)
-    check_fits(base, incumbent)
-    for name, ours, theirs in (
-        ("rank", adapter.rank, incumbent.rank),
-        ("alpha", adapter.alpha, incumbent.alpha),
-        ("targets", tuple(sorted(adapter.targets)), incumbent.targets),
-    ):
-        if ours != theirs:
+    def _start(self) -> tuple[AdapterFile, AdapterFile | None]:
+        """The factors that training begins with, and where the straight line back to the bounds would begin: None when
+        it is not these factors that will be served (see `_served`)."""
+        fresh = new_factors(self.base, self.adapter.rank, self.adapter.alpha, self.adapter.targets, self.seed)
+        if self.incumbent is None:
+            return fresh, None if "ema" in self.method.remember else fresh
+        check_fits(self.base, self.incumbent)
+        if self.incumbent.targets != fresh.targets:
             raise ConfigError(
-                f"adapter.{name} = {ours}, but the incumbent has {theirs}: an agent's adapter keeps its shape; "
-                "set it back or start another agent"
+                f"adapter.targets = {fresh.targets}, but the incumbent has {self.incumbent.targets}: an agent's adapter "
+                "keeps its modules; set it back or start another agent"
             )
-    return incumbent
+        if self.method.is_merged:
+            return fresh, None
+        fast = self.memory.fast if "ema" in self.method.remember else None
+        if fast is not None:
+            return self._shaped(fast), None
+        if (self.incumbent.rank, self.incumbent.alpha) != (fresh.rank, fresh.alpha):
+            return self._shaped(self.incumbent), None
+        return self.incumbent, None if "ema" in self.method.remember else self.incumbent
+
+    def _shaped(self, adapter: AdapterFile) -> AdapterFile:
+        """The adapter at the configured rank and alpha, re-compressed where it has another."""
+        if (adapter.rank, adapter.alpha) == (self.adapter.rank, self.adapter.alpha):
+            return adapter
+        return combine([(adapter, 1.0)], self.adapter.rank, self.adapter.alpha)[0]
+
+    def _train(
+        self,
+        start: AdapterFile,
+        ruler: Ruler,
+        fresh: Sequence[TokenRow],
+        replay: Sequence[TokenRow],
+        work_dir: Path,
+        on_step: OnStep,
+    ) -> tuple[AdapterFile, Recipe, list[Measured]]:
+        below = self.base
+        if self.method.is_merged and self.incumbent is not None:
+            below = _merged(self.base, self.incumbent)
+        model = attach(below, start)
+        live = parameters_of(model, start)
+        draws = Draws(self.seed, fresh, replay, len(ruler.of_base.rows))
+        recipe = make_recipe(
+            self.base, model, ruler.incumbent_model, live, start, self.incumbent, draws, ruler.of_base, self.method,
+            self.trainer, self.memory,
+        )  # fmt: skip
+        num_steps = self.trainer.num_steps
+        while num_steps and _num_tokens(recipe, num_steps) > self.bounds.max_tokens:
+            num_steps -= 1
+        if not num_steps:
+            raise UpdateDiscarded(f"its first step has more tokens than bounds.max_tokens = {self.bounds.max_tokens}")
+        key = fingerprint_of(
+            self.base, start, self.incumbent, fresh, replay, ruler.of_base.rows, self.trainer, num_steps, self.seed
+        )
+        factors, history = train(
+            recipe, live, self.trainer, num_steps, self.health.max_grad_norm, key, work_dir, on_step
+        )
+        return start.with_factors(factors), recipe, history
+
+    def _served(self, trained: AdapterFile) -> AdapterFile:
+        """What is to be served of what was trained: itself, or its sum or average with the incumbent, re-compressed."""
+        rank, alpha = self.adapter.rank, float(self.adapter.alpha)
+        old = [] if self.incumbent is None else [self.incumbent]
+        if self.method.is_merged:
+            return combine([*((one, 1.0) for one in old), (trained, 1.0)], rank, alpha)[0]
+        if "ema" in self.method.remember:
+            decay = self.trainer.ema_decay
+            return combine([*((one, decay) for one in old), (trained, 1.0 - decay)], rank, alpha)[0]
+        return trained
+
+    def _remember(self, exported: AdapterFile, trained: AdapterFile, fresh: Sequence[TokenRow]) -> Memory:
+        remember, fisher = self.method.remember, self.memory.fisher
+        if "ewc" in remember:
+            model = attach(self.base, exported)
+            learned = [row for row in fresh if row.objective == "sft"]
+            new = measure_fisher(self.base, model, parameters_of(model, exported), learned)
+            fisher = decayed(fisher, new, self.trainer.ewc_decay)
+        return Memory(fisher, trained if "ema" in remember else None)
+
+    def _check(self, report: BoundReport) -> None:
+        distances = (report.step_frobenius, report.drift_frobenius, report.step_kl, report.drift_kl)
+        if not all(math.isfinite(distance) for distance in distances):
+            raise UpdateDiscarded(f"the exported adapter's distances are not finite: {report}")
+        if self.method.is_bounded and not report.holds:
+            raise UpdateDiscarded(f"the exported adapter breaks {', '.join(report.broken)}: {report}")
+
+
+def _merged(base: Base, adapter: AdapterFile) -> Base:
+    """The base with the adapter's delta added to a copy of its weights."""
+    model = copy.deepcopy(base.model)
+    with torch.no_grad():
+        for module, (a_RK, b_NR) in adapter.factors.items():
+            weight_NK = model.get_submodule(module).weight
+            weight_NK += (adapter.scale * (b_NR.double() @ a_RK.double())).to(weight_NK.device, weight_NK.dtype)
+    return dataclasses.replace(base, model=model)
+
+
+def _num_tokens(recipe: Recipe, num_steps: int) -> int:
+    """Supervised tokens of the first `num_steps` steps, a row counted as often as it fills a slot."""
+    total = 0
+    for step in range(num_steps):
+        for batching, pool in ((recipe.fresh, "fresh"), (recipe.old, "replay")):
+            rows = recipe.draws.fresh if pool == "fresh" else recipe.draws.replay
+            for draw in recipe.draws.batch(step, batching.batch_size, batching.replay_share):
+                total += len(predicted(rows[draw.index])) if draw.pool == pool else 0
+    return total
 
 
 def _check_rows(base: Base, name: str, rows: Sequence[TokenRow]) -> None:
@@ -152,22 +290,18 @@ def _check_rows(base: Base, name: str, rows: Sequence[TokenRow]) -> None:
             )
         if row.ids and not 0 <= min(row.ids) <= max(row.ids) < vocabulary:
             raise DataError(f"{name} row {row.record} has token ids outside the base's vocabulary of {vocabulary}")
+        if row.partner is not None:
+            _check_rows(base, name, [row.partner])
 
 
-def _summary(
-    ruler: Ruler,
-    exported: AdapterFile,
-    incumbent: AdapterFile | None,
-    history: list[dict[str, float]],
-    fresh: Sequence[TokenRow],
-    replay: Sequence[TokenRow],
-) -> dict[str, float]:
+def _summary(history: Sequence[Measured], fresh: Sequence[TokenRow], replay: Sequence[TokenRow]) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for name in history[-1]:
-        values = [measured[name] for measured in history]
+    for name in dict.fromkeys(name for measured in history for name in measured):
+        values = [measured[name] for measured in history if name in measured]
         metrics[f"{name}_first"], metrics[f"{name}_last"] = values[0], values[-1]
         metrics[f"{name}_mean"] = sum(values) / len(values)
-    metrics["step_spectral"] = max_ratio(spectral_norms(exported, incumbent), ruler.base_norms)
     metrics["num_fresh"], metrics["num_replay"] = float(len(fresh)), float(len(replay))
     metrics["num_fresh_tokens"] = float(sum(len(predicted(row)) for row in fresh))
+    largest = max(Counter(row.principal for row in fresh).values())
+    metrics["principal_share"] = largest / len(fresh)
     return metrics

@@ -1,0 +1,47 @@
+"""sha256 of all that the trained bytes depend on: a checkpoint counts only for the inputs it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+
+from cltrain.config import TrainerConfig
+from cltrain.models.adapter import AdapterFile, Factors, snapshot
+from cltrain.models.base import Base
+from cltrain.records import TokenRow
+
+
+def fingerprint_of(
+    base: Base,
+    start: AdapterFile,
+    incumbent: AdapterFile | None,
+    fresh: Sequence[TokenRow],
+    replay: Sequence[TokenRow],
+    anchors: Sequence[TokenRow],
+    trainer: TrainerConfig,
+    num_steps: int,
+    seed: int,
+) -> str:
+    """Hex digest over base, rows, settings, seed, the starting and the incumbent's factors, torch and its threads."""
+    whole = hashlib.sha256()
+    settings = trainer.model_dump(mode="json", exclude={"checkpoint_every", "anchors", "num_anchors", "anchor_tokens"})
+    numbers = [start.rank, start.alpha, start.targets, settings, num_steps, seed]
+    machine = [torch.__version__, torch.get_num_threads()]
+    whole.update(json.dumps([base.digest, base.device, numbers, machine], sort_keys=True).encode())
+    for rows in (fresh, replay, anchors):
+        for row in rows:
+            whole.update(repr(row).encode())
+        whole.update(b"\0")
+    whole.update(_bytes_of(start.factors))
+    whole.update(_bytes_of(incumbent.factors) if incumbent is not None else b"")
+    return whole.hexdigest()
+
+
+def _bytes_of(factors: Factors) -> bytes:
+    return b"".join(
+        module.encode() + a_RK.numpy().tobytes() + b_NR.numpy().tobytes()
+        for module, (a_RK, b_NR) in snapshot(factors).items()
+    )

@@ -1,0 +1,50 @@
+"""Signs that a model is collapsing, seen on the anchors and in its weights, before any task shows it.
+
+Watched, not optimised: entropy and how soon answers end against the base (OpenClaw-RL saw the first rise and lengths
+fall before scores did), effective rank and how much of the fresh loss an update could still take away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cltrain.config import HealthConfig
+from cltrain.models.adapter import AdapterFile
+from cltrain.objectives.geometry import effective_ranks
+from cltrain.trainer.shrink import OnAnchors
+from cltrain.trainer.terms import Measured
+
+MIN_CHANCE = 1e-3  # below it the chance to end early is noise
+
+
+def vital_signs(
+    adapter: AdapterFile, candidate: OnAnchors, base: OnAnchors, history: Sequence[Measured]
+) -> dict[str, float]:
+    """What the report shows of a candidate's health; `plasticity` is the share of the fresh loss that was learned."""
+    ranks = effective_ranks(adapter)
+    signs = {
+        "entropy": candidate.entropy,
+        "entropy_share": candidate.entropy / base.entropy if base.entropy > 0 else 1.0,
+        "ending_ratio": (candidate.ending + MIN_CHANCE) / (base.ending + MIN_CHANCE),
+        "effective_rank": sum(ranks.values()) / len(ranks),
+    }
+    first = history[0].get("nll_fresh")
+    if first is not None and first > 0:
+        signs["plasticity"] = 1 - history[-1].get("nll_fresh", first) / first
+    return signs
+
+
+def collapse(signs: dict[str, float], health: HealthConfig) -> str | None:
+    """Why this candidate must not go on, or None."""
+    if signs["entropy_share"] < health.min_entropy_share:
+        return (
+            f"its entropy on the anchors is {signs['entropy_share']:.2f} of the base's, below health.min_entropy_share "
+            f"= {health.min_entropy_share}: it is becoming certain of everything"
+        )
+    ratio = signs["ending_ratio"]
+    if not 1 / health.max_ending_ratio <= ratio <= health.max_ending_ratio:
+        return (
+            f"it ends answers {ratio:.2f} times as soon as the base on the anchors; health.max_ending_ratio allows "
+            f"{health.max_ending_ratio} either way"
+        )
+    return None

@@ -1,0 +1,59 @@
+"""What an update leaves for the next one beside the adapter itself: the Fisher of EWC, the fast weights of EMA.
+
+Sealed with the release in one safetensors file, so that rolling back a release rolls its memory back too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from cltrain.errors import DataError
+from cltrain.models.adapter import AdapterFile
+from cltrain.objectives.fisher import Fisher
+
+FILE = "memory.safetensors"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`fisher` weighs what earlier updates learned; `fast` is where training goes on while a slower average serves."""
+
+    fisher: Fisher | None = None
+    fast: AdapterFile | None = None
+
+
+def write_memory(directory: Path, memory: Memory) -> None:
+    """Write the file beside the adapter, or nothing when there is nothing to remember."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    if memory.fisher is not None:
+        tensors |= {f"fisher/{name}": value.contiguous() for name, value in memory.fisher.to_tensors().items()}
+    if memory.fast is not None:
+        for module, (a_RK, b_NR) in memory.fast.factors.items():
+            tensors |= {f"fast/{module}/A": a_RK.contiguous(), f"fast/{module}/B": b_NR.contiguous()}
+    if tensors:
+        save_file(tensors, directory / FILE)
+
+
+def read_memory(directory: Path | None, adapter: AdapterFile | None) -> Memory:
+    """The memory sealed beside `adapter`; empty when there is none. Raises DataError for a damaged file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if directory is None or adapter is None or not (directory / FILE).exists():
+        return Memory()
+    try:
+        tensors = load_file(directory / FILE)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{directory / FILE} is damaged: {error}") from error
+    fisher = {name.removeprefix("fisher/"): value for name, value in tensors.items() if name.startswith("fisher/")}
+    fast = {
+        module: (tensors[f"fast/{module}/A"], tensors[f"fast/{module}/B"])
+        for module in adapter.factors
+        if f"fast/{module}/A" in tensors
+    }
+    return Memory(Fisher.from_tensors(fisher) if fisher else None, adapter.with_factors(fast) if fast else None)

@@ -1,0 +1,103 @@
+"""A method made concrete for one update: its terms, what guards its steps, what it does after each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cltrain.config import TrainerConfig
+from cltrain.models.adapter import AdapterFile, Factors
+from cltrain.models.base import Base
+from cltrain.objectives.geometry import base_norms
+from cltrain.objectives.penalties import ewc, l2sp
+from cltrain.objectives.projections import agem, keep_out, top_subspaces
+from cltrain.records import Read
+from cltrain.trainer.draws import Draws
+from cltrain.trainer.memory import Memory
+from cltrain.trainer.methods import Method
+from cltrain.trainer.reference import Reference
+from cltrain.trainer.streams import Streams
+from cltrain.trainer.terms import Batching, Divergence, Fresh, Penalty, Replay, Term
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one update's steps are made of."""
+
+    terms: tuple[Term, ...]
+    guard: Replay | None  # agem: steps that would raise this loss lose the part that does
+    project: Callable[[], None] | None  # oplora: after every step
+    draws: Draws
+    fresh: Batching
+    old: Batching
+
+    def reads(self, num_steps: int) -> list[Read]:
+        """Which record filled which slot of which step, in order."""
+        found = []
+        for step in range(num_steps):
+            slot = 0
+            for batching, pool in ((self.fresh, "fresh"), (self.old, "replay")):
+                for draw in self.draws.batch(step, batching.batch_size, batching.replay_share):
+                    if draw.pool == pool:
+                        found.append(Read(step, slot, self.draws.record_of(draw)))
+                        slot += 1
+        return found
+
+
+def make_recipe(
+    base: Base,
+    model: Any,
+    frozen: Any,
+    live: Factors,
+    start: AdapterFile,
+    incumbent: AdapterFile | None,
+    draws: Draws,
+    of_base: Reference,
+    method: Method,
+    trainer: TrainerConfig,
+    memory: Memory,
+) -> Recipe:
+    """Assemble a method's terms over `model`, which must still hold the weights that the update begins with; `frozen`
+    holds the incumbent's for good."""
+    remember = method.remember
+    rehearses = bool(remember & {"replay", "distill"}) and bool(draws.replay)
+    guards = "agem" in remember and bool(draws.replay)
+    share = trainer.replay_share if rehearses else 0.0
+    batching = Batching(trainer.batch_size, trainer.micro_batch, share)
+    old = batching if rehearses or not guards else Batching(trainer.batch_size, trainer.micro_batch, trainer.replay_share)
+    terms: list[Term] = [Fresh(draws, Streams(base, model, draws.fresh, trainer.objectives), batching)]
+    if rehearses:
+        soft = Reference(base, frozen, draws.replay) if "distill" in remember else None
+        terms.append(Replay(base, model, draws, batching, soft))
+    if "kl" in remember and trainer.kl_beta > 0:
+        reference = of_base if trainer.kl_to == "base" else Reference(base, frozen, of_base.rows)
+        terms.append(Divergence(base, model, draws, reference, trainer.kl_beta, trainer.kl_batch, trainer.micro_batch))
+    if "l2sp" in remember and trainer.l2sp_lambda > 0:
+        norms = base_norms(base, list(start.factors))
+        terms.append(Penalty("l2sp", trainer.l2sp_lambda, lambda: l2sp(live, start.scale, incumbent, norms)))
+    if "ewc" in remember and memory.fisher is not None and trainer.ewc_lambda > 0:
+        fisher = memory.fisher
+        terms.append(Penalty("ewc", trainer.ewc_lambda, lambda: ewc(live, start.scale, incumbent, fisher)))
+    project = None
+    if "oplora" in remember:
+        subspaces = top_subspaces(base, list(start.factors), trainer.oplora_rank)
+        project = lambda: keep_out(live, subspaces)  # noqa: E731  (a bound action, like the penalties)
+    guard = Replay(base, model, draws, old, None) if guards else None
+    return Recipe(tuple(terms), guard, project, draws, batching, old)
+
+
+def guarded_step(adam: torch.optim.Optimizer, parameters: Sequence[Tensor], gradient: Sequence[Tensor] | None) -> None:
+    """One optimiser step; with the gradient of an older loss, less the part of the step that would raise that loss."""
+    if gradient is None:
+        adam.step()
+        return
+    before = [parameter.detach().clone() for parameter in parameters]
+    adam.step()
+    with torch.no_grad():
+        moves = [parameter - old for parameter, old in zip(parameters, before, strict=True)]
+        for parameter, old, move in zip(parameters, before, agem(moves, gradient), strict=True):
+            parameter.copy_(old + move)

@@ -1,0 +1,132 @@
+"""The fresh rows' losses: one stream per objective, each normalised by its own rows and tokens.
+
+What an objective compares with is the adapter as the update found it, computed once before the first step: the
+reference of DPO and KTO, the proximal policy, and the self that sees the hint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cltrain.config import ObjectivesConfig
+from cltrain.models.base import Base
+from cltrain.models.forward import hidden_at, logits_of, predicted
+from cltrain.models.scoring import last_answer
+from cltrain.objectives.distill import divergence
+from cltrain.objectives.losses import token_weights, weighted_nll
+from cltrain.objectives.policy import clipped
+from cltrain.objectives.preference import dpo, kto, mismatched_divergence
+from cltrain.records import Objective, TokenRow
+from cltrain.trainer.reference import Reference
+
+
+class Streams:
+    """Losses of rows by their objective. `model` must hold the incumbent's weights when this is made."""
+
+    def __init__(self, base: Base, model: Any, rows: Sequence[TokenRow], config: ObjectivesConfig) -> None:
+        self.base, self.model, self.rows, self.config = base, model, rows, config
+        self._before: dict[int, Tensor] = {}  # log-probs of a row's own tokens under the incumbent
+        self._partner_before: dict[int, Tensor] = {}
+        self._hinted: dict[int, Reference] = {}
+        for i, row in enumerate(rows):
+            if row.objective in ("dpo", "kto", "policy"):
+                self._before[i] = self._frozen(row)
+            if row.objective == "dpo":
+                self._partner_before[i] = self._frozen(_partner(row))
+            if row.objective == "hindsight":
+                self._hinted[i] = Reference(base, model, [_partner(row)])
+        self._swapped = self._with_answers_of_others()
+
+    def loss(self, objective: Objective, indices: Sequence[int], weights: Sequence[float]) -> Tensor:
+        """sum_i weights_i * loss_i of rows that share one objective, times its coefficient; each row's loss is a mean
+        over its own tokens, or one number for its whole answer where the objective compares answers."""
+        rows = [self.rows[i] for i in indices]
+        weights_B = torch.tensor(weights, device=self.base.device)
+        if objective == "sft":
+            found = weighted_nll(self.base, self._hidden(rows), rows, token_weights(rows, weights))
+        elif objective == "dpo":
+            both = [*rows, *(_partner(row) for row in rows)]
+            chosen, rejected = self._answers(both).split(len(rows))
+            references = [torch.stack([kept[i].sum() for i in indices]) for kept in (self._before, self._partner_before)]
+            found = (dpo(chosen, rejected, *references, self.config.dpo_beta) * weights_B).sum()
+        elif objective == "kto":
+            found = (self._kto(rows, indices) * weights_B).sum()
+        elif objective == "policy":
+            found = (self._policy(rows, indices) * token_weights(rows, weights).to(self.base.device)).sum()
+        else:
+            logq_MV = F.log_softmax(logits_of(self.base, self._hidden(rows)), dim=-1)
+            logp_MV = torch.cat([self._hinted[i].log_probs([0]) for i in indices])
+            per_token_M = divergence(logp_MV, logq_MV, self.config.hindsight_kind)
+            found = (per_token_M * token_weights(rows, weights).to(self.base.device)).sum()
+        return float(getattr(self.config, objective)) * found
+
+    def _kto(self, rows: Sequence[TokenRow], indices: Sequence[int]) -> Tensor:
+        reference_B = torch.stack([self._before[i].sum() for i in indices])
+        labels_B = torch.tensor([row.value for row in rows], device=self.base.device)
+        swapped = [self._swapped[i] for i in indices if i in self._swapped]
+        z = torch.zeros((), device=self.base.device)
+        if swapped:
+            with torch.no_grad():
+                now_B = self._answers([row for row, _ in swapped])
+            z = mismatched_divergence(now_B - torch.stack([before for _, before in swapped]))
+        return kto(
+            self._answers(rows), reference_B, labels_B, z, beta=self.config.kto_beta, desirable=1.0, undesirable=1.0
+        )
+
+    def _policy(self, rows: Sequence[TokenRow], indices: Sequence[int]) -> Tensor:
+        assert all(row.behaviour is not None for row in rows)
+        behaviour_M = torch.tensor([x for row in rows for x in row.behaviour or ()], device=self.base.device)
+        advantages_M = torch.tensor(
+            [row.value for row in rows for _ in predicted(row)], device=self.base.device, dtype=torch.float32
+        )
+        return clipped(
+            self._token_log_probs(rows), torch.cat([self._before[i] for i in indices]), behaviour_M, advantages_M,
+            kind=self.config.policy_kind, low=self.config.clip_low, high=self.config.clip_high,
+            truncate=self.config.truncate,
+        )  # fmt: skip
+
+    def _with_answers_of_others(self) -> dict[int, tuple[TokenRow, Tensor]]:
+        """Every kto row's prompt before the answer of the next one: what KTO estimates its divergence on."""
+        order = sorted((i for i, row in enumerate(self.rows) if row.objective == "kto"), key=lambda i: _key(self.rows[i]))
+        found = {}
+        for i, j in zip(order, order[1:] + order[:1], strict=True):
+            row = _with_answer(self.rows[i], self.rows[j])
+            if i != j and len(row.ids) <= self.base.context:
+                found[i] = (row, self._frozen(row).sum())
+        return found
+
+    def _frozen(self, row: TokenRow) -> Tensor:
+        with torch.no_grad():
+            return self._token_log_probs([row])
+
+    def _answers(self, rows: Sequence[TokenRow]) -> Tensor:
+        """Summed log-prob of each row's predicted tokens, (B,)."""
+        parts = self._token_log_probs(rows).split([len(predicted(row)) for row in rows])
+        return torch.stack([part.sum() for part in parts])
+
+    def _token_log_probs(self, rows: Sequence[TokenRow]) -> Tensor:
+        targets_M = torch.tensor([row.ids[t] for row in rows for t in predicted(row)], device=self.base.device)
+        return -F.cross_entropy(logits_of(self.base, self._hidden(rows)), targets_M, reduction="none")
+
+    def _hidden(self, rows: Sequence[TokenRow]) -> Tensor:
+        return hidden_at(self.base, self.model, rows)
+
+
+def _partner(row: TokenRow) -> TokenRow:
+    assert row.partner is not None, f"{row.objective} row {row.record} has no partner"
+    return row.partner
+
+
+def _with_answer(row: TokenRow, other: TokenRow) -> TokenRow:
+    """The prompt of `row` before the answer of `other`."""
+    prompt, answer = last_answer(row)[0], last_answer(other)[1]
+    return TokenRow(row.record, row.stratum, row.principal, prompt + answer, (0.0,) * len(prompt) + (1.0,) * len(answer))
+
+
+def _key(row: TokenRow) -> tuple[str, tuple[int, ...]]:
+    return row.record, row.ids

@@ -1,0 +1,141 @@
+"""The terms of an update's loss; each adds its own gradient and says what it measured.
+
+    L = (1 - s) fresh + s replay + beta KL(reference || theta; anchors) + lambda/2 distances of the weights' delta
+
+A row that fills several slots of a step runs once, with their joint weight; splitting a step into micro-batches
+changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cltrain.models.base import Base
+from cltrain.models.forward import hidden_at, predicted
+from cltrain.objectives.losses import forward_kl, token_weights, weighted_nll
+from cltrain.records import Objective, TokenRow
+from cltrain.trainer.draws import Draws
+from cltrain.trainer.reference import Reference
+from cltrain.trainer.streams import Streams
+
+Measured = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Batching:
+    batch_size: int
+    micro_batch: int | None
+    replay_share: float
+
+
+class Fresh:
+    """What the window teaches, each row by its own objective."""
+
+    name = "fresh"
+
+    def __init__(self, draws: Draws, streams: Streams, batching: Batching) -> None:
+        self.draws, self.streams, self.batching = draws, streams, batching
+
+    def add(self, step: int) -> Measured:
+        weights = _weights(self.draws, step, self.batching, "fresh")
+        by_objective: dict[Objective, list[int]] = {}
+        for i in sorted(weights, key=lambda i: (len(self.draws.fresh[i].ids), i)):
+            by_objective.setdefault(self.draws.fresh[i].objective, []).append(i)
+        measured: Measured = {}
+        for objective, indices in by_objective.items():
+            share = sum(weights[i] for i in indices)
+            total = 0.0
+            for part in _parts(indices, self.batching.micro_batch):
+                loss = self.streams.loss(objective, part, [weights[i] for i in part])
+                loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+                total += float(loss.detach())
+            measured["nll_fresh" if objective == "sft" else f"loss_{objective}"] = total / share
+        return measured
+
+
+class Replay:
+    """What was learned before, said again; with `soft` targets, what the incumbent says of it and not the label."""
+
+    name = "replay"
+
+    def __init__(self, base: Base, model: Any, draws: Draws, batching: Batching, soft: Reference | None) -> None:
+        self.base, self.model, self.draws, self.batching, self.soft = base, model, draws, batching, soft
+
+    def add(self, step: int) -> Measured:
+        weights = _weights(self.draws, step, self.batching, "replay")
+        order = sorted(weights, key=lambda i: (len(self.draws.replay[i].ids), i))
+        total = 0.0
+        for part in _parts(order, self.batching.micro_batch):
+            rows = [self.draws.replay[i] for i in part]
+            weights_M = token_weights(rows, [weights[i] for i in part])
+            hidden_MD = hidden_at(self.base, self.model, rows)
+            if self.soft is None:
+                loss = weighted_nll(self.base, hidden_MD, rows, weights_M)
+            else:
+                loss = forward_kl(self.base, hidden_MD, self.soft.log_probs(part), weights_M)
+            loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+            total += float(loss.detach())
+        return {"kl_replay" if self.soft else "nll_replay": total / sum(weights.values())} if weights else {}
+
+
+class Divergence:
+    """beta * mean token KL(reference || theta) over the step's anchors."""
+
+    name = "kl"
+
+    def __init__(
+        self, base: Base, model: Any, draws: Draws, reference: Reference, beta: float, size: int, micro: int | None
+    ) -> None:
+        self.base, self.model, self.draws, self.reference = base, model, draws, reference
+        self.beta, self.size, self.micro_batch = beta, size, micro
+
+    def add(self, step: int) -> Measured:
+        chosen = self.draws.anchors(step, self.size)
+        num_tokens = sum(len(predicted(self.reference.rows[i])) for i in chosen)
+        total = 0.0
+        for part in _parts(chosen, self.micro_batch):
+            hidden_MD = hidden_at(self.base, self.model, [self.reference.rows[i] for i in part])
+            kl = forward_kl(self.base, hidden_MD, self.reference.log_probs(part)) / num_tokens
+            (self.beta * kl).backward()  # type: ignore[no-untyped-call, unused-ignore]
+            total += float(kl.detach())
+        return {self.name: total}
+
+
+class Penalty:
+    """coefficient * a distance of the live factors' delta from where the update began."""
+
+    def __init__(self, name: str, coefficient: float, distance: Callable[[], Tensor]) -> None:
+        self.name, self.coefficient, self.distance = name, coefficient, distance
+
+    def add(self, step: int) -> Measured:
+        distance = self.distance()
+        (self.coefficient * distance).backward()  # type: ignore[no-untyped-call, unused-ignore]
+        return {self.name: float(distance.detach())}
+
+
+Term = Fresh | Replay | Divergence | Penalty
+
+
+def norm_of(parameters: Sequence[Tensor], less: Sequence[Tensor] | None = None) -> float:
+    """Euclidean norm over all gradients, minus those in `less` when given."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if less is not None:
+        grads = [grad - earlier for grad, earlier in zip(grads, less, strict=True)]
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads])))
+
+
+def _weights(draws: Draws, step: int, batching: Batching, pool: str) -> dict[int, float]:
+    weights: dict[int, float] = {}
+    for draw in draws.batch(step, batching.batch_size, batching.replay_share):
+        if draw.pool == pool:
+            weights[draw.index] = weights.get(draw.index, 0.0) + 1.0 / batching.batch_size
+    return weights
+
+
+def _parts(indices: Sequence[int], size: int | None) -> list[Sequence[int]]:
+    return [indices[i : i + (size or len(indices))] for i in range(0, len(indices), size or max(1, len(indices)))]
