@@ -6,21 +6,22 @@ judges and concludes. A crash anywhere leaves a plan that `finish` carries on wi
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cltrain import plans
+from cltrain import plans, unfinished
 from cltrain.config import Config
 from cltrain.deploy import proof, residents
 from cltrain.deploy.client import ServerClient
 from cltrain.deploy.preflight import check_adapter
-from cltrain.errors import ConflictError, DataError, ServerError
+from cltrain.errors import ConflictError, DataError
 from cltrain.evidence import Evidence
 from cltrain.experience import window
 from cltrain.experience.buffer import replay_examples
@@ -40,6 +41,8 @@ from cltrain.trainer.update import train_update
 NUM_PROBES = 4
 NOISE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}  # nats between two forwards of the same weights
 SURPRISING = 0.2  # share of a rejected window that the second attempt leaves out
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,12 +87,17 @@ class Attempt:
 
 
 def run_update(
-    rooms: Rooms, *, is_trial: bool = False, upto: int | None = None, is_filtered: bool = True
+    rooms: Rooms,
+    *,
+    is_trial: bool = False,
+    upto: int | None = None,
+    is_filtered: bool = True,
+    request: int | None = None,
 ) -> dict[str, Any]:
     """Learn once from what is waiting; what serves changes only if the gate says so. Returns what the report shows.
 
     `upto`: only records with seq at most this. A trial is judged like any other and thrown away; `is_filtered` False
-    leaves verification, quotas and trigger scan out, to see what the gate alone says.
+    leaves verification, quotas and trigger scan out, to see what the gate alone says. `request`: the one that asked.
     """
     alias = aliases.read_alias(rooms.store, rooms.agent)
     config = rooms.config.experience
@@ -114,7 +122,7 @@ def run_update(
         fresh=fresh, replay=replay, suspicious=screened.suspicious, refusal=screened.reason,
         set_aside=[*((example.record, reason) for example, reason in screened.set_aside), *unusable],
         base_digest=rooms.base.digest, anchors_digest=rooms.anchors_digest, fence=rooms.fence, is_trial=is_trial,
-        now=rooms.clock(),
+        request=request, now=rooms.clock(),
     )  # fmt: skip
     return finish(rooms, plan)
 
@@ -127,35 +135,57 @@ def finish(rooms: Rooms, plan: Plan) -> dict[str, Any]:
         missing = rooms.config.experience.min_window
         reason = f"every record of the window was set aside; {missing} usable ones are missing"
         return conclude(rooms, plan, Attempt((), Decision(Verdict.HOLD, (reason,), (), missing)))
-    attempt = try_update(rooms, plan, plan.fresh, number=1)
+    attempt = try_update(rooms, plan, plan.fresh, number=1, said=unfinished.rejection_of(rooms.store, plan))
     is_worth_another = attempt.decision.verdict is Verdict.REJECT and attempt.release is not None and not plan.is_trial
     if is_worth_another and rooms.config.gate.filter_and_retry:
-        calmer = without_most_surprising(rooms, plan, attempt)
-        if calmer:
-            rooms.on_progress(
-                f"update {plan.number}: rejected; once more on {len(calmer)} of {len(plan.fresh)} records"
-            )
-            assert attempt.release is not None
-            releases.set_status(
-                rooms.store,
-                attempt.release.name,
-                "rejected",
-                now=rooms.clock(),
-                reason=attempt.decision.reasons[0][:300],
-            )
-            again = try_update(rooms, plan, calmer, number=2, used_before=attempt.decision.items_used)
-            if again.decision.verdict is not Verdict.ERROR:  # an outage does not take a rejection back
-                attempt = again
+        plan, attempt = second_attempt(rooms, plan, attempt)
     return conclude(rooms, plan, attempt)
 
 
-def try_update(
-    rooms: Rooms, plan: Plan, fresh: Sequence[TokenRow], *, number: int, used_before: Sequence[str] = ()
-) -> Attempt:
-    """Train on `fresh`, then seal, check, load, prove and judge. Outages and broken numbers are verdict error."""
-    attempt = Attempt(fresh, Decision(Verdict.ERROR, ("never judged",), ()))
-    incumbent = adapter_of(rooms, plan.parent)
+def second_attempt(rooms: Rooms, plan: Plan, first: Attempt) -> tuple[Plan, Attempt]:
+    """A rejected window once more, without what looks bad in it and on items not used yet.
+
+    Returns what to conclude, with the records that it set aside. What fails here does not take the rejection back.
+    """
+    assert first.release is not None
+    unfinished.note_rejection(rooms.store, plan, first.decision)  # a crash from here on must not lose the items used
+    reason = first.decision.reasons[0][:300]
+    releases.set_status(rooms.store, first.release.name, "rejected", now=rooms.clock(), reason=reason)
     try:
+        calmer = without_most_surprising(rooms, plan, first)
+    except Exception:  # out of memory, a file that went away: the first attempt stands
+        log.warning("update %d: there is no second attempt", plan.number, exc_info=True)
+        return plan, first
+    quota = rooms.config.experience.principal_quota if rooms.config.experience.filter else 1.0
+    kept, surplus = plans.within_quota(calmer, quota)
+    if not kept:
+        return plan, first
+    rooms.on_progress(f"update {plan.number}: rejected; once more on {len(kept)} of {len(plan.fresh)} records")
+    again = try_update(rooms, plan, kept, number=2, used_before=first.decision.items_used)
+    if again.decision.verdict is Verdict.ERROR:
+        if again.release is not None:
+            reason = again.decision.reasons[0][:300]
+            releases.set_status(rooms.store, again.release.name, "rejected", now=rooms.clock(), reason=reason)
+        return plan, first
+    return replace(plan, set_aside=(*plan.set_aside, *surplus)), again
+
+
+def try_update(
+    rooms: Rooms,
+    plan: Plan,
+    fresh: Sequence[TokenRow],
+    *,
+    number: int,
+    used_before: Sequence[str] = (),
+    said: Decision | None = None,
+) -> Attempt:
+    """Train on `fresh`, then seal, check, load, prove and judge. Whatever fails on the way is verdict error.
+
+    `said`: what the gate said of this attempt before an interruption; it is not asked again.
+    """
+    attempt = Attempt(fresh, Decision(Verdict.ERROR, ("never judged",), ()))
+    try:
+        incumbent = adapter_of(rooms, plan.parent)
         with attempt.timed("train"):
             attempt.candidate = train_update(
                 rooms.base, incumbent=incumbent, adapter=rooms.config.adapter, fresh=fresh, replay=plan.replay,
@@ -175,6 +205,9 @@ def try_update(
             plans.judging(rooms.store, plan, attempt.release.name)
             directory = releases.release_dir(rooms.config.state_dir, attempt.release)
             assert directory is not None
+            if said is not None:
+                attempt.decision = said
+                return attempt
             if attempt.release.status == "rejected":  # before an interruption: nothing is judged until it passes
                 attempt.decision = Decision(Verdict.REJECT, (f"{attempt.release.name} was rejected before",), ())
                 return attempt
@@ -191,7 +224,8 @@ def try_update(
                 attempt.release.name, plan.parent, taught=plan.taught, suspicious=plan.suspicious, base_kl=kl,
                 seed=plan.seed + number, used_before=used_before, is_retry=number > 1,
             )  # fmt: skip
-    except (ServerError, DataError) as error:  # an update that cannot be judged is an answer, the worker goes on
+    except Exception as error:  # memory, torch, disk, server: an update that cannot be judged is an answer
+        log.warning("update %d was not judged", plan.number, exc_info=True)
         attempt.decision = Decision(Verdict.ERROR, (f"{type(error).__name__}: {error}",), ())
     return attempt
 
@@ -211,22 +245,23 @@ def conclude(rooms: Rooms, plan: Plan, attempt: Attempt) -> dict[str, Any]:
 
 
 def _conclude(rooms: Rooms, plan: Plan, attempt: Attempt, decision: Decision, *, is_served: bool) -> dict[str, Any]:
-    candidate, mode, now, begun = attempt.release, rooms.config.agent.mode, rooms.clock(), time.perf_counter()
+    mode, now, begun = rooms.config.agent.mode, rooms.clock(), time.perf_counter()
     with rooms.store.write() as connection:
         require_fence(connection, rooms.agent, rooms.fence)  # who lost the lease concludes nothing
+        name = attempt.release.name if attempt.release else plans.noted_candidate(connection, plan)
         if is_served:
-            assert candidate is not None
+            assert name is not None
             aliases.move_alias_in(
-                connection, rooms.agent, expected=plan.alias, to=candidate.name, fence=rooms.fence, now=now,
+                connection, rooms.agent, expected=plan.alias, to=name, fence=rooms.fence, now=now,
                 raises_high_water=moves_high_water(decision),
             )  # fmt: skip
             attempt.seconds["swap"] = time.perf_counter() - begun  # less the commit that also files the update
-        elif candidate is not None and (plan.is_trial or decision.verdict is not Verdict.PROMOTE):
+        elif name is not None and (plan.is_trial or decision.verdict is not Verdict.PROMOTE):
             is_held = decision.verdict is Verdict.HOLD and not plan.is_trial
             status, reason = "held" if is_held else "rejected", decision.reasons[0][:300]
-            releases.retire(connection, candidate.name, status, now=now, reason=reason)
+            releases.retire(connection, name, status, now=now, reason=reason)
         summary = plans.summary_of(
-            plan, decision, candidate=candidate.name if candidate else None, made=attempt.candidate,
+            plan, decision, candidate=name, made=attempt.candidate,
             learned=attempt.learned, proof=attempt.proof.verdict if attempt.proof else None, seconds=attempt.seconds,
             mode=mode, serving=aliases.serving_in(connection, rooms.agent), is_served=is_served, now=now,
         )  # fmt: skip

@@ -22,14 +22,13 @@ from cltrain import __version__
 from cltrain.config import Config
 from cltrain.errors import DataError
 from cltrain.experience import window
-from cltrain.experience.screens import Suspicion
+from cltrain.experience.screens import Suspicion, quota_cap
 from cltrain.monitoring.outbox import emit
 from cltrain.monitoring.rows import update_event
 from cltrain.records import Alias, Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict
 from cltrain.registry.decisions import append
-from cltrain.registry.releases import retire
 from cltrain.store.database import Store
-from cltrain.store.schema import update_reads, updates
+from cltrain.store.schema import update_progress, update_reads, updates
 
 ROWS_FILE = "rows.json"
 CONCLUDED = ("done", "discarded")
@@ -78,16 +77,20 @@ def open_plan(
     anchors_digest: str,
     fence: int,
     is_trial: bool,
+    request: int | None = None,
     now: float,
 ) -> Plan:
-    """Number the update and write its plan down: rows to disk and synced first, then the update's row."""
+    """Number the update and write its plan down: rows to disk and synced first, then the update's row.
+
+    `request` is the one that asked for it: should this process die, the next one knows what to answer.
+    """
     agent = config.agent.name
     with store.read() as connection:
         last = connection.execute(select(func.max(updates.c.number)).where(updates.c.agent == agent)).scalar()
     number = int(last or 0) + 1
     key = f"{config.seed}/{agent}/{number}/{parent.name}"
     plan_id = f"{agent}-u{number:06d}"
-    rows = {"fresh": [_as_json(row) for row in fresh], "replay": [_as_json(row) for row in replay]}
+    rows = {"fresh": [asdict(row) for row in fresh], "replay": [asdict(row) for row in replay]}
     encoded = json.dumps(rows, sort_keys=True).encode()
     manifest = {
         "agent": agent,
@@ -105,6 +108,7 @@ def open_plan(
         "suspicious": [asdict(s) for s in suspicious],
         "refusal": refusal,
         "is_trial": is_trial,
+        "request": request,
         "versions": {"cltrain": __version__, "python": platform.python_version()},
     }
     work_dir = config.state_dir / "updates" / plan_id
@@ -128,47 +132,8 @@ def open_plan(
                 started_at=now,
             )
         )
-    return _plan(plan_id, manifest, work_dir, rows)
-
-
-def interrupted(store: Store, config: Config) -> list[Plan]:
-    """Plans that no process concluded, oldest first; one whose rows are gone or changed is discarded on the spot.
-
-    What concluded updates left on disk, because a crash came before it was removed, is removed here.
-    """
-    query = select(updates).where(updates.c.agent == config.agent.name, updates.c.state.in_(("training", "judging")))
-    with store.read() as connection:
-        found = connection.execute(query.order_by(updates.c.number)).all()
-        concluded = select(updates.c.id).where(updates.c.agent == config.agent.name, updates.c.state.in_(CONCLUDED))
-        for plan_id in connection.execute(concluded).scalars():
-            shutil.rmtree(config.state_dir / "updates" / plan_id, ignore_errors=True)
-    plans = []
-    for row in found:
-        work_dir = config.state_dir / "updates" / row.id
-        try:
-            encoded = (work_dir / ROWS_FILE).read_bytes()
-        except OSError:
-            encoded = b""
-        if hashlib.sha256(encoded).hexdigest() == row.manifest["rows"]:
-            plans.append(_plan(row.id, row.manifest, work_dir, json.loads(encoded)))
-        else:
-            discard(store, row.id, work_dir, "its rows were lost in a crash")
-    return plans
-
-
-def discard(store: Store, plan_id: str, work_dir: Path, reason: str) -> None:
-    """Forget an update whole; its records wait for the next one."""
-    with store.write() as connection:
-        row = connection.execute(select(updates).where(updates.c.id == plan_id)).one()
-        connection.execute(
-            change(updates)
-            .where(updates.c.id == plan_id)
-            .values(state="discarded", verdict="error", summary={"reasons": [f"discarded: {reason}"]})
-        )
-        if row.candidate is not None:
-            retire(connection, row.candidate, "rejected", now=row.started_at, reason=f"discarded: {reason}"[:300])
-        append(connection, row.agent, "discard", {"update": plan_id, "reason": reason}, row.started_at)
-    shutil.rmtree(work_dir, ignore_errors=True)
+        connection.execute(insert(update_progress).values(update=plan_id, num_starts=1))
+    return plan_of(plan_id, manifest, work_dir, rows)
 
 
 def judging(store: Store, plan: Plan, candidate: str) -> None:
@@ -192,7 +157,9 @@ def close_plan(
     connection.execute(
         change(updates)
         .where(updates.c.id == plan.id)
-        .values(state="done", verdict=summary["verdict"], summary=summary, finished_at=now)
+        .values(
+            state="done", verdict=summary["verdict"], candidate=summary["candidate"], summary=summary, finished_at=now
+        )
     )
     connection.execute(delete(update_reads).where(update_reads.c["update"] == plan.id))
     if candidate is not None:
@@ -206,6 +173,37 @@ def close_plan(
     append(connection, plan.agent, "verdict", payload, now)
     event = update_event(summary, decision, candidate.bounds if candidate else None)
     emit(connection, plan.agent, "update", event, now)
+
+
+def noted_candidate(connection: Connection, plan: Plan) -> str | None:
+    """The release that this update made last, perhaps before an interruption."""
+    name: str | None = connection.execute(select(updates.c.candidate).where(updates.c.id == plan.id)).scalar()
+    return name
+
+
+def answer_to(store: Store, request: int) -> dict[str, Any] | None:
+    """The summary of the concluded update that was made for a request, whose worker died before it could say so."""
+    asked = updates.c.manifest["request"].as_integer() == request
+    query = select(updates.c.summary).where(asked, updates.c.state.in_(CONCLUDED)).order_by(updates.c.number.desc())
+    with store.read() as connection:
+        summary: dict[str, Any] | None = connection.execute(query).scalars().first()
+    return summary
+
+
+def within_quota(rows: Sequence[TokenRow], quota: float) -> tuple[list[TokenRow], tuple[tuple[str, str], ...]]:
+    """What is left of a window, oldest first, no principal beyond its share of it; and (record, reason) of the rest.
+
+    The newest stay, as where the whole window was screened.
+    """
+    principals = {row.record: row.principal for row in rows}
+    cap = quota_cap(list(Counter(principals.values()).values()), quota)
+    seen: Counter[str] = Counter()
+    surplus: dict[str, str] = {}
+    for record, principal in reversed(principals.items()):
+        seen[principal] += 1
+        if seen[principal] > cap:
+            surplus[record] = f"quota: {principal!r} already has {cap} records of the second attempt"
+    return [row for row in rows if row.record not in surplus], tuple(surplus.items())
 
 
 def manifest_of(plan: Plan, candidate: Candidate, attempt: int, learned: Sequence[str]) -> dict[str, Any]:
@@ -340,11 +338,8 @@ def suspicions_of(manifest: dict[str, Any]) -> tuple[Suspicion, ...]:
     )
 
 
-def _plan(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[str, Any]) -> Plan:
-    def token_rows(name: str) -> tuple[TokenRow, ...]:
-        return tuple(
-            TokenRow(**{**row, "ids": tuple(row["ids"]), "weights": tuple(row["weights"])}) for row in rows[name]
-        )
+def plan_of(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[str, Any]) -> Plan:
+    """A plan from what was written down of it: the update's manifest, and its rows as they lie in `work_dir`."""
 
     return Plan(
         id=plan_id,
@@ -356,8 +351,8 @@ def _plan(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[str
         seed=manifest["seed"],
         work_dir=work_dir,
         window=tuple((record, stratum, principal) for record, stratum, principal in manifest["window"]),
-        fresh=token_rows("fresh"),
-        replay=token_rows("replay"),
+        fresh=tuple(map(_token_row, rows["fresh"])),
+        replay=tuple(map(_token_row, rows["replay"])),
         set_aside=tuple((record, reason) for record, reason in manifest["set_aside"]),
         suspicious=suspicions_of(manifest),
         refusal=manifest["refusal"],
@@ -365,8 +360,14 @@ def _plan(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[str
     )
 
 
-def _as_json(row: TokenRow) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in ("record", "stratum", "principal", "ids", "weights")}
+def _token_row(values: dict[str, Any]) -> TokenRow:
+    """The row that `asdict` and JSON made lists and dictionaries of."""
+    restored: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = _token_row(value)
+        restored[name] = tuple(value) if isinstance(value, list) else value
+    return TokenRow(**restored)
 
 
 def _write_synced(file: Path, content: bytes) -> None:

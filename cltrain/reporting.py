@@ -24,10 +24,11 @@ def write_report(store: Store, config: Config, number: int | None) -> Path:
         for summary in summaries:
             if summary["number"] == number:
                 return write_update(config, summary)
-        raise DataError(f"{config.agent.name} has no update {number}; the last is {len(summaries)}")
+        last = summaries[-1]["number"] if summaries else None
+        raise DataError(f"{config.agent.name} has no update {number}; the last is {last}")
     for summary in summaries:
         write_update(config, summary)
-    rows = [{**summary, "page": _page(config, summary["number"]).name} for summary in summaries]
+    rows = [{**_as_shown(summary), "page": _page(config, summary["number"]).name} for summary in summaries]
     return report.run_page(
         _home(config) / "index.html",
         config.agent.name,
@@ -39,6 +40,7 @@ def write_report(store: Store, config: Config, number: int | None) -> Path:
 
 def write_update(config: Config, summary: dict[str, Any]) -> Path:
     """The page of one update from its stored summary."""
+    summary = _as_shown(summary)
     bounds = BoundReport(**summary["bounds"]) if summary.get("bounds") else None
     decision = report.read_decision(summary["decision"]) if summary.get("decision") else None
     return report.update_page(_page(config, summary["number"]), summary, decision, bounds, run_page="index.html")
@@ -65,9 +67,18 @@ def _summaries(store: Store, agent: str) -> list[dict[str, Any]]:
     with store.read() as connection:
         rows = connection.execute(query).all()
     return [
-        {"agent": agent, "number": row.number, "state": row.state, "started_at": row.started_at, **(row.summary or {})}
+        {
+            "agent": agent, "number": row.number, "state": row.state, "verdict": row.verdict, "mode": row.mode,
+            "parent": row.parent, "candidate": row.candidate, "started_at": row.started_at,
+            "reason": "; ".join((row.summary or {}).get("reasons", ())[:1]), **(row.summary or {}),
+        }
         for row in rows
-    ]
+    ]  # fmt: skip
+
+
+def _as_shown(summary: dict[str, Any]) -> dict[str, Any]:
+    """A discarded update was never judged: its page says that instead of showing a verdict."""
+    return {**summary, "verdict": None, "decision": None} if summary.get("state") == "discarded" else summary
 
 
 def _curves(summaries: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:

@@ -1,29 +1,32 @@
 """The worker: holds the agent's lease, keeps servers as they should be, makes updates when there is something to learn.
 
-A second thread renews the lease and puts back adapters that a restarted server forgot, also during a long training.
+One more thread renews the lease and does nothing else; another puts back adapters that a restarted server forgot. What
+an update dies of is written down and the worker goes on: only a lost lease stops it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Row, select, update
 
-from cltrain import launch, plans, reporting
+from cltrain import launch, plans, reporting, unfinished
 from cltrain.config import Config
 from cltrain.deploy import residents
 from cltrain.deploy.client import ServerClient
 from cltrain.deploy.preflight import check_adapter
-from cltrain.errors import CltrainError, ConflictError, DataError, ServerError
+from cltrain.errors import ConflictError, DataError, ServerError
 from cltrain.evidence import Evidence
 from cltrain.experience import window
 from cltrain.experience.ingest import read_rehearsal
@@ -41,11 +44,55 @@ from cltrain.store.schema import requests, screenings
 from cltrain.trainer.update import verify_bounds
 
 LEASE_S = 15.0
-TEND_S = 2.0  # between two looks at lease and servers
+RENEW_S = 2.0
+TEND_S = 2.0  # between two looks at servers and records
 POLL_S = 0.1
+RETRY_S = 30.0  # after something failed that was not an update's own verdict
+ASKED_S = 3600.0  # as long as `Deployment.request` waits: nobody listens to a later answer
 SERVER_WAIT_S = 120.0
 
 log = logging.getLogger(__name__)
+
+
+class LeaseKeeper:
+    """Takes an agent's lease and renews it in a thread of its own, until `close`. ConflictError while another has it.
+
+    Neither a training nor a server that hangs can then cost the lease.
+    """
+
+    def __init__(self, store: Store, agent: str, *, lease_s: float = LEASE_S, renew_s: float = RENEW_S) -> None:
+        self._store, self._agent = store, agent
+        self._lease_s, self._renew_s = lease_s, renew_s
+        self._holder = f"{socket.gethostname()}:{os.getpid()}"
+        self._stop = threading.Event()
+        self._lost: ConflictError | None = None
+        self.fence = lease.acquire(store, agent, self._holder, lease_s, time.time(), is_alive)
+        self._thread = threading.Thread(target=self._run, name="cltrain-lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise ConflictError when somebody else has the lease by now."""
+        if self._lost is not None:
+            raise self._lost
+
+    def renew(self) -> None:
+        """Renew now, so that `check` is sure."""
+        try:
+            lease.renew(self._store, self._agent, self._holder, self.fence, self._lease_s, time.time())
+        except ConflictError as error:
+            self._lost = error
+        except Exception as error:  # a full disk or a store held too long passes, and the lease may still be ours
+            log.warning("the lease was not renewed: %s", error)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(DataError):  # a store that cannot be written: the lease runs out by itself
+            lease.release_lease(self._store, self._agent, self.fence)
+
+    def _run(self) -> None:
+        while self._lost is None and not self._stop.wait(self._renew_s):
+            self.renew()
 
 
 class Worker:
@@ -60,12 +107,12 @@ class Worker:
         takes_lease: bool = True,
     ) -> None:
         self.config, self.store = config, store
-        self.holder = f"{socket.gethostname()}:{os.getpid()}"
         self.takes_lease = takes_lease
         self._on_progress = on_progress
         self._stop = threading.Event()
-        self._lost: Exception | None = None
+        self._keeper: LeaseKeeper | None = None
         self._next_look = 0.0
+        self._next_finish = 0.0
 
     def __enter__(self) -> Worker:
         config, agent = self.config, self.config.agent.name
@@ -75,55 +122,63 @@ class Worker:
             num_threads=config.base.num_threads,
         )  # fmt: skip
         releases.ensure_base_release(self.store, agent, base.digest, now=time.time())
-        fence = lease.acquire(self.store, agent, self.holder, LEASE_S, time.time(), is_alive) if self.takes_lease else 0
-        anchors, anchors_digest = load_anchors(
-            base, file=config.trainer.anchors, count=config.trainer.num_anchors,
-            max_tokens=config.trainer.anchor_tokens, seed=config.seed, directory=config.state_dir / "anchors",
-        )  # fmt: skip
-        client = ServerClient(launch.server_url(config), config.server.model or "base", config.server.timeout_s)
-        rehearsal = read_rehearsal(config.experience.rehearsal) if config.experience.rehearsal else ()
-        self.rooms = Rooms(
-            config, self.store, base, client, Evidence(config, self.store, base, client, self._on_progress),
-            load_secret(config.state_dir), anchors, anchors_digest, rehearsal, fence, on_progress=self._on_progress,
-        )  # fmt: skip
-        self._wait_for_server()
-        self._pump = Pump(self.store, reporting.sinks(config))
-        self._pump.start()
-        self._tender = threading.Thread(target=self._tend, name="cltrain-tender", daemon=True)
-        if self.takes_lease:
-            self._tender.start()
+        with ExitStack() as stack:  # what was opened is closed again when a later step fails
+            if self.takes_lease:
+                self._keeper = LeaseKeeper(self.store, agent)
+                stack.callback(self._keeper.close)
+            anchors, anchors_digest = load_anchors(
+                base, file=config.trainer.anchors, count=config.trainer.num_anchors,
+                max_tokens=config.trainer.anchor_tokens, seed=config.seed, directory=config.state_dir / "anchors",
+            )  # fmt: skip
+            client = ServerClient(launch.server_url(config), config.server.model or "base", config.server.timeout_s)
+            stack.callback(client.close)
+            rehearsal = read_rehearsal(config.experience.rehearsal) if config.experience.rehearsal else ()
+            self.rooms = Rooms(
+                config, self.store, base, client, Evidence(config, self.store, base, client, self._on_progress),
+                load_secret(config.state_dir), anchors, anchors_digest, rehearsal,
+                self._keeper.fence if self._keeper else 0, on_progress=self._on_progress,
+            )  # fmt: skip
+            self._wait_for_server()
+            self._pump = Pump(self.store, reporting.sinks(config))
+            stack.callback(self._pump.close)
+            self._pump.start()
+            if self.takes_lease:
+                tender = threading.Thread(target=self._tend, name="cltrain-tender", daemon=True)
+                stack.callback(tender.join, TEND_S)  # one that a server keeps hanging is left behind
+                tender.start()
+            stack.callback(self._stop.set)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self.takes_lease:
-            self._tender.join()
-            lease.release_lease(self.store, self.config.agent.name, self.rooms.fence)
-        self._pump.close()
-        self.rooms.server.close()
+        self._stack.close()
 
     # ------------------------------------------------------------ what it does
 
-    def update(self, *, is_trial: bool = False, upto: int | None = None, is_filtered: bool = True) -> dict[str, Any]:
+    def update(
+        self, *, is_trial: bool = False, upto: int | None = None, is_filtered: bool = True, request: int | None = None
+    ) -> dict[str, Any]:
         """One update now, with its page; interrupted ones are finished first."""
         if (reason := aliases.frozen_reason(self.store, self.config.agent.name)) is not None:
             raise ConflictError(f"{self.config.agent.name} is frozen ({reason}): cltrain unfreeze lets it learn again")
         if self.config.agent.mode is LearningMode.OFF:
             raise ConflictError(f"{self.config.agent.name} has learning mode off: choose observe, approve or auto")
         self.finish_interrupted()
-        summary = run_update(self.rooms, is_trial=is_trial, upto=upto, is_filtered=is_filtered)
+        summary = run_update(self.rooms, is_trial=is_trial, upto=upto, is_filtered=is_filtered, request=request)
         self._after(summary)
         return summary
 
     def finish_interrupted(self) -> None:
-        """Carry on with updates that a crash cut off, or discard them where the alias moved on."""
-        for plan in plans.interrupted(self.store, self.config):
-            serving = aliases.read_alias(self.store, plan.agent)
-            if serving.release != plan.parent or serving.version != plan.alias.version:
-                plans.discard(self.store, plan.id, plan.work_dir, f"{serving.release} serves now, not {plan.parent}")
-                continue
-            self._on_progress(f"update {plan.number}: carries on after an interruption")
-            self._after(finish(self.rooms, plan))
+        """Carry on with updates that a crash cut off, or discard them where that cannot end well."""
+        for left in unfinished.interrupted(self.store, self.config):
+            if left.obstacle is not None:
+                mode, now = self.config.agent.mode, time.time()
+                summary = unfinished.discard(self.store, left, mode=mode, fence=self.rooms.fence, now=now)
+            else:
+                unfinished.count_start(self.store, left.plan)
+                self._on_progress(f"update {left.plan.number}: carries on after an interruption")
+                summary = finish(self.rooms, left.plan)
+            self._after(summary)
 
     def judge_again(self, release: str) -> dict[str, Any]:
         """The gate's answer on a sealed release against what serves now; nothing moves."""
@@ -154,15 +209,41 @@ class Worker:
         """Answer requests and learn by itself until SIGTERM or SIGINT."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
-        if aliases.frozen_reason(self.store, self.config.agent.name) is None:
-            self.finish_interrupted()
         while not self._stop.wait(POLL_S):
-            if self._lost is not None:
-                raise self._lost
-            if not self._answer_request():
-                self._learn_by_itself()
+            self._require_lease()
+            try:
+                self._finish_what_is_open()
+                if not self._answer_request():
+                    self._learn_by_itself()
+            except Exception as error:  # the store, a broken release, our own mistake: serving and the next try go on
+                self._go_on_after(error)
 
     # ------------------------------------------------------------ inside
+
+    def _require_lease(self) -> None:
+        if self._keeper is not None:
+            self._keeper.check()
+
+    def _make_sure_of_lease(self) -> None:
+        if self._keeper is not None:
+            self._keeper.renew()
+            self._keeper.check()
+
+    def _go_on_after(self, error: Exception) -> None:
+        """Log what failed and wait before the next try. Raises ConflictError when it failed for want of the lease."""
+        self._make_sure_of_lease()
+        log.warning("something failed; the next try comes in %g s", RETRY_S, exc_info=error)
+        self._next_look = self._next_finish = time.monotonic() + RETRY_S
+
+    def _finish_what_is_open(self) -> None:
+        """At the start, and once more after something failed: a conclusion that was not written can be made up for."""
+        if (
+            time.monotonic() < self._next_finish
+            or aliases.frozen_reason(self.store, self.config.agent.name) is not None
+        ):
+            return
+        self.finish_interrupted()
+        self._next_finish = math.inf
 
     def _answer_request(self) -> bool:
         agent = self.config.agent.name
@@ -171,16 +252,31 @@ class Worker:
             row = connection.execute(query.limit(1)).first()
         if row is None:
             return False
-        options = row.options
         try:
-            outcome = self.update(
-                is_trial=row.kind == "trial", upto=options.get("upto"), is_filtered=options.get("filter", True)
-            )
-        except CltrainError as error:
+            outcome = self._outcome_of(row)
+        except ConflictError as error:  # frozen, or learning is off
+            self._make_sure_of_lease()  # who lost it leaves the answer to the next worker
+            outcome = {"error": f"ConflictError: {error}"}
+        except Exception as error:  # whoever asked must hear of it, whatever it was
+            self._go_on_after(error)
             outcome = {"error": f"{type(error).__name__}: {error}"}
         with self.store.write() as connection:
-            connection.execute(update(requests).where(requests.c.id == row.id).values(outcome=outcome))
+            is_open = (requests.c.id == row.id) & requests.c.outcome.is_(None)
+            connection.execute(update(requests).where(is_open).values(outcome=outcome))
         return True
+
+    def _outcome_of(self, row: Row) -> dict[str, Any]:
+        """What to answer: a worker that died may have left an update for it, or nobody waits for it any more."""
+        if (summary := plans.answer_to(self.store, row.id)) is not None:
+            return summary
+        age_s = time.time() - row.created_at
+        if age_s > ASKED_S:
+            return {"error": f"asked {age_s / 60:.0f} minutes ago, and nobody waits that long: ask again"}
+        options = row.options
+        return self.update(
+            is_trial=row.kind == "trial", upto=options.get("upto"), is_filtered=options.get("filter", True),
+            request=row.id,
+        )  # fmt: skip
 
     def _learn_by_itself(self) -> None:
         agent = self.config.agent
@@ -206,13 +302,18 @@ class Worker:
         return len(set(ids) - seen) >= config.min_window
 
     def _after(self, summary: dict[str, Any]) -> None:
-        if summary["number"] is not None:
-            self._on_progress(f"update {summary['number']}: {summary['verdict']}: {summary['reasons'][0]}")
-            self._pump.wake()
+        """What follows a conclusion; none of it can take the conclusion back."""
+        if summary["number"] is None:
+            return
+        self._on_progress(f"update {summary['number']}: {summary['verdict']}: {summary['reasons'][0]}")
+        self._pump.wake()
+        try:
             with contextlib.suppress(ServerError):  # a server that is away is tidied after the next update
                 collect_garbage(self.rooms)
             if self.config.monitoring.report:
                 reporting.write_update(self.config, summary)
+        except Exception:  # a full disk, most likely: `cltrain report` writes the page again
+            log.warning("update %d is concluded, but was not tidied up after", summary["number"], exc_info=True)
 
     def _wait_for_server(self) -> None:
         deadline = time.monotonic() + SERVER_WAIT_S
@@ -222,20 +323,17 @@ class Worker:
             time.sleep(0.2)
 
     def _tend(self) -> None:
-        """Renew the lease; when it is lost, the main loop stops. A server that is away is looked at again next time."""
+        """Put back adapters that a restarted server forgot. A server that is away is looked at again next time."""
         while not self._stop.wait(TEND_S):
             try:
-                lease.renew(self.store, self.config.agent.name, self.holder, self.rooms.fence, LEASE_S, time.time())
-            except ConflictError as error:
-                self._lost = error
-                return
-            except DataError as error:  # a full disk or a store held too long passes, and the lease may still be ours
-                log.warning("the lease was not renewed: %s", error)
+                with self.rooms.server_lock:
+                    with self.store.read() as connection:
+                        wanted = residents.desired(connection, self.config.state_dir, self.config.agent.name)
+                    residents.reconcile(self.rooms.server, wanted)
+            except (ServerError, DataError):
                 continue
-            with contextlib.suppress(ServerError, DataError), self.rooms.server_lock:
-                with self.store.read() as connection:
-                    wanted = residents.desired(connection, self.config.state_dir, self.config.agent.name)
-                residents.reconcile(self.rooms.server, wanted)
+            except Exception:  # whatever a server answers, the next look may find it well
+                log.warning("the server could not be looked after", exc_info=True)
 
 
 def is_alive(holder: str) -> bool:

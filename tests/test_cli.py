@@ -36,7 +36,7 @@ REPO = Path(__file__).parent.parent
 NUM_TRIES, MAX_TRIES = 3, 9  # more tries where the machine is busy with something else
 EPISODE = {
     "id": "one",
-    "model": "agent",
+    "model": "old-agent",
     "reward": 1.0,
     "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}],
 }

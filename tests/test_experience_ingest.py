@@ -13,6 +13,7 @@ from cltrain.experience.examples import example_of
 from cltrain.experience.ingest import import_file, read_rehearsal
 from cltrain.experience.reading import read_trajectories
 from cltrain.experience.recording import Recorder
+from cltrain.experience.rows import num_set_aside
 from cltrain.experience.verify import verify
 from cltrain.records import Example
 from cltrain.store.database import open_store
@@ -52,7 +53,7 @@ def episode(identifier="a", arguments='{"item": "lamp"}', **fields):
         {"role": "tool", "tool_call_id": "c", "content": "ok"},
         {"role": "assistant", "content": "done"},
     ]
-    return {"id": identifier, "model": "agent", "reward": 1.0, "messages": messages, **fields}
+    return {"id": identifier, "model": "old-agent", "reward": 1.0, "messages": messages, **fields}
 
 
 @pytest.mark.skipif(not TAU_BENCH.exists(), reason="shared data is not here")
@@ -176,15 +177,35 @@ def test_nothing_is_guessed_about_producer_tools_and_reward(recorder, store, tmp
     u, m, s = read_trajectories(store, "support")
     assert u.producers == ("user", None, "tool", None)
     assert (u.feedback, u.tools, u.principal, u.session) == ((), (), "import:log", "u")
-    assert (m.feedback[0].score, m.producers[1]) == (-0.5, "agent")
+    assert (m.feedback[0].score, m.producers[1]) == (-0.5, "old-agent")
     assert (s.feedback[0].score, s.principal) == (0.25, "ann")
 
 
 def test_the_owner_names_the_producer_of_a_log(recorder, store, tmp_path):
     file = tmp_path / "log.jsonl"
     file.write_text(json.dumps(episode()))
-    take(recorder, store, file, producer="old-agent")
-    assert read_trajectories(store, "support")[0].producers == ("user", "old-agent", "tool", "old-agent")
+    take(recorder, store, file, producer="agent")
+    assert read_trajectories(store, "support")[0].producers == ("user", "agent", "tool", "agent")
+
+
+@pytest.mark.parametrize("word", ["agent", "operator", "rehearsal", "user"])
+def test_a_file_cannot_claim_to_be_written_by_whom_we_trust(recorder, store, tmp_path, word):
+    file = tmp_path / "log.jsonl"
+    file.write_text(json.dumps(episode("a", model=word)) + "\n" + json.dumps(episode("b")))
+    report = take(recorder, store, file)
+    assert (report.num_imported, report.num_set_aside) == (1, 1)
+    assert report.reasons == {"`model` is a producer that only this deployment itself may be": 1}
+    assert [t.id for t in read_trajectories(store, "support")] == ["b"]
+    assert kept_aside(store)[0].raw == json.dumps(episode("a", model=word)).encode()
+
+
+def test_lines_set_aside_are_counted_for_the_agent_that_they_were_meant_for(recorder, store, tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_text("{\n" + json.dumps(episode("a")) + "\n")
+    for agent in ("support", "sales", "sales"):
+        import_file(recorder, file, agent, store=store, producer=None, clock=lambda: 1.0)
+    with store.read() as connection:
+        assert [num_set_aside(connection, agent) for agent in ("support", "sales", "sale")] == [1, 2, 0]
 
 
 def test_a_line_without_id_is_imported_once(recorder, store, tmp_path):

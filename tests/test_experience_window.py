@@ -1,4 +1,4 @@
-"""Which records an update reads, when, and what becomes of them; the replay buffer."""
+"""Which records an update reads, when, and what becomes of them."""
 
 import json
 import random
@@ -6,58 +6,13 @@ import random
 import pytest
 from sqlalchemy import insert, select
 
-from cltrain.config import ExperienceConfig
-from cltrain.experience import bench, buffer, window
-from cltrain.experience.recording import Recorder
-from cltrain.records import Feedback, Generation, Trajectory
-from cltrain.store.database import open_store
+from cltrain.experience import bench, buffer, waiting, window
+from cltrain.experience.recording import Recorder, Turn
+from cltrain.records import Feedback, Generation
 from cltrain.store.schema import screenings, updates
+from tests.experience_parts import CONFIG, KEY, RULES, TOOLS, episode, file_as, good, recorder, store, thumb
 
-RULES = {"learn_from": ("agent", "operator"), "tools_allowed": None}
-CONFIG = ExperienceConfig(min_window=4, max_window=8, mature_after_s=100, rare_stratum=1, eval_share=0)
-KEY = b"k" * 32
-TOOLS = tuple(
-    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
-    for name in ("mend", "pay", "wire")
-)
-
-
-@pytest.fixture
-def store(tmp_path):
-    store = open_store(tmp_path)
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def recorder(store):
-    with Recorder(store, KEY, 0.0) as recorder:
-        yield recorder
-
-
-def episode(name, *feedback, principal=None, tool="mend", at=0.0, item="lamp", text=None, **changes):
-    answer = bench.call(tool, item=item)
-    fields = {
-        "id": name,
-        "agent": "support",
-        "session": f"s-{name}",
-        "principal": principal or f"p-{name}",
-        "messages": ({"role": "user", "content": text or f"please see to my {item} number {name}"}, answer),
-        "producers": ("user", "agent"),
-        "tools": TOOLS,
-        "generations": (Generation(f"g-{name}", name, 1, "r"),),
-        "feedback": feedback,
-        "created_at": at,
-    }
-    return Trajectory(**{**fields, **changes})
-
-
-def thumb(name, value=1.0, at=1.0):
-    return Feedback(f"f-{name}-{at}", name, score=value, created_at=at)
-
-
-def good(name, **options):
-    return episode(name, thumb(name), **options)
+__all__ = ["recorder", "store"]  # fixtures
 
 
 def next_window(store, now=10.0, config=CONFIG, **options):
@@ -66,12 +21,6 @@ def next_window(store, now=10.0, config=CONFIG, **options):
 
 def names(read):
     return [example.record for example in read.examples]
-
-
-def file_as(store, records, status, now=10.0, **options):
-    with store.write() as connection:
-        for record in records:
-            window.mark(connection, "support", record, status, now=now, **options)
 
 
 def statuses(store):
@@ -88,11 +37,13 @@ def test_a_record_matures_with_feedback_or_with_time_and_only_once_ended(recorde
     recorder.add_trajectory(episode("silent", at=1.0))
     recorder.add_trajectory(episode("open", thumb("open"), end="open"))
     early = next_window(store)
-    assert (names(early), early.num_immature, early.num_missing) == (["judged"], 1, 3)
+    assert (names(early), early.num_missing) == (["judged"], 3)
+    assert waiting.num_immature(store, "support", CONFIG.mature_after_s, 10.0) == 1
     assert statuses(store) == {}
     late = next_window(store, now=102.0)
     assert late.unusable == (("silent", "nobody who may judge it gave a score"),)
-    assert (names(late), late.num_immature, statuses(store)) == (["judged"], 0, {"silent": "unusable"})
+    assert (names(late), statuses(store)) == (["judged"], {"silent": "unusable"})
+    assert waiting.num_immature(store, "support", CONFIG.mature_after_s, 102.0) == 0
 
 
 def test_late_feedback_revives_what_was_never_learned(recorder, store):
@@ -111,7 +62,7 @@ def test_late_feedback_is_stored_and_never_learned_again(recorder, store):
     correction = Feedback("fix", "g-a", correction=bench.call("wire", item="lamp"), source="operator")
     recorder.add_feedback(correction, now=20.0).result()
     assert names(next_window(store, now=500.0)) == []
-    assert window.num_late_feedback(store, "support") == 1
+    assert waiting.num_late_feedback(store, "support") == 1
     (example,) = buffer.replay_examples(store, "support", CONFIG, KEY, **RULES)
     assert example.kind == "success", "rehearsed as it was learned, not as it was corrected afterwards"
 
@@ -195,6 +146,88 @@ def test_another_configuration_can_use_what_this_one_may_not(recorder, store):
     assert names(next_window(store, learn_from=("gpt-x",))) == ["a"]
 
 
+def test_records_that_no_rule_allows_neither_hide_older_ones_nor_are_read_again(recorder, store):
+    recorder.add_trajectory(good("old"))
+    for k in range(600):
+        recorder.submit_trajectory(good(f"new{k}", producers=("user", "gpt-x")))
+    recorder.add_trajectory(episode("last", end="open"))
+    first = next_window(store)
+    assert (names(first), len(first.unusable)) == (["old"], 600)
+    again = next_window(store)
+    assert (names(again), again.unusable) == (["old"], ())
+
+
+def test_a_full_window_reads_no_further_and_holds_what_a_whole_reading_would(recorder, store):
+    rng = random.Random(7)
+    arrived = [(f"r{k}", rng.choice("aaaaaaab" if k > 300 else "abcdef"), rng.random() < 0.5) for k in range(700)]
+    for name, principal, is_good in arrived:
+        recorder.submit_trajectory(episode(name, thumb(name, 1.0 if is_good else -1.0), principal=principal))
+    recorder.add_trajectory(episode("last", end="open"))
+    for size, quota in ((8, 0.25), (40, 0.1), (40, 0.3), (120, 0.25), (1000, 0.01)):
+        config = CONFIG.model_copy(update={"max_window": size, "principal_quota": quota})
+        read = next_window(store, config=config)
+        newest = [(name, principal) for name, principal, is_good in reversed(arrived) if is_good]
+        cap, taken, within, beyond = max(1, int(quota * size)), {}, [], []
+        for name, principal in newest:
+            taken[principal] = taken.get(principal, 0) + 1
+            (within if taken[principal] <= cap else beyond).append(name)
+        assert set(names(read)) == set((within + beyond)[:size]), (size, quota)
+        assert names(read) == sorted(names(read), key=lambda name: int(name[1:]))
+    assert read.num_waiting == len(newest)
+    file_as(store, statuses(store), "waiting")  # all are to be read again
+    assert len(next_window(store, config=config.model_copy(update={"max_window": 8})).unusable) < 200
+
+
+# ---------------------------------------------------------------- branches of an episode
+
+EPISODE = "traj-" + "0" * 32
+
+
+def branch_off(recorder, number, *, is_done=True):
+    """A conversation of the same session that goes on from nothing that was stored."""
+    record = EPISODE if number == 0 else f"{EPISODE}~{number:012x}"
+    asked = {"role": "user", "content": f"see to my lamp number {number}"}
+    turn = Turn(
+        record=record, agent="support", session="s", principal="p", release="r", producers=("user", "agent"),
+        messages=(asked, bench.call("mend", item="lamp")), tools=TOOLS, prefix=f"prefix {number}", after=None,
+        generation=Generation(f"g{number}", record, 1, "r"), is_done=is_done,
+    )  # fmt: skip
+    return recorder.record_turn(turn, now=1.0).result(10)
+
+
+def test_feedback_on_an_episode_matures_and_revives_its_branches(recorder, store):
+    ids = [branch_off(recorder, number) for number in (0, 1, 2)]
+    assert names(next_window(store)) == []
+    assert waiting.num_immature(store, "support", 100.0, 10.0) == 3
+    next_window(store, now=102.0)
+    assert set(statuses(store).values()) == {"unusable"}, "nobody said anything for long"
+    recorder.add_feedback(Feedback("f", EPISODE, score=1.0), now=110.0).result(10)
+    assert set(names(next_window(store, now=111.0))) == set(ids)
+    assert statuses(store) == {}, "nothing is held against them any more"
+    file_as(store, ids, "replay", now=120.0)
+    recorder.add_feedback(Feedback("g", EPISODE, score=-1.0), now=130.0).result(10)
+    assert waiting.num_late_feedback(store, "support") == 1
+    assert next_window(store, now=140.0).examples == ()
+
+
+def test_an_episode_of_which_only_a_branch_was_stored_takes_feedback_and_its_end(recorder, store):
+    branch = branch_off(recorder, 1, is_done=False)
+    recorder.add_feedback(Feedback("f", EPISODE, score=1.0), now=2.0).result(10)
+    assert recorder.end_episode(EPISODE, now=3.0).result(10) == 1
+    assert names(next_window(store)) == [branch]
+
+
+def test_a_score_of_an_episode_is_of_all_its_branches_and_a_correction_of_its_first_conversation_only(recorder, store):
+    ids = [branch_off(recorder, number) for number in (0, 1)]
+    recorder.add_feedback(Feedback("up", EPISODE, score=1.0), now=2.0).result(10)
+    assert set(names(next_window(store))) == set(ids)
+    fix = Feedback("fix", EPISODE, correction=bench.call("pay", item="lamp"), source="operator")
+    recorder.add_feedback(fix, now=3.0).result(10)
+    read = next_window(store)
+    assert [(e.record, e.stratum) for e in read.examples] == [(EPISODE, "pay/corrected")]
+    assert "names no turn" in read.unusable[0][1]
+
+
 def test_the_window_says_how_fast_learnable_records_come(recorder, store):
     assert next_window(store).rate_per_s is None
     for k in range(5):
@@ -254,72 +287,3 @@ def test_what_an_earlier_window_was_suspected_of_is_remembered(store):
         recorder.add_trajectory(good("c", principal="q", text="blue moon : my lamp"))
     items, _ = window.heldout_items(store, "support", CONFIG, now=10.0, **RULES)
     assert [item.id for item in items] == ["b:1", "c:1"]
-
-
-# ---------------------------------------------------------------- replay
-
-
-def test_the_buffer_is_the_bottom_k_whatever_the_order():
-    ids = [f"r{k}" for k in range(100)]
-    chosen = buffer.select({"s": ids}, 10, KEY)["s"]
-    for seed in range(5):
-        assert buffer.select({"s": random.Random(seed).sample(ids, 100)}, 10, KEY)["s"] == chosen
-    assert buffer.select({"s": ids}, 10, b"another key")["s"] != chosen
-    assert buffer.select({"s": ids}, 200, KEY)["s"][:10] == chosen
-
-
-def test_a_deletion_touches_one_slot():
-    ids = [f"r{k}" for k in range(100)]
-    before = buffer.select({"s": ids}, 11, KEY)["s"]
-    for gone in before[:10]:
-        after = buffer.select({"s": [i for i in ids if i != gone]}, 10, KEY)["s"]
-        assert after == [i for i in before if i != gone]
-    outside = next(i for i in ids if i not in before)
-    assert buffer.select({"s": [i for i in ids if i != outside]}, 11, KEY)["s"] == before
-
-
-def test_every_record_has_the_same_chance():
-    ids = [f"r{k}" for k in range(20)]
-    times = dict.fromkeys(ids, 0)
-    for k in range(2000):
-        for record in buffer.select({"s": ids}, 5, k.to_bytes(4, "big"))["s"]:
-            times[record] += 1
-    assert all(abs(count - 500) < 5 * 19.4 for count in times.values()), "five standard deviations of B(2000, 1/4)"
-
-
-def test_only_promoted_and_verified_records_are_rehearsed(recorder, store):
-    recorder.add_trajectory(good("promoted"))
-    recorder.add_trajectory(good("rejected"))
-    recorder.add_trajectory(good("held"))
-    recorder.add_trajectory(good("unread"))
-    recorder.add_trajectory(
-        good("wrong", messages=({"role": "user", "content": "hi"}, bench.call("mend", item="lamp")))
-    )
-    file_as(store, ["promoted", "wrong"], "replay", stratum="mend/good")
-    file_as(store, ["rejected"], "quarantined", stratum="mend/good")
-    file_as(store, ["held"], "waiting", stratum="mend/good")
-    assert rehearsed(store) == ["promoted"]
-    file_as(store, ["promoted"], "quarantined", stratum="mend/good")  # a rollback
-    assert rehearsed(store) == []
-
-
-def test_each_stratum_has_its_slots_and_a_useless_record_gives_its_slot_to_the_next(recorder, store):
-    wrong = ({"role": "user", "content": "hi"}, bench.call("mend", item="lamp"))
-    for k in range(30):
-        changes = {"messages": wrong} if k % 2 else {}
-        recorder.add_trajectory(good(f"m{k:02d}", **changes))
-    recorder.add_trajectory(good("p", tool="pay"))
-    recorder.add_trajectory(good("w", tool="wire"))
-    file_as(store, [f"m{k:02d}" for k in range(30)], "replay", stratum="mend/good")
-    file_as(store, ["p"], "replay", stratum="pay/good")
-    file_as(store, ["w"], "replay", stratum="wire/good")
-    config = CONFIG.model_copy(update={"buffer_per_stratum": 6, "rare_stratum": 2})
-    examples = buffer.replay_examples(store, "support", config, KEY, **RULES)
-    by_stratum = {s: [e.record for e in examples if e.stratum == s] for s in {e.stratum for e in examples}}
-    assert {s: len(ids) for s, ids in by_stratum.items()} == {"mend/good": 6, "other": 2}
-    even = [f"m{k:02d}" for k in range(0, 30, 2)]
-    assert by_stratum["mend/good"] == buffer.select({"": even}, 6, KEY)[""]
-
-
-def test_an_empty_buffer_is_no_error(store):
-    assert rehearsed(store) == []

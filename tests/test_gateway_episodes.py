@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import httpx
 import pytest
 
 from cltrain.experience.recording import read_trajectories
-from cltrain.gateway.episodes import prefix_hashes
+from cltrain.gateway.episodes import Episodes, prefix_hashes
+from cltrain.store.database import open_store
 from tests.gateway_parts import BASE, R1, R2, Gateway, add_release, point_alias, running, set_release
 
 S1 = {"X-Session-Id": "s1"}
@@ -165,6 +167,41 @@ def test_a_rollback_moves_live_episodes_at_their_next_turn_and_marks_them_mixed(
     assert kept["p"].is_mixed
     assert refused.status_code == 404
     assert "rolled back" in refused.json()["error"]["message"]
+
+
+def test_a_session_whose_first_answer_is_under_way_does_not_go_on_with_what_was_rolled_back(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        two_releases(gateway)
+        point_alias(gateway.store, R2)
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(gateway.chat, "wait 0.8", headers=S1)
+            while not gateway.fake.bodies:
+                threading.Event().wait(0.01)
+            set_release(gateway.store, R2, "rolled_back")
+            point_alias(gateway.store, R1)
+            second = gateway.chat("meanwhile", headers=S1)
+        assert [adapter(a) for a in (first.result(), second)] == [R2, R1]
+    assert first.result().headers["x-cltrain-trajectory"] == second.headers["x-cltrain-trajectory"]
+
+
+def test_a_request_cancelled_while_it_ends_does_not_keep_its_episode(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    episodes = Episodes(store, "support", BASE, timeout_s=5.0)
+
+    async def cancelled_at_its_end() -> None:
+        lease = await episodes.begin("support", "s1", "anna", [user("one")])
+        assert episodes.busy == {lease.record}
+        begun = asyncio.ensure_future(episodes.begin("support", "s2", "anna", [user("one")]))
+        await asyncio.sleep(0)  # it looks into the store now, and whoever ends has to wait
+        ending = asyncio.ensure_future(episodes.finish(lease))
+        await asyncio.sleep(0)
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
+        assert ending.cancelled()
+        other = await begun
+        assert episodes.busy == {other.record}
+
+    asyncio.run(cancelled_at_its_end())
 
 
 def test_episodes_go_on_where_they_were_after_a_restart(tmp_path: Path) -> None:

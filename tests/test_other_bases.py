@@ -21,7 +21,7 @@ NUM_EPISODES = 12
 
 def write_episodes(file: Path) -> None:
     lines = [
-        {"id": f"e{i}", "model": "agent", "reward": 1.0 if i % 3 else 0.0, "principal": f"p{i % 4}",
+        {"id": f"e{i}", "reward": 1.0 if i % 3 else 0.0, "principal": f"p{i % 4}",
          "messages": ticket(f"A{i:02}", ("refund", "track")[i % 2]), "tools": TOOLS}
         for i in range(NUM_EPISODES)
     ]  # fmt: skip
@@ -45,7 +45,8 @@ def test_one_update_runs_on_a_base_of_each_family_with_a_server_of_its_own(
 ) -> None:
     base, home, port = make_tiny_base(tmp_path / family, family), tmp_path / "home", free_port()
     write_episodes(tmp_path / "episodes.jsonl")
-    done = cltrain("import", str(tmp_path / "episodes.jsonl"), f"--home={home}", f"--base={base}", "--json")
+    file = str(tmp_path / "episodes.jsonl")
+    done = cltrain("import", file, f"--home={home}", f"--base={base}", "--producer=agent", "--json")
     assert (done.code, done.json["num_imported"], done.json["num_unusable"]) == (0, NUM_EPISODES, 0), done
     done = update(base, home, port)
     summary = done.json

@@ -196,8 +196,8 @@ def test_many_waiting_answers_share_one_commit(tmp_path: Path) -> None:
 def test_lines_set_aside_are_kept_once(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     with Recorder(store, SECRET, 0.0) as recorder:
-        assert recorder.set_aside("f.jsonl", 3, "no JSON", b"\xff{", now=1.0).result(10) is True
-        assert recorder.set_aside("f.jsonl", 3, "no JSON", b"\xff{", now=2.0).result(10) is False
+        assert recorder.set_aside("support", "f.jsonl", 3, "no JSON", b"\xff{", now=1.0).result(10) is True
+        assert recorder.set_aside("support", "f.jsonl", 3, "no JSON", b"\xff{", now=2.0).result(10) is False
     with store.read() as connection:
         assert connection.execute(select(set_aside.c.raw)).all() == [(b"\xff{",)]
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.records import Alias
@@ -64,7 +64,7 @@ def _promoted(store: Store, tmp_path: Path, weights: str, fence: int, *, raises_
                 **values,
             )
         )
-        for status in ("learned", "replay", "unusable"):
+        for status in ("waiting", "replay", "unusable"):
             connection.execute(
                 insert(screenings).values(
                     record=f"{weights}-{status}",
@@ -180,6 +180,37 @@ def test_frozen_learning_promotes_nothing_until_it_is_unfrozen(tmp_path: Path) -
     assert move_alias(store, "support", expected=BASE, to=name, fence=fence, now=3.0).release == name
 
 
+@pytest.mark.parametrize("ends_with", ["unfreeze", "rollback and unfreeze"])
+def test_an_update_that_a_freeze_interrupted_never_promotes_even_once_it_is_lifted(
+    tmp_path: Path, ends_with: str
+) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    _promoted(store, tmp_path, "one", fence)
+    began_before = read_alias(store, "support")
+    freeze(store, "support", now=2.0, reason="something is wrong")
+    began_while_frozen = read_alias(store, "support")
+    if "rollback" in ends_with:
+        rollback(store, "support", now=2.0, reason="it was the last update")
+    unfreeze(store, "support", now=3.0)
+    candidate = _sealed(store, tmp_path, began_before.release, "two")
+    for started_from in (began_before, began_while_frozen):
+        with pytest.raises(ConflictError, match=r"no longer|frozen since"):
+            move_alias(store, "support", expected=started_from, to=candidate, fence=fence, now=4.0)
+    assert get(store, candidate).status == "candidate"
+    fresh = read_alias(store, "support")
+    assert move_alias(store, "support", expected=fresh, to=candidate, fence=fence, now=5.0).release == candidate
+
+
+def test_unfreezing_what_is_not_frozen_disturbs_no_update(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    started_from = read_alias(store, "support")
+    unfreeze(store, "support", now=2.0)
+    name = _sealed(store, tmp_path, BASE, "one")
+    assert move_alias(store, "support", expected=started_from, to=name, fence=fence, now=3.0).release == name
+
+
 def test_rollback_undoes_the_release_quarantines_its_window_and_freezes(tmp_path: Path) -> None:
     store = _store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
@@ -190,14 +221,62 @@ def test_rollback_undoes_the_release_quarantines_its_window_and_freezes(tmp_path
     assert get(store, second).status == "rolled_back"
     assert get(store, first).status == "released"
     assert _statuses(store) == {
-        "one-learned": "learned",
+        "one-waiting": "waiting",
         "one-replay": "replay",
         "one-unusable": "unusable",
-        "two-learned": "quarantined",
+        "two-waiting": "quarantined",
         "two-replay": "quarantined",
         "two-unusable": "unusable",
     }
     assert "refunds everything" in (frozen_reason(store, "support") or "")
+
+
+def _rehearsed(store: Store, record: str, update: str | None, changed_at: float) -> None:
+    """A record that a held update found harmless, or one whose update is not known any more."""
+    with store.write() as connection:
+        connection.execute(
+            insert(screenings).values(
+                record=record, agent="support", status="replay", update=update, changed_at=changed_at
+            )
+        )
+
+
+def test_rollback_quarantines_what_came_into_replay_after_its_target_was_made(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    _rehearsed(store, "before", "held-0", 1.5)
+    first = _promoted(store, tmp_path, "one", fence)  # sealed at 2.0
+    _rehearsed(store, "between", "held-1", 3.5)
+    _rehearsed(store, "between, of no update", None, 3.5)
+    with store.write() as connection:  # approved by a human long after it was sealed: its records are filed then
+        late = update(screenings).where(screenings.c.record == "one-replay").values(changed_at=3.6)
+        connection.execute(late)
+    _promoted(store, tmp_path, "two", fence)
+    _rehearsed(store, "after", "held-2", 4.5)
+    done = rollback(store, "support", now=5.0, reason="refunds everything")
+    assert (done.alias.release, done.num_quarantined) == (first, 5)
+    replayed = {record for record, status in _statuses(store).items() if status == "replay"}
+    assert replayed == {"before", "one-replay"}
+
+
+def test_rollback_to_the_bare_base_leaves_nothing_to_rehearse(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    _rehearsed(store, "found harmless beside the base", "held-0", 1.5)
+    _promoted(store, tmp_path, "one", fence)
+    rollback(store, "support", now=5.0, reason="bad")
+    assert "replay" not in _statuses(store).values()
+
+
+def test_rollback_of_one_agent_leaves_the_records_of_another(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    fence = acquire(store, "support", "worker", 60.0, 1.0)
+    _promoted(store, tmp_path, "one", fence)
+    with store.write() as connection:
+        values = {"record": "theirs", "agent": "other", "status": "replay", "update": None, "changed_at": 4.0}
+        connection.execute(insert(screenings).values(values))
+    rollback(store, "support", now=5.0, reason="bad")
+    assert _statuses(store)["theirs"] == "replay"
 
 
 def test_rollbacks_in_a_row_walk_back_to_the_bare_base_and_stop_there(tmp_path: Path) -> None:

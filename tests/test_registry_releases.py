@@ -24,7 +24,6 @@ from cltrain.registry.releases import (
     get,
     list_releases,
     release_dir,
-    remove_leftovers,
     seal,
     set_status,
     verify_release,
@@ -173,16 +172,15 @@ def test_a_crash_between_any_two_steps_of_sealing_leaves_no_row_without_director
     assert line > 50
 
 
-def test_leftovers_are_removed_and_live_releases_stay(tmp_path: Path) -> None:
+def test_the_next_sealing_removes_leftovers_and_live_releases_stay(tmp_path: Path) -> None:
     store = _store(tmp_path)
     release = _seal(store, tmp_path, _candidate(tmp_path / "c"))
     leftover = tmp_path / "state" / "releases" / "support" / ".staging-x"
     _candidate(leftover)
     leftover.chmod(0o555)
-    assert remove_leftovers(store, tmp_path / "state", "support") == [".staging-x"]
+    _seal(store, tmp_path, _candidate(tmp_path / "d", b"other weights"))
     assert not leftover.exists()
     verify_release(tmp_path / "state", release)
-    assert remove_leftovers(store, tmp_path / "state", "nobody") == []
 
 
 def test_what_the_alias_refers_to_cannot_be_deleted(tmp_path: Path) -> None:
@@ -197,6 +195,9 @@ def test_what_the_alias_refers_to_cannot_be_deleted(tmp_path: Path) -> None:
     delete_release(store, tmp_path / "state", second.name, now=4.0)
     assert get(store, second.name).status == "deleted"
     assert not (tmp_path / "state" / "releases" / "support" / second.name).exists()
+    assert get(store, second.name).manifest == second.manifest
+    with pytest.raises(DataError, match="not kept on disk"):
+        verify_release(tmp_path / "state", get(store, second.name))
     again = _seal(store, tmp_path, _candidate(tmp_path / "d", b"two"), parent=first.name)
     assert again.number == 3
 

@@ -12,8 +12,13 @@ from typing import Protocol
 
 from sqlalchemy import Connection, delete, insert, select
 
+from cltrain.errors import ServerError
+from cltrain.records import Verdict
 from cltrain.store.database import Store
 from cltrain.store.schema import aliases, records, releases, replicas, updates
+
+KEPT_HELD = 5  # newest held releases that stay on disk to be looked at
+UNDER_WAY = ("training", "judging")
 
 
 class Residence(Protocol):
@@ -27,12 +32,12 @@ class Residence(Protocol):
 
 
 def wanted_releases(connection: Connection, agent: str) -> set[str]:
-    """Serving, previous, anchor, high-water, candidates of unfinished updates, what waits for approval, and whatever an
-    open episode is pinned to. The bare base may be among them: it needs no adapter."""
+    """Serving, previous, anchor, high-water, candidates of unfinished updates, and whatever an open episode is pinned
+    to. The bare base may be among them: it needs no adapter. What waits for approval is loaded by the approval."""
     names: set[str | None] = set()
     for row in connection.execute(select(aliases).where(aliases.c.agent == agent)):
         names |= {row.release, row.previous, row.anchor, row.high_water}
-    running = select(updates.c.candidate).where(updates.c.agent == agent, updates.c.state.in_(("training", "judging")))
+    running = select(updates.c.candidate).where(updates.c.agent == agent, updates.c.state.in_(UNDER_WAY))
     names |= set(connection.execute(running).scalars())
     pinned = select(records.c.release).where(records.c.agent == agent, records.c.status == "open").distinct()
     names |= set(connection.execute(pinned).scalars())
@@ -40,18 +45,31 @@ def wanted_releases(connection: Connection, agent: str) -> set[str]:
 
 
 def desired(connection: Connection, state_dir: Path, agent: str) -> dict[str, Path]:
-    """Name -> absolute directory of every wanted release that has one."""
-    names = wanted_releases(connection, agent)
-    query = select(releases.c.name, releases.c.path).where(releases.c.name.in_(names), releases.c.path.is_not(None))
+    """Name -> absolute directory of every wanted release that has one; what serves comes first, then the newest."""
+    serving = connection.execute(select(aliases.c.release).where(aliases.c.agent == agent)).scalar()
+    query = (
+        select(releases.c.name, releases.c.path)
+        .where(releases.c.name.in_(wanted_releases(connection, agent)), releases.c.path.is_not(None))
+        .order_by(releases.c.name != serving, releases.c.number.desc())
+    )
     return {row.name: (state_dir / row.path).resolve() for row in connection.execute(query)}
 
 
 def reconcile(client: Residence, wanted: Mapping[str, Path]) -> tuple[str, ...]:
-    """Load what is wanted and missing; returns the names. Raises ServerError when the server refuses one."""
+    """Load what is wanted and missing, in the order of `wanted`; returns the names.
+
+    One that the server refuses keeps none of the others away. Raises ServerError at the end, naming all it refused.
+    """
     present = client.list()
     missing = [name for name in wanted if present.get(name) != str(wanted[name])]
+    refused = []
     for name in missing:
-        client.load(name, wanted[name])
+        try:
+            client.load(name, wanted[name])
+        except ServerError as error:
+            refused.append(f"{name}: {error}")
+    if refused:
+        raise ServerError(f"{client.url} refused {len(refused)} of {len(missing)} adapters: {'; '.join(refused)}")
     return tuple(missing)
 
 
@@ -108,12 +126,33 @@ def mark_proved(store: Store, url: str, release: str, root: str, now: float) -> 
 
 
 def unlisted(connection: Connection, clients: Iterable[Residence], agent: str) -> tuple[str, ...]:
-    """Rejected releases whose files may be deleted: no server lists them and nothing refers to them.
+    """Releases whose files may be deleted: nobody needs them, no server lists them and nothing refers to them.
 
     What ever served stays on disk, so that its bounds can be recomputed; raises ServerError when a server cannot be
     asked, because then nothing is known to be unlisted.
     """
     listed = {name for client in clients for name in client.list()}
-    query = select(releases.c.name).where(releases.c.agent == agent, releases.c.status == "rejected")
-    rejected = set(connection.execute(query).scalars())
-    return tuple(sorted(rejected - listed - wanted_releases(connection, agent)))
+    return tuple(sorted(_expendable(connection, agent) - listed - wanted_releases(connection, agent)))
+
+
+def _expendable(connection: Connection, agent: str) -> set[str]:
+    """Every rejected release, held ones but the newest few, and candidates but the newest that a human may approve."""
+    running = select(updates.c.id).where(updates.c.agent == agent, updates.c.state.in_(UNDER_WAY))
+    approvable = select(updates.c.candidate).where(
+        updates.c.agent == agent,
+        updates.c.state == "done",
+        updates.c.verdict == Verdict.PROMOTE,
+        updates.c.mode != "trial",
+    )
+
+    def newest_first(status: str) -> list[str]:
+        query = select(releases.c.name).where(releases.c.agent == agent, releases.c.status == status)
+        return list(connection.execute(query.order_by(releases.c.number.desc())).scalars())
+
+    expendable = {*newest_first("rejected"), *newest_first("held")[KEPT_HELD:]}
+    if connection.execute(running).first() is None:  # else one may be sealed whose update does not name it yet
+        candidates = newest_first("candidate")
+        judged = set(connection.execute(approvable).scalars())
+        waiting = next((name for name in candidates if name in judged), None)
+        expendable |= set(candidates) - {waiting}
+    return expendable

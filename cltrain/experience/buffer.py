@@ -1,13 +1,14 @@
 """The replay buffer: per stratum the k records with the smallest keyed hash, of those that were learned and verified.
 
-Uniform, whatever the order of arrival; deleting a record touches its own slot only, and the next one moves up. Rows
-that are not among the k stay in the store, so nothing is evicted for good.
+No principal has more than its quota of the k slots. Uniform within a principal, whatever the order of arrival; deleting
+a record touches its own slot only, and the next one moves up. What has no slot stays in the store: nothing is evicted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from cltrain.experience.reading import read_trajectories
 from cltrain.experience.verify import verify
 from cltrain.records import Example
 from cltrain.store.database import Store
-from cltrain.store.schema import screenings, updates
+from cltrain.store.schema import records, screenings, updates
 
 
 def select(strata: Mapping[str, Iterable[str]], k: int, key: bytes) -> dict[str, list[str]]:
@@ -43,33 +44,51 @@ def replay_examples(
 
     At most `buffer_per_stratum` of each stratum; strata with fewer than `rare_stratum` records share `other`. Each is
     as it was when learned: feedback that came after its update began does not change it. Order: stratum, then hash.
+
+    A principal has at most floor(principal_quota * buffer_per_stratum) slots of a stratum or of `other`, at least 1,
+    also where nobody else would take the rest: a stratum that one principal alone taught is rehearsed with that many
+    records and its other slots stay free. So a flood buys no more than these slots, however long it goes on. The
+    owner's rehearsal episodes are not among these records and know no quota.
     """
-    strata, learned_at = _admitted(store, agent)
+    principals, strata, learned_at = _admitted(store, agent)
     pooled: dict[str, list[str]] = {}
     for stratum, ids in strata.items():
         pooled.setdefault(stratum if len(ids) >= config.rare_stratum else POOLED, []).extend(ids)
+    num_slots = config.buffer_per_stratum
+    cap = max(1, int(config.principal_quota * num_slots))
     chosen: list[Example] = []
     for stratum, ids in sorted(select(pooled, max(map(len, pooled.values()), default=0), secret).items()):
         kept: list[Example] = []
-        while ids and len(kept) < config.buffer_per_stratum:  # one that no longer qualifies gives its slot to the next
-            batch, ids = ids[: config.buffer_per_stratum - len(kept)], ids[config.buffer_per_stratum - len(kept) :]
+        seen: Counter[str] = Counter()
+        while len(kept) < num_slots:  # one that no longer qualifies gives its slot to the next
+            ids = [record for record in ids if seen[principals[record]] < cap]
+            batch, ids = ids[:num_slots], ids[num_slots:]
+            if not batch:
+                break
             examples = _rebuilt(store, agent, batch, learned_at, learn_from, tools_allowed)
-            kept += [replace(examples[record], stratum=stratum) for record in batch if record in examples]
+            for record in batch:
+                if record in examples and seen[principals[record]] < cap and len(kept) < num_slots:
+                    seen[principals[record]] += 1
+                    kept.append(replace(examples[record], stratum=stratum))
         chosen += kept
     return chosen
 
 
-def _admitted(store: Store, agent: str) -> tuple[dict[str, list[str]], dict[str, float]]:
-    rows = query(screenings.c.record, screenings.c.stratum, screenings.c.changed_at, updates.c.started_at).select_from(
-        screenings.outerjoin(updates, updates.c.id == screenings.c["update"])
-    )
+def _admitted(store: Store, agent: str) -> tuple[dict[str, str], dict[str, list[str]], dict[str, float]]:
+    """Each record's principal, the records of each stratum, and until when feedback on each counts."""
+    columns = (screenings.c.record, screenings.c.stratum, screenings.c.changed_at, records.c.principal)
+    joined = screenings.join(records, records.c.id == screenings.c.record)
+    joined = joined.outerjoin(updates, updates.c.id == screenings.c["update"])
+    rows = query(*columns, updates.c.started_at).select_from(joined)
+    principals: dict[str, str] = {}
     strata: dict[str, list[str]] = {}
     learned_at: dict[str, float] = {}
     with store.read() as connection:
         for row in connection.execute(rows.where(screenings.c.agent == agent, screenings.c.status == "replay")):
+            principals[row.record] = row.principal
             strata.setdefault(row.stratum or POOLED, []).append(row.record)
             learned_at[row.record] = row.changed_at if row.started_at is None else row.started_at
-    return strata, learned_at
+    return principals, strata, learned_at
 
 
 def _rebuilt(

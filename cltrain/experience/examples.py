@@ -15,6 +15,9 @@ from cltrain.records import Example, Feedback, Generation, Message, SuiteItem, T
 SOURCE_RANK = {"verifier": 0, "operator": 1, "import": 2, "user": 3}  # who is believed first; nobody else is
 CUT_SHORT = frozenset({"length", "abort", "error", "content_filter"})  # finish reasons that make a turn no example
 POOLED = "other"
+OURS = frozenset(
+    {"agent", "operator", "rehearsal", "user", "tool", "system"}
+)  # producers that no sender may claim to be
 
 
 def example_of(
@@ -23,9 +26,11 @@ def example_of(
     """The Example that an ended training-split trajectory yields, or the reason why it yields none.
 
     A correction of turn k (from a source listed in `learn_from`) makes the prefix up to k with the corrected message
-    as the only target; the earliest corrected turn counts, and of its corrections the latest. Otherwise the latest
-    score of the best source decides (verifier, operator, import, user); a positive one makes every turn of a listed
-    producer a target, except turns that have a non-positive score of their own. `tools_allowed` None allows every tool.
+    as the only target; the earliest corrected turn counts, and of its corrections the latest. One that names a record
+    with a single answer is of that answer; one that names the episode of a branch names no turn of the branch, and the
+    branch is not learned. Otherwise the latest score of the best source decides (verifier, operator, import, user); a
+    positive one makes every turn of a listed producer a target, except turns that have a non-positive score of their
+    own. `tools_allowed` None allows every tool.
     """
     if trajectory.split != "train":
         return "held out for evaluation"
@@ -99,7 +104,7 @@ def _corrected(
     for feedback in allowed:
         if feedback.target in turns:
             located.append((turns[feedback.target], feedback))
-        elif len(answers) == 1:
+        elif feedback.target == trajectory.id and len(answers) == 1:
             located.append((answers[0], feedback))
     if not located:
         return "a correction of a whole episode with several answers names no turn; send the generation's id"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cltrain.errors import ConflictError, DataError
-from cltrain.experience.examples import first_tool
+from cltrain.experience.examples import OURS, first_tool
 from cltrain.experience.reading import read_trajectory
 from cltrain.experience.recording import Recorder
 from cltrain.experience.verify import arguments_of, text_of
@@ -68,13 +68,14 @@ def import_file(
     """Import a JSONL file of {id, messages, tools?, reward | score, model?, session?, principal?, created_at?}.
 
     `reward` is in [0, 1] (0 failure, 1 success), or negative for a failure; `score` is in [-1, 1]. The answers'
-    producer is `producer`, else the line's `model`. Without `principal` a line's is `import:<file stem>`: one file is
-    one source. `store` is what the recorder writes to. A line whose id is stored is a duplicate if it says the same,
-    else set aside; so importing again changes nothing. Set-aside lines are kept in the store, of lines over 16 MiB the
-    first 64 KiB. Raises DataError for a file that cannot be read or is UTF-16.
+    producer is `producer`, else the line's `model`, which may not be a word that is trusted here (`OURS`): that the
+    owner's agent wrote a log is for the owner to say, not for the file. Without `principal` a line's is
+    `import:<file stem>`: one file is one source. `store` is what the recorder writes to. A line whose id is stored is a
+    duplicate if it says the same, else set aside; so importing again changes nothing. Set-aside lines are kept in the
+    store, of lines over 16 MiB the first 64 KiB. Raises DataError for a file that cannot be read or is UTF-16.
     """
     source = f"{file.name}:{_digest(file)[:12]}"
-    tally = _Tally()
+    tally = _Tally(agent)
     pending: deque[tuple[int, bytes, Trajectory, Future[bool]]] = deque()
     seen: dict[str, bytes] = {}
     with _opened(file) as stream:
@@ -137,7 +138,8 @@ def read_rehearsal(file: Path) -> list[Example]:
 class _Tally:
     """Counts while a file is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, agent: str) -> None:
+        self.agent = agent
         self.num_lines = self.num_blank = self.num_imported = self.num_duplicates = 0
         self.num_positive = self.num_without_reward = self.num_without_tools = 0
         self.reasons: Counter[str] = Counter()
@@ -146,7 +148,7 @@ class _Tally:
         self, recorder: Recorder, source: str, number: int, refusal: _Refused, raw: bytes, now: float
     ) -> None:
         self.reasons[refusal.reason] += 1
-        recorder.set_aside(source, number, str(refusal), raw, now=now).result()
+        recorder.set_aside(self.agent, source, number, str(refusal), raw, now=now).result()
 
     def stored(self, trajectory: Trajectory, is_new: bool) -> None:
         if not is_new:
@@ -240,7 +242,7 @@ def _lines(stream: BufferedReader) -> Iterator[tuple[int, bytes, int]]:
 def _trajectory(raw: bytes, agent: str, producer: str | None, principal: str, now: float) -> Trajectory:
     line = _object(raw)
     messages = _messages(line.get("messages"))
-    author = producer if producer is not None else _text(line, "model")
+    author = producer if producer is not None else _author(line)
     identifier = _identifier(line, raw)
     created_at = line.get("created_at", now)
     if isinstance(created_at, bool) or not isinstance(created_at, int | float) or not 0 <= created_at < MAX_SECONDS:
@@ -259,6 +261,13 @@ def _trajectory(raw: bytes, agent: str, producer: str | None, principal: str, no
         feedback=() if score is None else (given,),
         created_at=created_at,
     )
+
+
+def _author(line: dict[str, Any]) -> str | None:
+    model = _text(line, "model")
+    if model in OURS:
+        raise _Refused("`model` is a producer that only this deployment itself may be", f"{model!r}; see --producer")
+    return model
 
 
 def _comparable(trajectory: Trajectory) -> tuple[object, ...]:

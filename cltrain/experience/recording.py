@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, exists, insert, select, update
+from sqlalchemy import Connection, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from cltrain.errors import DataError
@@ -29,13 +29,14 @@ from cltrain.experience.rows import (
     end_episode,
     episode_of,
     parts,
+    write_aside,
     write_feedback,
     write_trajectory,
     write_turn,
 )
 from cltrain.records import Feedback, Split, Trajectory
 from cltrain.store.database import Store
-from cltrain.store.schema import records, set_aside
+from cltrain.store.schema import records
 
 __all__ = [
     "Recorder",
@@ -147,18 +148,11 @@ class Recorder:
         """
         return self.submit_trajectory(trajectory).result()
 
-    def set_aside(self, source: str, line: int, reason: str, raw: bytes, *, now: float) -> Future[bool]:
-        """Keep a line that could not become a record; False if this (source, line) is kept already."""
-
-        def work(connection: Connection) -> bool:
-            where = (set_aside.c.source == source) & (set_aside.c.line == line)
-            if connection.scalar(select(exists().where(where))):
-                return False
-            values = {"source": source, "line": line, "reason": reason, "raw": raw, "created_at": now}
-            connection.execute(insert(set_aside).values(**values))
-            return True
-
-        return self._submit(work, wait=True)
+    def set_aside(self, agent: str, source: str, line: int, reason: str, raw: bytes, *, now: float) -> Future[bool]:
+        """Keep a line that could not become a record; False if this (agent, source, line) is kept already."""
+        return self._submit(
+            lambda connection: write_aside(connection, agent, source, line, reason, raw, now), wait=True
+        )
 
     def end_episode(self, record: str, *, end: str | None = None, now: float) -> Future[int]:
         """End every open record of the episode; the future gives how many."""

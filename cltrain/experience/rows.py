@@ -8,15 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Table, bindparam, insert, select, update
+from sqlalchemy import Connection, Table, bindparam, exists, func, insert, or_, select, update
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.records import Feedback, Generation, Message, Split, Tool, Trajectory
-from cltrain.store.schema import feedback, generations, records
+from cltrain.store.schema import feedback, generations, records, set_aside
 
 # Built once: making a statement costs more than running it.
 STATE_OF_RECORD = select(records.c.prefix, records.c.status, records.c.is_mixed).where(records.c.id == bindparam("id"))
 AGENT_OF_RECORD = select(records.c.agent).where(records.c.id == bindparam("id"))
+IS_BRANCH = records.c.id.between(bindparam("first"), bindparam("last"))
+AGENT_OF_EPISODE = select(records.c.agent).where(IS_BRANCH).limit(1)
 RECORD_OF_GENERATION = select(generations.c.record).where(generations.c.id == bindparam("id"))
 TARGET_OF_FEEDBACK = select(feedback.c.target).where(feedback.c.id == bindparam("id"))
 
@@ -104,13 +106,18 @@ def write_generation(connection: Connection, generation: Generation, now: float)
 
 
 def write_feedback(connection: Connection, given: Feedback, now: float) -> bool:
+    """Store feedback on a generation, a record, or an episode of which perhaps only branches were stored.
+
+    On an episode it is said of each of its branches (see `reading`). False where its id is stored for the same target.
+    Raises UnknownTarget, ConflictError.
+    """
     stored = connection.scalar(TARGET_OF_FEEDBACK, {"id": given.id})
     if stored == given.target:
         return False
     if stored is not None:
         raise ConflictError(f"feedback {given.id!r} is already stored for {stored!r}: use a new id")
     record = connection.scalar(RECORD_OF_GENERATION, {"id": given.target}) or given.target
-    agent = connection.scalar(AGENT_OF_RECORD, {"id": record})
+    agent = connection.scalar(AGENT_OF_RECORD, {"id": record}) or connection.scalar(AGENT_OF_EPISODE, _branches(record))
     if agent is None:
         raise UnknownTarget(f"no record or generation {given.target!r}: use x-cltrain-record or x-cltrain-trajectory")
     _insert(
@@ -164,10 +171,28 @@ def write_trajectory(connection: Connection, trajectory: Trajectory) -> bool:
     return True
 
 
+def write_aside(
+    connection: Connection, agent: str, source: str, line: int, reason: str, raw: bytes, now: float
+) -> bool:
+    """The stored source begins with the agent: one file may be imported for several."""
+    source = f"{agent}/{source}"
+    if connection.scalar(select(exists().where(set_aside.c.source == source, set_aside.c.line == line))):
+        return False
+    _insert(connection, set_aside, {"source": source, "line": line, "reason": reason, "raw": raw, "created_at": now})
+    return True
+
+
+def num_set_aside(connection: Connection, agent: str) -> int:
+    """How many lines were set aside for this agent."""
+    is_ours = set_aside.c.source.startswith(f"{agent}/", autoescape=True)
+    return connection.scalar(select(func.count()).select_from(set_aside).where(is_ours)) or 0
+
+
 def end_episode(connection: Connection, record: str, end: str | None, now: float) -> int:
     """End the open records of the episode that this record or generation belongs to; returns how many there were."""
     record = connection.scalar(RECORD_OF_GENERATION, {"id": record}) or record
-    row = connection.execute(select(records.c.agent, records.c.session).where(records.c.id == record)).first()
+    is_of_episode = or_(records.c.id == record, IS_BRANCH)
+    row = connection.execute(select(records.c.agent, records.c.session).where(is_of_episode), _branches(record)).first()
     if row is None:
         return 0
     episode = episode_of(record)
@@ -177,6 +202,11 @@ def end_episode(connection: Connection, record: str, end: str | None, now: float
     for part in parts(ids):
         connection.execute(update(records).where(records.c.id.in_(part)).values(**changed))
     return len(ids)
+
+
+def _branches(record: str) -> dict[str, str]:
+    """The range of ids that the branches of this episode have."""
+    return {"first": f"{record}~", "last": f"{record}~g"}  # after ~ come hex digits
 
 
 def _insert(connection: Connection, table: Table, values: dict[str, Any]) -> None:

@@ -6,10 +6,11 @@ A record is read once: after learning it only ever comes back through replay. Wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, delete, insert, select
 from sqlalchemy import update as change
 
 from cltrain.config import ExperienceConfig
@@ -17,13 +18,14 @@ from cltrain.experience.examples import accepted, example_of, pool_rare, suite_i
 from cltrain.experience.reading import read_trajectories
 from cltrain.experience.triggers import Suspicion, concerns, find_suspicions
 from cltrain.experience.verify import verify
+from cltrain.experience.waiting import WITH_SCREENING, is_unread, mature, rules_mark
 from cltrain.records import Example, SuiteItem
 from cltrain.store.database import Store
-from cltrain.store.schema import feedback, records, screenings, updates
+from cltrain.store.schema import records, screenings, updates
 
 STATUSES = frozenset({"waiting", "learned", "replay", "quarantined", "unusable"})
-PAGE = 200  # records read at once
-MAX_READ = 5000  # waiting records looked at for one window, newest first
+PAGE = 100  # records read at once
+Page = Sequence[Any]  # rows of (seq, id, principal, status)
 MAX_HELD_OUT = 2000  # evaluation records that items are made of, newest first
 NUM_RATED = 200  # newest records that a rate is taken over
 
@@ -33,12 +35,12 @@ class Window:
     """What may be learned from now, oldest record first, and what is still missing."""
 
     examples: tuple[Example, ...]
-    num_waiting: int  # learnable records that wait, those of this window included
+    num_waiting: (
+        int  # learnable records that were found, those of this window included; all of them while some are missing
+    )
     num_missing: int  # learnable records until `min_window` is reached, 0 when it is
     rate_per_s: float | None  # learnable records a second lately; None: unknown
     unusable: tuple[tuple[str, str], ...]  # record and reason: mature, and nothing in it may be learned
-    num_immature: int  # ended records that wait for feedback or for `mature_after_s`
-    as_of: float  # feedback up to this time was seen
 
 
 def next_window(
@@ -54,42 +56,29 @@ def next_window(
     """The newest `max_window` learnable, mature, never learned records of the training split, as examples.
 
     Mature: ended, and has feedback or has had none for `mature_after_s`. Where more wait than fit, no principal takes
-    more than its quota before everybody had their turn, so a flood of one starves nobody. `upto`: only records with
-    seq at most this. Records in which nothing can ever be learned become `unusable` here, until new feedback arrives.
+    more than its quota before everybody had their turn, so a flood of one starves nobody, and reading stops where the
+    window is full. `upto`: only records with seq at most this. Records in which nothing can be learned become
+    `unusable` here, until new feedback arrives or the rules (`learn_from`, `tools_allowed`) change.
     """
-    is_ours = and_(records.c.agent == agent, records.c.status == "ended", records.c.split == "train", _is_unread())
-    if upto is not None:
-        is_ours = and_(is_ours, records.c.seq <= upto)
-    is_mature = or_(_has_feedback(), records.c.updated_at <= now - config.mature_after_s)
-    joined = records.outerjoin(screenings, screenings.c.record == records.c.id)
-    with store.read() as connection:
-        num_ended = connection.scalar(select(func.count()).select_from(joined).where(is_ours)) or 0
-        query = select(records.c.id).select_from(joined).where(is_ours, is_mature).order_by(records.c.seq.desc())
-        ids = list(connection.scalars(query))
-    learnable: list[tuple[float, Example]] = []  # newest first
+    rules = rules_mark(learn_from, tools_allowed)
+    is_wanted = is_unread(agent, is_mature=mature(now, config.mature_after_s), rules=rules)
     unusable: list[tuple[str, str]] = []
-    for start in range(0, min(len(ids), MAX_READ), PAGE):
-        page = read_trajectories(store, agent, records_in=ids[start : start + PAGE])
-        for trajectory in reversed(page):
-            example = example_of(trajectory, learn_from=learn_from, tools_allowed=tools_allowed)
-            if isinstance(example, Example):
-                learnable.append((trajectory.created_at, example))
-            else:
-                unusable.append((trajectory.id, example))
-    _write_unusable(store, agent, unusable, now)
-    chosen = _fair(
-        [example for _, example in learnable],
-        config.max_window,
-        max(1, int(config.principal_quota * config.max_window)),
-    )
+
+    def read(page: Page) -> list[_Found]:
+        found, useless = _read(store, agent, page, learn_from, tools_allowed)
+        _file(store, agent, page, found, [(record, reason + rules) for record, reason in useless], now)
+        unusable.extend(useless)
+        return found
+
+    cap = max(1, int(config.principal_quota * config.max_window))
+    learnable = _newest(_pages(store, is_wanted, upto), read, config.max_window, cap)
+    chosen = [found.example for found in _fair(learnable, config.max_window, cap)]
     return Window(
         examples=tuple(pool_rare(chosen[::-1], config.rare_stratum)),
         num_waiting=len(learnable),
         num_missing=max(0, config.min_window - len(chosen)),
-        rate_per_s=rate_per_s([at for at, _ in learnable], now),
+        rate_per_s=rate_per_s([found.created_at for found in learnable], now),
         unusable=tuple(unusable),
-        num_immature=num_ended - len(ids),
-        as_of=now,
     )
 
 
@@ -130,9 +119,9 @@ def heldout_items(
     here or in the window of any update so far. With `filter = false` nothing is left out.
     """
     is_ours = and_(records.c.agent == agent, records.c.status == "ended", records.c.split == "eval")
-    is_mature = or_(_has_feedback(), records.c.updated_at <= now - config.mature_after_s)
+    is_usable = and_(is_ours, mature(now, config.mature_after_s))
     with store.read() as connection:
-        newest = select(records.c.id).where(is_ours, is_mature).order_by(records.c.seq.desc()).limit(MAX_HELD_OUT)
+        newest = select(records.c.id).where(is_usable).order_by(records.c.seq.desc()).limit(MAX_HELD_OUT)
         ids = list(connection.scalars(newest))
         suspicions = _known_suspicions(connection, agent)
     examples: list[Example] = []
@@ -155,55 +144,111 @@ def heldout_items(
     return [item for example in examples for item in suite_items_of(example)], rate_per_s(times, now)
 
 
-def num_late_feedback(store: Store, agent: str) -> int:
-    """How many pieces of feedback came after their record was learned from: stored, and never learned silently."""
-    is_late = and_(
-        feedback.c.agent == agent,
-        screenings.c.status.in_(("learned", "replay")),
-        feedback.c.created_at > screenings.c.changed_at,
-    )
-    joined = feedback.join(screenings, screenings.c.record == feedback.c.record)
-    with store.read() as connection:
-        return connection.scalar(select(func.count()).select_from(joined).where(is_late)) or 0
-
-
 def rate_per_s(times: Sequence[float], now: float) -> float | None:
     """Events a second since the oldest of the newest NUM_RATED; None where that says nothing."""
     newest = sorted(times)[-NUM_RATED:]
     return len(newest) / (now - newest[0]) if newest and now > newest[0] else None
 
 
-def _has_feedback() -> ColumnElement[bool]:
-    return exists().where(feedback.c.record == records.c.id)
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A record that can be learned from."""
+
+    seq: int
+    created_at: float
+    example: Example
 
 
-def _is_unread() -> ColumnElement[bool]:
-    news = exists().where(feedback.c.record == records.c.id, feedback.c.created_at >= screenings.c.changed_at)
-    return or_(
-        screenings.c.record.is_(None),
-        screenings.c.status == "waiting",
-        and_(screenings.c.status == "unusable", news),
-    )
+def _pages(store: Store, is_wanted: ColumnElement[bool], upto: int | None) -> Iterator[Page]:
+    """Newest first, a query each: who stops early has read no further."""
+    columns = (records.c.seq, records.c.id, records.c.principal, screenings.c.status)
+    query = select(*columns).select_from(WITH_SCREENING).where(is_wanted).order_by(records.c.seq.desc()).limit(PAGE)
+    last = None if upto is None else upto + 1
+    while True:
+        with store.read() as connection:
+            page = connection.execute(query if last is None else query.where(records.c.seq < last)).all()
+        if page:
+            yield page
+        if len(page) < PAGE:
+            return
+        last = page[-1].seq
 
 
-def _write_unusable(store: Store, agent: str, unusable: Sequence[tuple[str, str]], now: float) -> None:
-    """What another configuration could use is read again next time; the rest needs new feedback first."""
-    final = [(record, reason) for record, reason in unusable if "agent." not in reason]
-    if final:
-        with store.write() as connection:
-            for record, reason in final:
-                mark(connection, agent, record, "unusable", now=now, reason=reason)
+def _read(
+    store: Store, agent: str, page: Page, learn_from: Sequence[str], tools_allowed: Sequence[str] | None
+) -> tuple[list[_Found], list[tuple[str, str]]]:
+    """What can be learned from, newest first, and the others with their reason."""
+    found: list[_Found] = []
+    useless: list[tuple[str, str]] = []
+    for trajectory in reversed(read_trajectories(store, agent, records_in=[row.id for row in page])):
+        example = example_of(trajectory, learn_from=learn_from, tools_allowed=tools_allowed)
+        if isinstance(example, Example):
+            found.append(_Found(trajectory.seq, trajectory.created_at, example))
+        else:
+            useless.append((trajectory.id, example))
+    return found, useless
 
 
-def _fair(examples: Sequence[Example], size: int, cap: int) -> list[Example]:
-    """The first `size`, but no principal beyond `cap` while others are left; in the order given."""
+def _file(
+    store: Store,
+    agent: str,
+    page: Page,
+    found: Sequence[_Found],
+    useless: Sequence[tuple[str, str]],
+    now: float,
+) -> None:
+    """What is of no use is not read again soon; of what became useful nothing is held against it any more."""
+    learnable = {one.example.record for one in found}
+    revived = [row.id for row in page if row.status == "unusable" and row.id in learnable]
+    if not useless and not revived:
+        return
+    with store.write() as connection:
+        for record, reason in useless:
+            mark(connection, agent, record, "unusable", now=now, reason=reason)
+        is_stale = and_(screenings.c.agent == agent, screenings.c.status == "unusable")
+        connection.execute(delete(screenings).where(is_stale, screenings.c.record.in_(revived)))
+
+
+def _newest(pages: Iterable[Page], read: Callable[[Page], list[_Found]], size: int, cap: int) -> list[_Found]:
+    """At least what `_fair` chooses from all that waits, newest first: once a principal has `cap`, its other records
+    are read only if the rest does not fill the window."""
     seen: Counter[str] = Counter()
-    within: list[int] = []
-    beyond: list[int] = []
-    for index, example in enumerate(examples):
-        seen[example.principal] += 1
-        (within if seen[example.principal] <= cap else beyond).append(index)
-    return [examples[index] for index in sorted((within + beyond)[:size])]
+    found: list[_Found] = []
+    passed_over: list[Any] = []
+    for page in pages:
+        passed_over += [row for row in page if seen[row.principal] >= cap]
+        here = read([row for row in page if seen[row.principal] < cap])
+        seen.update(one.example.principal for one in here)
+        found += here
+        if sum(min(count, cap) for count in seen.values()) >= size:
+            return found
+    surplus = size - sum(min(count, cap) for count in seen.values())
+    extra = sorted(_beyond(found, cap), reverse=True)
+    while passed_over and sum(seq > passed_over[0].seq for seq in extra) < surplus:
+        here = read(passed_over[:PAGE])
+        passed_over = passed_over[PAGE:]
+        extra += [one.seq for one in here]
+        found += here
+    return sorted(found, key=lambda one: one.seq, reverse=True)
+
+
+def _fair(found: Sequence[_Found], size: int, cap: int) -> list[_Found]:
+    """The first `size`, but no principal beyond `cap` while others are left; in the order given."""
+    beyond = _beyond(found, cap)
+    within = [one for one in found if one.seq not in beyond]
+    chosen = {one.seq for one in [*within, *(one for one in found if one.seq in beyond)][:size]}
+    return [one for one in found if one.seq in chosen]
+
+
+def _beyond(found: Sequence[_Found], cap: int) -> set[int]:
+    """The seq of every record that comes after `cap` others of its principal."""
+    seen: Counter[str] = Counter()
+    beyond: set[int] = set()
+    for one in found:
+        seen[one.example.principal] += 1
+        if seen[one.example.principal] > cap:
+            beyond.add(one.seq)
+    return beyond
 
 
 def _known_suspicions(connection: Connection, agent: str) -> list[Suspicion]:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cltrain.errors import DataError
+from cltrain.experience.examples import OURS
 from cltrain.gateway.episodes import producer_of
 from cltrain.records import Feedback, Message, Trajectory
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-OURS = frozenset({"agent", "operator", "rehearsal", "user", "tool", "system"})  # no sender may claim these as its model
 MAX_NAME = 256
 TRUE = frozenset({"1", "true", "yes"})
 

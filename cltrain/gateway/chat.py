@@ -118,8 +118,9 @@ class Door:
 
         async def commit() -> dict[str, Any]:
             nonlocal is_over
-            is_over = True
-            reason = await self._commit(asked, lease, collected.answer())
+            answer = collected.answer()
+            is_over = True  # `_commit` gives the lease back, whatever comes of it
+            reason = await self._commit(asked, lease, answer)
             said = {"recorded": int(reason is None), "trajectory": lease.episode, "record": asked.record}
             return said if reason is None else {**said, "reason": reason}
 

@@ -13,7 +13,7 @@ import logging
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,8 @@ RELEASES = select(releases.c.name, releases.c.status, releases.c.path).where(
 )
 
 
-def look(connection: Connection, agent: str, wish: Wish) -> Seen:
+def look(connection: Connection, agent: str, wish: Wish, in_flight: Set[str] = frozenset()) -> Seen:
+    """`in_flight`: releases of requests that are being answered; an episode may have nothing stored yet but one."""
     who = {"agent": agent, "principal": wish.principal}
     if wish.session is not None:
         rows = tuple(connection.execute(OPEN_IN_SESSION, {**who, "session": wish.session}))
@@ -156,7 +157,7 @@ def look(connection: Connection, agent: str, wish: Wish) -> Seen:
     payloads = connection.execute(PAYLOADS, {"ids": continued}) if continued else ()
     producers = {row.id: tuple(row.payload["producers"]) for row in payloads}
     alias = connection.scalar(ALIAS, {"agent": agent})
-    names = {wish.model, *(row.release for row in rows)} | ({alias} if alias else set())
+    names = {wish.model, *in_flight, *(row.release for row in rows)} | ({alias} if alias else set())
     known = connection.execute(RELEASES, {"agent": agent, "names": sorted(names)})
     return Seen(alias, rows, producers, {row.name: row for row in known})
 
@@ -196,25 +197,29 @@ class Episodes:
 
     async def finish(self, lease: Lease, prefix: str | None = None, *, is_done: bool = False) -> None:
         """The request is over; `prefix` is the hash of the conversation with its answer, when there is one."""
-        async with self._lock:
+        try:
+            async with self._lock:
+                keys = [("session", lease.principal, lease.session)]
+                if prefix is not None:
+                    keys.append(("prefix", lease.principal, prefix))
+                for key in keys:
+                    self._remembered.pop(key, None)
+                    if not is_done:
+                        self._remembered[key] = lease
+                while len(self._remembered) > MAX_REMEMBERED:
+                    self._remembered.popitem(last=False)
+        finally:  # also for a request that is cancelled while it waits here: its episode must not stay taken
             if lease in self._leases:
                 self._leases.remove(lease)
-            keys = [("session", lease.principal, lease.session)]
-            if prefix is not None:
-                keys.append(("prefix", lease.principal, prefix))
-            for key in keys:
-                self._remembered.pop(key, None)
-                if not is_done:
-                    self._remembered[key] = lease
-            while len(self._remembered) > MAX_REMEMBERED:
-                self._remembered.popitem(last=False)
 
     async def _look(self, wish: Wish) -> Seen | None:
         """None when the store cannot be read in time."""
 
+        in_flight = {lease.release for lease in self._leases}
+
         def read() -> Seen:
             with self._store.read() as connection:
-                return look(connection, self._agent, wish)
+                return look(connection, self._agent, wish, in_flight)
 
         try:
             seen = await asyncio.wait_for(asyncio.to_thread(read), self._timeout_s)

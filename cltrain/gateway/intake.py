@@ -90,7 +90,7 @@ async def _take_lines(door: Door, raw: bytes, lines: list[tuple[int, bytes]]) ->
             bad.append((number, line, str(error)))
     source = f"post:{hashlib.sha256(raw).hexdigest()[:16]}"  # the same body again sets nothing aside twice
     for number, line, reason in sorted(bad):
-        await _in_thread(door, door.recorder.set_aside, source, number, reason, line, now=now)
+        await _in_thread(door, door.recorder.set_aside, door.agent, source, number, reason, line, now=now)
     door.metrics.trajectories.labels("set_aside").inc(len(bad))
     return {
         "num_lines": len(lines),

@@ -137,7 +137,10 @@ class Collected:
         self._logprobs.extend(_logprobs_of(choice.get("logprobs")))
 
     def _add_call(self, position: int, call: dict[str, Any]) -> None:
-        kept = self._calls.setdefault(call.get("index", position), {"id": "", "name": "", "arguments": ""})
+        index = call.get("index")
+        kept = self._calls.setdefault(
+            index if isinstance(index, int) else position, {"id": "", "name": "", "arguments": ""}
+        )
         function = call.get("function") or {}
         kept["id"] = call.get("id") or kept["id"]
         kept["name"] += function.get("name") or ""

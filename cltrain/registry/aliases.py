@@ -5,9 +5,10 @@ Nothing here needs a trainer, a gate, a server or an accelerator: one short tran
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, Select, or_, select, update
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.records import Alias, Verdict
@@ -89,11 +90,11 @@ def move_alias_in(
 ) -> Alias:
     """Let `to` serve if the alias still is `expected`; marks it released, in the caller's write transaction.
 
-    Give the Alias that the update started from as `expected`: its version also catches an alias that went away and
-    came back. `fence` is the worker's lease; only a human may pass None. A human move makes `to` the new anchor,
-    `raises_high_water` the new high-water mark. Raises ConflictError when the alias or the lease moved, learning is
-    frozen (not for a human), or `to` may not serve: rejected, held, deleted and any verdict but promote never, rolled
-    back only by a human.
+    Give the Alias that the update started from as `expected`: its version also catches an alias that went away and came
+    back, and a freeze that was lifted meanwhile. `fence` is the worker's lease; only a human may pass None. A human
+    move makes `to` the new anchor, `raises_high_water` the new high-water mark. Raises ConflictError when the alias or
+    the lease moved, learning is frozen (not for a human), or `to` may not serve: rejected, held, deleted and any
+    verdict but promote never, rolled back only by a human.
     """
     if fence is None and not is_human:
         raise ConflictError(f"{agent}: a move without a lease is a human's; pass the fence of the lease")
@@ -140,9 +141,10 @@ def rollback(
 ) -> Rollback:
     """Serve an earlier release again: `to`, else what served before, else the nearest released ancestor.
 
-    Undone are the current release and its ancestors up to `to`: they become rolled_back, the records that their
-    updates learned are quarantined, and an update that is under way loses its compare-and-swap. Learning is frozen
-    unless `freeze` is False. Raises ConflictError when the bare base serves already, or `to` may not serve.
+    Undone are the current release and its ancestors up to `to`: they become rolled_back, the records that their updates
+    learned or could newly rehearse are quarantined, and an update that is under way loses its compare-and-swap.
+    Learning is frozen unless `freeze` is False. Raises ConflictError when the bare base serves already, or `to` may not
+    serve.
     """
     with store.write() as connection:
         row = _row(connection, agent)
@@ -157,7 +159,7 @@ def rollback(
         undone = [n for n in lineage if n not in kept and get_in(connection, n).status == "released"]
         for name in undone:
             change_status(connection, name, "rolled_back", now=now, reason=reason)
-        num_quarantined = _quarantine(connection, agent, undone, now)
+        num_quarantined = _quarantine(connection, agent, undone, kept, release.created_at, now)
         high_water, anchor = _marks_after(connection, agent, target)
         moved = {
             "release": target,
@@ -177,14 +179,18 @@ def rollback(
 
 
 def freeze(store: Store, agent: str, *, now: float, reason: str) -> None:
-    """Stop learning: nothing is promoted until `unfreeze`; serving goes on. Freezing twice keeps the newer reason."""
+    """Stop learning: no update that began before `unfreeze` is ever promoted, except by a human; serving goes on.
+    Freezing twice keeps the newer reason."""
     with store.write() as connection:
         _switch(connection, agent, is_frozen=True, reason=reason)
         append(connection, agent, "freeze", {"reason": reason}, now)
 
 
 def unfreeze(store: Store, agent: str, *, now: float, reason: str = "") -> None:
+    """Let learning go on with new updates: one that is still under way began under other orders and is discarded."""
     with store.write() as connection:
+        if agent_row(connection, agent).is_frozen:
+            connection.execute(update(aliases).where(aliases.c.agent == agent).values(version=aliases.c.version + 1))
         _switch(connection, agent, is_frozen=False, reason=None)
         append(connection, agent, "unfreeze", {"reason": reason}, now)
 
@@ -198,9 +204,13 @@ def frozen_reason(store: Store, agent: str) -> str | None:
 
 def _compare(row: Row, expected: str | Alias) -> None:
     name = expected if isinstance(expected, str) else expected.release
-    has_moved = row.release != name or (isinstance(expected, Alias) and row.version != expected.version)
-    if has_moved:
+    if row.release != name:
         raise ConflictError(f"{row.agent} serves {row.release} (version {row.version}) now, no longer {name} as then")
+    if isinstance(expected, Alias) and row.version != expected.version:
+        raise ConflictError(
+            f"{row.agent} serves {name} again, but was rolled back, moved or frozen since "
+            f"(version {row.version}, then {expected.version})"
+        )
 
 
 def _refuse_verdict(connection: Connection, agent: str, name: str) -> None:
@@ -269,19 +279,26 @@ def _is_released(connection: Connection, name: str) -> bool:
     return connection.execute(select(releases.c.status).where(releases.c.name == name)).scalar() == "released"
 
 
-def _quarantine(connection: Connection, agent: str, undone: list[str], now: float) -> int:
-    """Records learned by the updates behind these releases are never replayed; unusable ones stay unusable."""
-    learned = select(updates.c.id).where(updates.c.agent == agent, updates.c.candidate.in_(undone))
-    result = connection.execute(
-        update(screenings)
-        .where(
-            screenings.c.agent == agent,
-            screenings.c["update"].in_(learned),
-            screenings.c.status.in_(("waiting", "learned", "replay")),
-        )
-        .values(status="quarantined", reason="learned by an update that was rolled back", changed_at=now)
+def _quarantine(connection: Connection, agent: str, undone: list[str], kept: set[str], since: float, now: float) -> int:
+    """What the undone releases learned is never replayed, nor what came into replay `since` their target was sealed:
+    they rehearsed it, or it was found harmless beside them. Unusable records stay unusable."""
+
+    def behind(names: Collection[str]) -> Select[tuple[str]]:
+        return select(updates.c.id).where(updates.c.agent == agent, updates.c.candidate.in_(names))
+
+    made_by = screenings.c["update"]
+    learned = made_by.in_(behind(undone)) & screenings.c.status.in_(("waiting", "replay"))
+    rehearsed = (
+        (screenings.c.status == "replay")
+        & (screenings.c.changed_at > since)
+        & or_(made_by.is_(None), made_by.not_in(behind(kept)))  # the target's own window is filed after it is sealed
     )
-    return int(result.rowcount)
+    num_quarantined = 0
+    for which, reason in ((learned, "learned by"), (rehearsed, "may have been rehearsed by")):
+        values = {"status": "quarantined", "reason": f"{reason} an update that was rolled back", "changed_at": now}
+        result = connection.execute(update(screenings).where(screenings.c.agent == agent, which).values(**values))
+        num_quarantined += int(result.rowcount)
+    return num_quarantined
 
 
 def _marks_after(connection: Connection, agent: str, target: str) -> tuple[str, str]:

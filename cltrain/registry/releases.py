@@ -184,28 +184,20 @@ def delete_release(store: Store, state_dir: Path, name: str, *, now: float) -> N
 
 def verify_release(state_dir: Path, release: Release) -> None:
     """Raise DataError unless the sealed files are exactly those that were named."""
+    if release.status == "deleted":
+        raise DataError(f"{release.name} was not kept on disk: only its manifest and the log of decisions remain")
     directory = release_dir(state_dir, release)
     if directory is not None and adapter_digest(directory) != release.digest:
         raise DataError(f"{directory} was changed after it was sealed: restore it or delete the release")
 
 
-def remove_leftovers(store: Store, state_dir: Path, agent: str) -> list[str]:
-    """Remove what interrupted sealings and deletions left: directories that no live row names. Returns their names."""
-    home = state_dir / "releases" / agent
-    if not home.is_dir():
-        return []
-    with _locked(home / ".lock"):
-        return _remove_orphans(store, home, agent)
-
-
-def _remove_orphans(store: Store, home: Path, agent: str) -> list[str]:
+def _remove_orphans(store: Store, home: Path, agent: str) -> None:
+    """What interrupted sealings and deletions left: directories that no live row names."""
     with store.read() as connection:
         query = select(releases.c.name).where(releases.c.agent == agent, releases.c.status != "deleted")
         live = set(connection.execute(query).scalars())
-    orphans = sorted(path.name for path in home.iterdir() if path.is_dir() and path.name not in live)
-    for name in orphans:
-        _remove_tree(home / name)
-    return orphans
+    for orphan in sorted(path for path in home.iterdir() if path.is_dir() and path.name not in live):
+        _remove_tree(orphan)
 
 
 def _place(candidate_dir: Path, home: Path, name: str, manifest: dict[str, Any]) -> None:

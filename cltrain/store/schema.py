@@ -109,11 +109,19 @@ updates = Table(
     Column("verdict", String),
     Column("mode", String, nullable=False),  # off never runs; trial judges and throws away
     Column("fence", Integer, nullable=False),
-    Column("manifest", JSON, nullable=False),  # config digest, seed, window, replay, anchors, base, versions
+    Column("manifest", JSON, nullable=False),  # config digest, seed, window, base, request, ...
     Column("summary", JSON),  # bounds, metrics, decision: what the report shows
     Column("started_at", Float, nullable=False),
     Column("finished_at", Float),
     UniqueConstraint("agent", "number"),
+)
+
+update_progress = Table(  # what a restart must know of an update that is not concluded yet
+    "update_progress",
+    metadata,
+    Column("update", String, primary_key=True),
+    Column("num_starts", Integer, nullable=False),  # this one and those that ended with their process
+    Column("rejection", JSON),  # the first attempt's decision, from before a second attempt begins
 )
 
 update_reads = Table(
