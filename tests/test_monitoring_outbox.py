@@ -16,7 +16,7 @@ from cltrain.records import BoundReport, Check, Decision, Verdict
 from cltrain.store.database import Store, open_store
 from cltrain.store.schema import agents, aliases, records
 
-BOUNDS = BoundReport(0.06, 0.1, 0.2, 0.5, 0.1, 0.25, 0.2, 0.25, 0.8)
+BOUNDS = BoundReport(0.06, 0.1, 0.2, 0.5, 0.05, 0.1, 0.1, 0.5, 0.1, 0.25, 0.2, 0.25, 0.06, 1.0, 100, 200, 24, 100, 0.8)
 DECISION = Decision(
     Verdict.PROMOTE, ("better",), (Check("gain", Verdict.PROMOTE, "better", 0.8, 0.6, 0.2, 0.1, 0.3, 240),)
 )

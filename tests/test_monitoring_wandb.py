@@ -21,7 +21,7 @@ from cltrain.store.database import Store, open_store
 
 pytest.importorskip("wandb")
 
-BOUNDS = BoundReport(0.06, 0.1, 0.2, 0.5, 0.1, 0.25, 0.2, 0.25, 0.8)
+BOUNDS = BoundReport(0.06, 0.1, 0.2, 0.5, 0.05, 0.1, 0.1, 0.5, 0.1, 0.25, 0.2, 0.25, 0.06, 1.0, 100, 200, 24, 100, 0.8)
 CHECK = Check("gain", Verdict.PROMOTE, "better", 0.8, 0.6, 0.2, 0.1, 0.3, 240)
 DECISION = Decision(Verdict.PROMOTE, ("better",), (CHECK,))
 

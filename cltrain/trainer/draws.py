@@ -81,7 +81,7 @@ class Draws:
 
 def _names(rows: Sequence[TokenRow]) -> list[str]:
     """One name per row: its record and content. Identical rows share a name and are interchangeable."""
-    return [f"{row.record}\0{hashlib.sha256(repr((row.ids, row.weights)).encode()).hexdigest()}" for row in rows]
+    return [f"{row.record}\0{hashlib.sha256(repr(row).encode()).hexdigest()}" for row in rows]
 
 
 def _hash(seed: int, pool: str, count: int, name: str) -> bytes:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cltrain.errors import DataError
 from cltrain.models.adapter import AdapterFile
-from cltrain.objectives.fisher import Fisher
+from cltrain.objectives.fisher import Fisher, from_tensors, to_tensors
 
 FILE = "memory.safetensors"
 
@@ -31,7 +31,7 @@ def write_memory(directory: Path, memory: Memory) -> None:
 
     tensors: dict[str, Tensor] = {}
     if memory.fisher is not None:
-        tensors |= {f"fisher/{name}": value.contiguous() for name, value in memory.fisher.to_tensors().items()}
+        tensors |= {f"fisher/{name}": value.contiguous() for name, value in to_tensors(memory.fisher).items()}
     if memory.fast is not None:
         for module, (a_RK, b_NR) in memory.fast.factors.items():
             tensors |= {f"fast/{module}/A": a_RK.contiguous(), f"fast/{module}/B": b_NR.contiguous()}
@@ -56,4 +56,4 @@ def read_memory(directory: Path | None, adapter: AdapterFile | None) -> Memory:
         for module in adapter.factors
         if f"fast/{module}/A" in tensors
     }
-    return Memory(Fisher.from_tensors(fisher) if fisher else None, adapter.with_factors(fast) if fast else None)
+    return Memory(from_tensors(fisher) if fisher else None, adapter.with_factors(fast) if fast else None)

@@ -12,6 +12,7 @@ from torch import Tensor
 from cltrain.config import TrainerConfig
 from cltrain.models.adapter import AdapterFile, Factors
 from cltrain.models.base import Base
+from cltrain.objectives.fisher import relative_to_base
 from cltrain.objectives.geometry import base_norms
 from cltrain.objectives.penalties import ewc, l2sp
 from cltrain.objectives.projections import agem, keep_out, top_subspaces
@@ -68,7 +69,9 @@ def make_recipe(
     guards = "agem" in remember and bool(draws.replay)
     share = trainer.replay_share if rehearses else 0.0
     batching = Batching(trainer.batch_size, trainer.micro_batch, share)
-    old = batching if rehearses or not guards else Batching(trainer.batch_size, trainer.micro_batch, trainer.replay_share)
+    old = (
+        batching if rehearses or not guards else Batching(trainer.batch_size, trainer.micro_batch, trainer.replay_share)
+    )
     terms: list[Term] = [Fresh(draws, Streams(base, model, draws.fresh, trainer.objectives), batching)]
     if rehearses:
         soft = Reference(base, frozen, draws.replay) if "distill" in remember else None
@@ -76,11 +79,11 @@ def make_recipe(
     if "kl" in remember and trainer.kl_beta > 0:
         reference = of_base if trainer.kl_to == "base" else Reference(base, frozen, of_base.rows)
         terms.append(Divergence(base, model, draws, reference, trainer.kl_beta, trainer.kl_batch, trainer.micro_batch))
+    norms = base_norms(base, list(start.factors))
     if "l2sp" in remember and trainer.l2sp_lambda > 0:
-        norms = base_norms(base, list(start.factors))
         terms.append(Penalty("l2sp", trainer.l2sp_lambda, lambda: l2sp(live, start.scale, incumbent, norms)))
     if "ewc" in remember and memory.fisher is not None and trainer.ewc_lambda > 0:
-        fisher = memory.fisher
+        fisher = relative_to_base(memory.fisher, norms)
         terms.append(Penalty("ewc", trainer.ewc_lambda, lambda: ewc(live, start.scale, incumbent, fisher)))
     project = None
     if "oplora" in remember:

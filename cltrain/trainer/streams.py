@@ -20,7 +20,7 @@ from cltrain.models.scoring import last_answer
 from cltrain.objectives.distill import divergence
 from cltrain.objectives.losses import token_weights, weighted_nll
 from cltrain.objectives.policy import clipped
-from cltrain.objectives.preference import dpo, kto, mismatched_divergence
+from cltrain.objectives.preference import dpo, kto, mismatched_divergence, no_divergence
 from cltrain.records import Objective, TokenRow
 from cltrain.trainer.reference import Reference
 
@@ -52,7 +52,9 @@ class Streams:
         elif objective == "dpo":
             both = [*rows, *(_partner(row) for row in rows)]
             chosen, rejected = self._answers(both).split(len(rows))
-            references = [torch.stack([kept[i].sum() for i in indices]) for kept in (self._before, self._partner_before)]
+            references = [
+                torch.stack([kept[i].sum() for i in indices]) for kept in (self._before, self._partner_before)
+            ]
             found = (dpo(chosen, rejected, *references, self.config.dpo_beta) * weights_B).sum()
         elif objective == "kto":
             found = (self._kto(rows, indices) * weights_B).sum()
@@ -69,11 +71,12 @@ class Streams:
         reference_B = torch.stack([self._before[i].sum() for i in indices])
         labels_B = torch.tensor([row.value for row in rows], device=self.base.device)
         swapped = [self._swapped[i] for i in indices if i in self._swapped]
-        z = torch.zeros((), device=self.base.device)
-        if swapped:
+        if len(swapped) > 1:
             with torch.no_grad():
                 now_B = self._answers([row for row, _ in swapped])
-            z = mismatched_divergence(now_B - torch.stack([before for _, before in swapped]))
+            z = mismatched_divergence(now_B, torch.stack([before for _, before in swapped]))
+        else:
+            z = no_divergence(reference_B)
         return kto(
             self._answers(rows), reference_B, labels_B, z, beta=self.config.kto_beta, desirable=1.0, undesirable=1.0
         )
@@ -92,7 +95,9 @@ class Streams:
 
     def _with_answers_of_others(self) -> dict[int, tuple[TokenRow, Tensor]]:
         """Every kto row's prompt before the answer of the next one: what KTO estimates its divergence on."""
-        order = sorted((i for i, row in enumerate(self.rows) if row.objective == "kto"), key=lambda i: _key(self.rows[i]))
+        order = sorted(
+            (i for i, row in enumerate(self.rows) if row.objective == "kto"), key=lambda i: _key(self.rows[i])
+        )
         found = {}
         for i, j in zip(order, order[1:] + order[:1], strict=True):
             row = _with_answer(self.rows[i], self.rows[j])
@@ -125,7 +130,9 @@ def _partner(row: TokenRow) -> TokenRow:
 def _with_answer(row: TokenRow, other: TokenRow) -> TokenRow:
     """The prompt of `row` before the answer of `other`."""
     prompt, answer = last_answer(row)[0], last_answer(other)[1]
-    return TokenRow(row.record, row.stratum, row.principal, prompt + answer, (0.0,) * len(prompt) + (1.0,) * len(answer))
+    return TokenRow(
+        row.record, row.stratum, row.principal, prompt + answer, (0.0,) * len(prompt) + (1.0,) * len(answer)
+    )
 
 
 def _key(row: TokenRow) -> tuple[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from cltrain.models.base import Base
 from cltrain.models.forward import hidden_at, predicted
 from cltrain.objectives.losses import forward_kl, token_weights, weighted_nll
-from cltrain.records import Objective, TokenRow
+from cltrain.records import Objective
 from cltrain.trainer.draws import Draws
 from cltrain.trainer.reference import Reference
 from cltrain.trainer.streams import Streams

@@ -246,8 +246,9 @@ class _Update:
         if "ewc" in remember:
             model = attach(self.base, exported)
             learned = [row for row in fresh if row.objective == "sft"]
-            new = measure_fisher(self.base, model, parameters_of(model, exported), learned)
-            fisher = decayed(fisher, new, self.trainer.ewc_decay)
+            if learned:
+                new = measure_fisher(self.base, model, list(exported.factors), learned, self.trainer.max_grad_norm)
+                fisher = new if fisher is None else decayed(fisher, new, self.trainer.ewc_decay)
         return Memory(fisher, trained if "ema" in remember else None)
 
     def _check(self, report: BoundReport) -> None:
