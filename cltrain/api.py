@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ from cltrain import launch
 from cltrain.config import Config, load
 from cltrain.errors import DataError, ServerError
 from cltrain.models.digest import base_path
-from cltrain.registry import aliases, decisions, releases
+from cltrain.registry import aliases, decisions, releases, reserve
 from cltrain.store import schema
 from cltrain.store.database import Store, open_store
 
@@ -38,7 +39,11 @@ class Deployment:
     def __init__(self, config: Config, arguments: Sequence[str] = ()) -> None:
         self.config = config
         self.arguments = tuple(arguments)  # what a child process is started with to see the same configuration
-        self.store: Store = open_store(config.state_dir)
+
+    @cached_property
+    def store(self) -> Store:
+        """Opened at its first use, so that an emergency can make room on a full disk before. Raises DataError."""
+        return open_store(self.config.state_dir)
 
     @classmethod
     def open(cls, arguments: Sequence[str] = ()) -> Deployment:
@@ -54,8 +59,15 @@ class Deployment:
     # ------------------------------------------------------------ state
 
     def status(self) -> dict[str, Any]:
-        """What serves, what is waiting, what the last five updates said; answers within a second."""
-        agent, s = self.agent, schema
+        """What serves, what is waiting, what the last five updates said; answers within a second.
+
+        `immature`: ended episodes that wait for feedback or for `mature_after_s`; `late_feedback`: pieces that came
+        after their episode was learned from; `sinks`: events that each has not kept yet.
+        """
+        from cltrain.experience import rows, waiting
+        from cltrain.monitoring.outbox import lags
+
+        agent, s, now = self.agent, schema, time.time()
         with self.store.read() as connection:
             alias = connection.execute(select(s.aliases).where(s.aliases.c.agent == agent)).first()
             switch = connection.execute(select(s.agents).where(s.agents.c.agent == agent)).first()
@@ -68,7 +80,8 @@ class Deployment:
 
             num_records = count(s.records, s.records.c.agent == agent)
             num_feedback = count(s.feedback, s.feedback.c.agent == agent)
-            num_set_aside = count(s.set_aside)
+            num_set_aside = rows.num_set_aside(connection, agent)
+            sinks = lags(connection)
             screened = connection.execute(
                 select(s.screenings.c.status, func.count()).where(s.screenings.c.agent == agent).group_by("status")
             ).all()
@@ -77,7 +90,6 @@ class Deployment:
             chain_state, num_decisions = "unbroken", chain.num_entries
         except DataError as error:
             chain_state, num_decisions = f"BROKEN: {error}", -1
-        now = time.time()
         is_worked_on = switch is not None and switch.lease_until is not None and switch.lease_until > now
         return {
             "agent": agent,
@@ -89,9 +101,12 @@ class Deployment:
             "anchor": alias.anchor if alias else None,
             "high_water": alias.high_water if alias else None,
             "records": num_records,
+            "immature": waiting.num_immature(self.store, agent, self.config.experience.mature_after_s, now),
             "screenings": {row[0]: int(row[1]) for row in screened},
             "feedback": num_feedback,
+            "late_feedback": waiting.num_late_feedback(self.store, agent),
             "set_aside": num_set_aside,
+            "sinks": sinks,
             "decisions": num_decisions,
             "chain": chain_state,
             "processes": {
@@ -116,7 +131,8 @@ class Deployment:
 
     def freeze(self, reason: str = "asked for by the owner") -> dict[str, Any]:
         """Nothing is learned until `unfreeze`; an update under way is discarded at its end."""
-        aliases.freeze(self.store, self.agent, now=time.time(), reason=reason)
+        with self._room_on_disk():
+            aliases.freeze(self.store, self.agent, now=time.time(), reason=reason)
         return {"agent": self.agent, "frozen": True, "reason": reason}
 
     def unfreeze(self) -> dict[str, Any]:
@@ -127,10 +143,11 @@ class Deployment:
         self, to: str | None = None, *, keep_learning: bool = False, reason: str = "asked for by the owner"
     ) -> dict[str, Any]:
         """Serve an earlier release again (default: the one before), with every process down if need be."""
-        done = aliases.rollback(self.store, self.agent, to=to, now=time.time(), reason=reason, freeze=not keep_learning)
-        with contextlib.suppress(
-            ServerError
-        ):  # it is resident as a rule; a server that is away gets it when it is back
+        now = time.time()
+        with self._room_on_disk():
+            done = aliases.rollback(self.store, self.agent, to=to, now=now, reason=reason, freeze=not keep_learning)
+        # it is resident as a rule; a server that is away gets it when it is back
+        with contextlib.suppress(ServerError):
             directory = releases.release_dir(self.config.state_dir, releases.get(self.store, done.alias.release))
             if directory is not None and _is_up(launch.server_url(self.config)) == "up":
                 with self._client() as client:
@@ -160,10 +177,11 @@ class Deployment:
         if directory is not None:
             with self._client() as client:
                 client.load(release, directory)
+        now = time.time()
         moved = aliases.move_alias(
-            self.store, self.agent, expected=alias, to=release, fence=None, now=time.time(), is_human=True
+            self.store, self.agent, expected=alias, to=release, fence=None, now=now, is_human=True
         )
-        aliases.file_approved(self.store, self.agent, release, time.time())
+        aliases.file_approved(self.store, self.agent, release, now)
         return asdict(moved)
 
     # ------------------------------------------------------------ learning
@@ -250,7 +268,18 @@ class Deployment:
 
         return examine(self.config, self.store)
 
+    def keep_room(self) -> bool:
+        """Set a few megabytes aside for a rollback or a freeze on a full disk; returns whether there was room."""
+        return reserve.make_reserve(self.config.state_dir)
+
     # ------------------------------------------------------------ inside
+
+    @contextmanager
+    def _room_on_disk(self) -> Iterator[None]:
+        """What was set aside for an emergency is free inside; afterwards it is set aside again if there is space."""
+        reserve.free_reserve(self.config.state_dir)
+        yield
+        self.keep_room()
 
     def _worker_is_up(self) -> bool:
         with self.store.read() as connection:

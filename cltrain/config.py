@@ -131,9 +131,7 @@ class BoundsConfig(Section):
     step_kl: float = Field(0.25, gt=0, allow_inf_nan=False)
     drift_kl: float = Field(0.25, gt=0, allow_inf_nan=False)
     day_frobenius: float = Field(1.0, gt=0, allow_inf_nan=False)  # sum of the steps that served, any 24 hours
-    max_tokens: int = Field(
-        200_000, ge=1
-    )  # supervised tokens per update; training ends before the step that exceeds it
+    max_tokens: int = Field(200_000, ge=1)  # supervised tokens per update; training ends before it
     max_steps: int = Field(1000, ge=1)
     min_shrink: float = Field(0.05, gt=0, le=1)  # a candidate that must shrink below this is rejected
 

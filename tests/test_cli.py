@@ -24,8 +24,11 @@ from cltrain import cli
 from cltrain.api import Deployment
 from cltrain.config import from_dict
 from cltrain.experience.recording import Recorder, load_secret
-from cltrain.records import Trajectory
+from cltrain.experience.window import mark
+from cltrain.monitoring.outbox import emit
+from cltrain.records import Feedback, Trajectory
 from cltrain.registry.releases import ensure_base_release
+from cltrain.store.schema import sink_marks
 from tests.command import BASE_DIGEST, Command, cltrain, free_port, promoted_home
 from tests.deployments import base_server
 from tests.gateway_parts import FakeServer, served
@@ -233,6 +236,24 @@ def test_an_import_names_the_first_that_are_too_long_and_counts_the_others(cltra
     assert done.code == 0
     assert [line.split()[1] for line in done.out.splitlines() if line.startswith("record ")] == ["e0", "e1", "e2"]
     assert "and 2 more" in done.out
+
+
+def test_the_status_counts_what_waits_what_came_late_and_what_is_of_this_agent(tmp_path: Path) -> None:
+    one, two = (Deployment(from_dict({"home": str(tmp_path), "agent": {"name": name}})) for name in ("one", "two"))
+    messages, now = tuple(EPISODE["messages"]), time.time()
+    with Recorder(one.store, load_secret(tmp_path), 0.0) as recorder:
+        for name, at in (("young", now), ("old", now - 1e6), ("learned", now - 1e6)):
+            recorder.add_trajectory(Trajectory(name, "one", name, "a", messages, ("user", "agent"), created_at=at))
+        with one.store.write() as connection:
+            mark(connection, "one", "learned", "replay", now=now - 60)
+        recorder.add_feedback(Feedback("late", "learned", score=-1.0), now=now).result()
+        recorder.set_aside("two", "file", 1, "torn", b"{", now=now).result()
+    with one.store.write() as connection:
+        emit(connection, "one", "update", {"number": 1}, now)
+        connection.execute(sink_marks.insert().values(sink="wandb:one", seq=0))
+    seen, other = one.status(), two.status()
+    assert (seen["immature"], seen["late_feedback"], seen["set_aside"], seen["sinks"]) == (1, 1, 0, {"wandb:one": 1})
+    assert (other["immature"], other["late_feedback"], other["set_aside"]) == (0, 0, 1)
 
 
 def test_two_agents_in_one_home_leave_each_other_alone(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from cltrain.gateway.metrics import Metrics
 from cltrain.gateway.tokens import Route
 from cltrain.gateway.upstream import Upstream
 from cltrain.models.digest import base_digest, base_path
+from cltrain.monitoring.prometheus import StoreCollector
 from cltrain.store.database import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def create_gateway(
     recorder = Recorder(store, secret, config.experience.eval_share, capacity=config.gateway.queue)
     timeout_s = config.gateway.record_timeout_s
     episodes = Episodes(store, agent, base_release, timeout_s)
-    metrics = Metrics()
+    metrics = Metrics(StoreCollector(store, agent, clock))
     door = Door(agent, episodes, upstream, recorder, metrics, timeout_s, clock)
 
     @contextlib.asynccontextmanager
@@ -102,7 +103,7 @@ def create_gateway(
     @app.get("/metrics")
     async def show_metrics() -> Response:
         metrics.waiting.set(recorder.num_waiting)
-        return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await asyncio.to_thread(metrics.page), media_type=CONTENT_TYPE_LATEST)
 
     return app
 

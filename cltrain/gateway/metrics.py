@@ -1,13 +1,17 @@
-"""The gateway's own counters, for Prometheus. Every unrecorded answer is counted with its reason."""
+"""What `/metrics` shows: the gateway's own counters, and beside them the state of learning from the store
+(`monitoring.prometheus`). Every unrecorded answer is counted with its reason.
+"""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.registry import Collector
 
 
 class Metrics:
-    def __init__(self) -> None:
+    def __init__(self, learning: Collector) -> None:
         self.registry = CollectorRegistry()
+        self.registry.register(learning)
         self.requests = Counter(
             "cltrain_requests", "Answers by route and status.", ["route", "status"], registry=self.registry
         )
@@ -29,4 +33,5 @@ class Metrics:
         )
 
     def page(self) -> bytes:
+        """What a scrape answers; reads the store."""
         return generate_latest(self.registry)

@@ -22,7 +22,7 @@ from cltrain.store.schema import outbox, sink_marks
 log = logging.getLogger(__name__)
 
 BATCH = 500
-KINDS = ("update", "swap", "gauge")
+KINDS = ("update",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +57,16 @@ def emit(connection: Connection, agent: str, kind: str, payload: dict[str, Any],
     """
     if kind not in KINDS:
         raise DataError(f"unknown event kind {kind!r}; known: {', '.join(KINDS)}")
-    if kind == "update":
-        if not isinstance(payload.get("number"), int):
-            raise DataError(f"an update event needs an integer `number`; got {payload.get('number')!r}")
-        same = select(outbox.c.seq, outbox.c.payload).where(
-            outbox.c.agent == agent,
-            outbox.c.kind == kind,
-            outbox.c.payload["number"].as_integer() == payload["number"],
-        )
-        for seq, seen in connection.execute(same):
-            if seen.get("verdict") == payload.get("verdict"):
-                return int(seq)
+    if not isinstance(payload.get("number"), int):
+        raise DataError(f"an update event needs an integer `number`; got {payload.get('number')!r}")
+    same = select(outbox.c.seq, outbox.c.payload).where(
+        outbox.c.agent == agent,
+        outbox.c.kind == kind,
+        outbox.c.payload["number"].as_integer() == payload["number"],
+    )
+    for seq, seen in connection.execute(same):
+        if seen.get("verdict") == payload.get("verdict"):
+            return int(seq)
     added = connection.execute(outbox.insert().values(agent=agent, kind=kind, payload=payload, at=at))
     assert added.inserted_primary_key is not None
     return int(added.inserted_primary_key[0])
@@ -86,11 +85,11 @@ def watermark(store: Store, sink: str) -> int:
         return connection.execute(select(sink_marks.c.seq).where(sink_marks.c.sink == sink)).scalar() or 0
 
 
-def lag(store: Store, sink: str) -> int:
-    """How many events `sink` has not yet kept."""
-    mark = watermark(store, sink)
-    with store.read() as connection:
-        return connection.execute(select(func.count()).where(outbox.c.seq > mark)).scalar_one()
+def lags(connection: Connection) -> dict[str, int]:
+    """For every sink that was ever started, how many events it has not yet kept."""
+    num_after = select(func.count()).select_from(outbox).where(outbox.c.seq > sink_marks.c.seq).scalar_subquery()
+    rows = connection.execute(select(sink_marks.c.sink, num_after).order_by(sink_marks.c.sink))
+    return {str(sink): int(number) for sink, number in rows}
 
 
 class Pump:
@@ -100,6 +99,8 @@ class Pump:
         self._store = store
         self._sinks = tuple(sinks)
         self._period_s = period_s
+        if self._sinks:
+            _introduce(store, self._sinks)
         self._sent = {sink.name: watermark(store, sink.name) for sink in self._sinks}
         self._problem: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -178,3 +179,11 @@ class Pump:
         with self._store.write() as connection:
             row = insert_sqlite(sink_marks).values(sink=name, seq=seq)
             connection.execute(row.on_conflict_do_update(index_elements=["sink"], set_={"seq": seq}))
+
+
+def _introduce(store: Store, sinks: Sequence[Sink]) -> None:
+    """Every sink has a watermark from its start, so that one that never works shows as lagging."""
+    with store.write() as connection:
+        for sink in sinks:
+            row = insert_sqlite(sink_marks).values(sink=sink.name, seq=0)
+            connection.execute(row.on_conflict_do_nothing())

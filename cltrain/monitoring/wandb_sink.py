@@ -115,22 +115,11 @@ class WandbSink:
                 ),
             )  # fmt: skip
             self._run.define_metric("update/index")
-            for family in ("gate", "adapter", "train", "buffer", "time", "swap"):
+            for family in ("gate", "adapter", "train", "buffer", "time"):
                 self._run.define_metric(f"{family}/*", step_metric="update/index")
         return self._run
 
 
 def _row(event: Event) -> dict[str, Any]:
-    """An update's `values`; for other kinds every number or word of the payload under the kind's name."""
-    if event.kind == "update":
-        values = dict(event.payload.get("values") or {})
-        values["update/index"] = event.payload["number"]
-    else:
-        values = {
-            name if "/" in name else f"{event.kind}/{name}": value
-            for name, value in event.payload.items()
-            if isinstance(value, int | float | str)
-        }
-        if "update" in event.payload:
-            values["update/index"] = event.payload["update"]
-    return values | {"time/at": event.at}
+    values = event.payload.get("values") or {}
+    return {**values, "update/index": event.payload["number"], "time/at": event.at}

@@ -15,9 +15,7 @@ class Method:
     """What distinguishes one way of updating from another."""
 
     remember: frozenset[Remember] = frozenset()
-    is_bounded: bool = (
-        False  # shrunk until every bound holds; without it a candidate may break them, and is then refused
-    )
+    is_bounded: bool = False  # shrunk until every bound holds; otherwise measured, and refused by the loop
     is_joint: bool = False  # fresh and old rows are one pool, drawn uniformly: an upper bound on clean data
     is_merged: bool = False  # each update trains a new adapter on the merged model; the sum is re-compressed by SVD
 

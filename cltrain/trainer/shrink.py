@@ -16,13 +16,12 @@ from cltrain.errors import DataError
 from cltrain.models.adapter import AdapterFile, Factors, attach, parameters_of, set_factors
 from cltrain.models.base import Base, stop_ids
 from cltrain.models.forward import next_log_probs, predicted, token_kl
-from cltrain.objectives.bounds import between, norm_step
+from cltrain.objectives.bounds import between, max_ratio, norm_step
 from cltrain.objectives.geometry import (
     base_norms,
     combine,
     delta_norms,
     difference_norms,
-    max_ratio,
     spectral_norms,
 )
 from cltrain.records import BoundReport, TokenRow

@@ -87,17 +87,17 @@ class Streams:
         advantages_M = torch.tensor(
             [row.value for row in rows for _ in predicted(row)], device=self.base.device, dtype=torch.float32
         )
+        config = self.config
         return clipped(
             self._token_log_probs(rows), torch.cat([self._before[i] for i in indices]), behaviour_M, advantages_M,
-            kind=self.config.policy_kind, low=self.config.clip_low, high=self.config.clip_high,
-            truncate=self.config.truncate,
+            kind=config.policy_kind, low=config.clip_low if config.policy_kind == "ppo" else 1.0,
+            high=config.clip_high, truncate=config.truncate,
         )  # fmt: skip
 
     def _with_answers_of_others(self) -> dict[int, tuple[TokenRow, Tensor]]:
         """Every kto row's prompt before the answer of the next one: what KTO estimates its divergence on."""
-        order = sorted(
-            (i for i, row in enumerate(self.rows) if row.objective == "kto"), key=lambda i: _key(self.rows[i])
-        )
+        lone = (i for i, row in enumerate(self.rows) if row.objective == "kto")
+        order = sorted(lone, key=lambda i: (self.rows[i].record, self.rows[i].ids))
         found = {}
         for i, j in zip(order, order[1:] + order[:1], strict=True):
             row = _with_answer(self.rows[i], self.rows[j])
@@ -133,7 +133,3 @@ def _with_answer(row: TokenRow, other: TokenRow) -> TokenRow:
     return TokenRow(
         row.record, row.stratum, row.principal, prompt + answer, (0.0,) * len(prompt) + (1.0,) * len(answer)
     )
-
-
-def _key(row: TokenRow) -> tuple[str, tuple[int, ...]]:
-    return row.record, row.ids

@@ -44,7 +44,7 @@ class Fresh:
     def add(self, step: int) -> Measured:
         weights = _weights(self.draws, step, self.batching, "fresh")
         by_objective: dict[Objective, list[int]] = {}
-        for i in sorted(weights, key=lambda i: (len(self.draws.fresh[i].ids), i)):
+        for i in sorted(weights, key=lambda i: len(self.draws.fresh[i].ids)):
             by_objective.setdefault(self.draws.fresh[i].objective, []).append(i)
         measured: Measured = {}
         for objective, indices in by_objective.items():
@@ -68,7 +68,7 @@ class Replay:
 
     def add(self, step: int) -> Measured:
         weights = _weights(self.draws, step, self.batching, "replay")
-        order = sorted(weights, key=lambda i: (len(self.draws.replay[i].ids), i))
+        order = sorted(weights, key=lambda i: len(self.draws.replay[i].ids))
         total = 0.0
         for part in _parts(order, self.batching.micro_batch):
             rows = [self.draws.replay[i] for i in part]

@@ -180,8 +180,8 @@ class _Update:
         check_fits(self.base, self.incumbent)
         if self.incumbent.targets != fresh.targets:
             raise ConfigError(
-                f"adapter.targets = {fresh.targets}, but the incumbent has {self.incumbent.targets}: an agent's adapter "
-                "keeps its modules; set it back or start another agent"
+                f"adapter.targets = {fresh.targets}, but the incumbent has {self.incumbent.targets}: an agent's "
+                "adapter keeps its modules; set it back or start another agent"
             )
         if self.method.is_merged:
             return fresh, None
