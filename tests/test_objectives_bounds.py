@@ -1,60 +1,28 @@
-"""Norms from Grams against dense float64 matrices, and the exact step back to a limit."""
+"""The exact step back to a limit, against dense float64 matrices along the way."""
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cltrain.models.adapter import AdapterFile
 from cltrain.objectives.bounds import between, largest_step, norm_step, segment_quartics
-from cltrain.objectives.geometry import delta_norms, difference_norms, inner, spectral_norms
+from cltrain.objectives.geometry import delta_norms, difference_norms
+from tests.deltas import dense, make_adapter
 
 SIZES = [(1, 1, 1), (17, 33, 4), (65, 17, 8), (33, 65, 1)]
 
 
-def adapter(num_out, num_in, rank, seed, alpha=6.0, size=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    a_RK = size * torch.randn(rank, num_in, generator=generator)
-    b_NR = size * torch.randn(num_out, rank, generator=generator)
-    return AdapterFile({"m": (a_RK, b_NR)}, rank, alpha, ("m",), None)
-
-
-def dense(one):
-    if one is None:
-        return 0.0
-    a_RK, b_NR = one.factors["m"]
-    return one.alpha / one.rank * b_NR.double() @ a_RK.double()
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_norms_are_those_of_the_dense_delta(size):
-    one, other = adapter(*size, seed=1), adapter(size[0], size[1], size[2] + 1, seed=2, alpha=3.0)
-    assert delta_norms(one)["m"] == pytest.approx(float(dense(one).norm()), rel=1e-12)
-    for second in (None, other):
-        difference = dense(one) - dense(second)
-        assert difference_norms(one, second)["m"] == pytest.approx(float(difference.norm()), rel=1e-12)
-        spectral = float(torch.linalg.matrix_norm(difference, 2))
-        assert spectral_norms(one, second)["m"] == pytest.approx(spectral, rel=1e-10)
-    product = inner(*one.factors["m"], *other.factors["m"]) * one.scale * other.scale
-    assert product == pytest.approx(float((dense(one) * dense(other)).sum()), rel=1e-10)
-
-
-def test_the_difference_of_nearly_equal_adapters_keeps_its_digits():
-    one = adapter(65, 33, 8, seed=1)
-    a_RK, b_NR = one.factors["m"]
-    other = one.with_factors({"m": (a_RK, b_NR * (1 + 2**-20))})
-    exact = float((dense(one) - dense(other)).norm())
-    assert difference_norms(one, other)["m"] == pytest.approx(exact, rel=1e-6)
+def adapter(num_out, num_in, rank, seed, size=1.0):
+    return make_adapter([(num_out, num_in)], rank, seed, size=size)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_quartics_are_the_dense_norms_along_the_segment(size):
     start, end = adapter(*size, seed=1), adapter(*size, seed=2)
-    step, drift = (np.polynomial.Polynomial(c) for c in segment_quartics(start, end, "m"))
+    step, drift = (np.polynomial.Polynomial(c) for c in segment_quartics(start, end, "m0"))
     for c in (0.0, 0.1, 0.37, 0.9, 1.0):
         delta = dense(start) * 0
-        (a0, b0), (a1, b1) = ((t.double() for t in x.factors["m"]) for x in (start, end))
+        (a0, b0), (a1, b1) = ((t.double() for t in x.factors["m0"]) for x in (start, end))
         delta = start.scale * (b0 + c * (b1 - b0)) @ (a0 + c * (a1 - a0))
         scale = float(dense(start).norm() ** 2 + dense(end).norm() ** 2)
         assert drift(c) == pytest.approx(float(delta.norm() ** 2), rel=1e-9, abs=1e-12 * scale)
@@ -83,11 +51,11 @@ def test_a_start_beyond_the_limit_allows_no_step():
 
 def test_the_norm_step_obeys_both_limits_and_touches_one():
     start, end = adapter(33, 17, 4, seed=1, size=0.1), adapter(33, 17, 4, seed=2)
-    reference = {"m": 10.0}
+    reference = {"m0": 10.0}
     c = norm_step(start, end, reference, step_limit=0.3, drift_limit=0.25)
     assert 0 < c < 1
     there = between(start, end, c)
-    step, drift = difference_norms(there, start)["m"] / 10, delta_norms(there)["m"] / 10
+    step, drift = difference_norms(there, start)["m0"] / 10, delta_norms(there)["m0"] / 10
     assert step <= 0.3 * (1 + 1e-6)
     assert drift <= 0.25 * (1 + 1e-6)
     assert max(step / 0.3, drift / 0.25) == pytest.approx(1, rel=1e-5)
