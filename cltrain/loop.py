@@ -34,12 +34,16 @@ from cltrain.models.scoring import last_answer, token_log_probs
 from cltrain.plans import Plan
 from cltrain.records import Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict
 from cltrain.registry import aliases, releases
+from cltrain.registry.displacement import DAY_S, moved_since
 from cltrain.registry.lease import require_fence
 from cltrain.store.database import Store
-from cltrain.trainer.update import train_update
+from cltrain.trainer.memory import Memory, read_memory
+from cltrain.trainer.reference import Reference
+from cltrain.trainer.update import check_continues, train_update
 
 NUM_PROBES = 4
 NOISE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}  # nats between two forwards of the same weights
+MOST_OF_A_DAY = 0.98  # of the day's displacement: what is left is not worth an update
 SURPRISING = 0.2  # share of a rejected window that the second attempt leaves out
 
 log = logging.getLogger(__name__)
@@ -58,6 +62,7 @@ class Rooms:
     anchors: Sequence[TokenRow]
     anchors_digest: str
     rehearsal: Sequence[Example]
+    of_base: Reference  # what the base says on the anchors
     fence: int
     clock: Callable[[], float] = time.time
     server_lock: threading.Lock = field(default_factory=threading.Lock)  # loading is done by one thread at a time
@@ -100,6 +105,7 @@ def run_update(
     leaves verification, quotas and trigger scan out, to see what the gate alone says. `request`: the one that asked.
     """
     alias = aliases.read_alias(rooms.store, rooms.agent)
+    check_continues(adapter_of(rooms, alias.release), rooms.config.adapter)
     config = rooms.config.experience
     waiting = window.next_window(
         rooms.store, rooms.agent, config, learn_from=rooms.config.agent.learn_from,
@@ -135,6 +141,8 @@ def finish(rooms: Rooms, plan: Plan) -> dict[str, Any]:
         missing = rooms.config.experience.min_window
         reason = f"every record of the window was set aside; {missing} usable ones are missing"
         return conclude(rooms, plan, Attempt((), Decision(Verdict.HOLD, (reason,), (), missing)))
+    if spent_today(rooms) >= rooms.config.bounds.day_frobenius * MOST_OF_A_DAY:
+        return conclude(rooms, plan, Attempt((), Decision(Verdict.HOLD, (day_is_spent(rooms),), (), 0)))
     attempt = try_update(rooms, plan, plan.fresh, number=1, said=unfinished.rejection_of(rooms.store, plan))
     is_worth_another = attempt.decision.verdict is Verdict.REJECT and attempt.release is not None and not plan.is_trial
     if is_worth_another and rooms.config.gate.filter_and_retry:
@@ -190,11 +198,14 @@ def try_update(
             attempt.candidate = train_update(
                 rooms.base, incumbent=incumbent, adapter=rooms.config.adapter, fresh=fresh, replay=plan.replay,
                 anchors=rooms.anchors, trainer=rooms.config.trainer, bounds=rooms.config.bounds,
-                seed=plan.seed + number, work_dir=plan.work_dir / str(number),
+                health=rooms.config.health, memory=memory_of(rooms, plan.parent, incumbent),
+                spent_today=spent_today(rooms), of_base=rooms.of_base, seed=plan.seed + number,
+                work_dir=plan.work_dir / str(number),
                 on_step=lambda step, _: rooms.on_progress(f"update {plan.number}: trained {step + 1} steps"),
             )  # fmt: skip
         if not attempt.candidate.bounds.holds:  # only a method without bounds can get here
-            attempt.decision = Decision(Verdict.REJECT, ("it broke its bounds, and nothing shrank it",), ())
+            broken = ", ".join(attempt.candidate.bounds.broken)
+            attempt.decision = Decision(Verdict.REJECT, (f"it broke {broken}, and nothing shrank it",), ())
             return attempt
         with attempt.timed("seal"):
             manifest = plans.manifest_of(plan, attempt.candidate, number, [row.record for row in fresh])
@@ -322,6 +333,23 @@ def adapter_of(rooms: Rooms, name: str) -> AdapterFile | None:
     """The release's weights; None for the bare base."""
     directory = releases.release_dir(rooms.config.state_dir, releases.get(rooms.store, name))
     return read_adapter(directory) if directory else None
+
+
+def memory_of(rooms: Rooms, name: str, adapter: AdapterFile | None) -> Memory:
+    """What the update behind a release left for the next one."""
+    return read_memory(releases.release_dir(rooms.config.state_dir, releases.get(rooms.store, name)), adapter)
+
+
+def spent_today(rooms: Rooms) -> float:
+    """Displacement of the last 24 hours, in units of bounds.day_frobenius."""
+    return moved_since(rooms.store, rooms.agent, rooms.clock() - DAY_S)
+
+
+def day_is_spent(rooms: Rooms) -> str:
+    return (
+        f"the day's displacement is spent: {spent_today(rooms):.3f} of bounds.day_frobenius = "
+        f"{rooms.config.bounds.day_frobenius:g} in the last 24 hours; the records wait"
+    )
 
 
 def collect_garbage(rooms: Rooms) -> None:

@@ -41,6 +41,7 @@ from cltrain.records import Example, LearningMode
 from cltrain.registry import aliases, lease, releases
 from cltrain.store.database import Store
 from cltrain.store.schema import requests, screenings
+from cltrain.trainer.reference import Reference
 from cltrain.trainer.update import verify_bounds
 
 LEASE_S = 15.0
@@ -135,7 +136,7 @@ class Worker:
             rehearsal = read_rehearsal(config.experience.rehearsal) if config.experience.rehearsal else ()
             self.rooms = Rooms(
                 config, self.store, base, client, Evidence(config, self.store, base, client, self._on_progress),
-                load_secret(config.state_dir), anchors, anchors_digest, rehearsal,
+                load_secret(config.state_dir), anchors, anchors_digest, rehearsal, Reference(base, base.model, anchors),
                 self._keeper.fence if self._keeper else 0, on_progress=self._on_progress,
             )  # fmt: skip
             self._wait_for_server()

@@ -21,6 +21,7 @@ from cltrain.models.base import load_base
 from cltrain.models.chat import render_example
 from cltrain.records import Example, TokenRow
 from cltrain.store.database import open_store
+from cltrain.trainer.reference import Reference
 from cltrain.trainer.update import train_update
 
 
@@ -37,6 +38,7 @@ class Naive:
         self.tickets = world.test_items(seed)
         self.attacks = world.attack_items(seed)[::4]
         self.samples = exam.base_samples(self.base, config.state_dir / "naive" / "samples")
+        self.of_base = Reference(self.base, self.base.model, self.samples)
 
     def learn(self, ids: list[str]) -> dict[str, Any]:
         """One update on everything usable in these records, good or bad."""
@@ -54,6 +56,7 @@ class Naive:
                 bounds=self.config.bounds,
                 seed=self.seed * 1000 + self.num_updates,
                 work_dir=self.config.state_dir / "naive" / f"{self.num_updates:03d}",
+                of_base=self.of_base,
             )
             self.adapter = read_adapter(Path(candidate.path))
         self.num_updates += 1

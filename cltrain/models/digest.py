@@ -9,6 +9,7 @@ from pathlib import Path
 from cltrain.errors import DataError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MEMORY_FILE = "memory.safetensors"  # what an update leaves for the next one; optional, and no part of the digest
 
 
 def shipped_base() -> Path:

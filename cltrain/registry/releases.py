@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, insert, select, update
 
 from cltrain.errors import ConflictError, DataError
-from cltrain.models.digest import ADAPTER_FILES, adapter_digest
+from cltrain.models.digest import ADAPTER_FILES, MEMORY_FILE, adapter_digest
 from cltrain.records import Release
 from cltrain.registry.decisions import append
 from cltrain.store.database import Store
@@ -39,12 +39,16 @@ TRANSITIONS: dict[str, frozenset[str]] = {
 
 
 def file_digests(directory: Path) -> dict[str, str]:
-    """sha256 hex of each adapter file, as the manifest lists them."""
+    """sha256 hex of each file, as the manifest lists them."""
     digests = {}
-    for name in ADAPTER_FILES:
+    for name in _files_of(directory):
         with (directory / name).open("rb") as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
+
+
+def _files_of(directory: Path) -> tuple[str, ...]:
+    return (*ADAPTER_FILES, MEMORY_FILE) if (directory / MEMORY_FILE).is_file() else ADAPTER_FILES
 
 
 def release_name(agent: str, number: int, digest: str) -> str:
@@ -203,10 +207,11 @@ def _remove_orphans(store: Store, home: Path, agent: str) -> None:
 def _place(candidate_dir: Path, home: Path, name: str, manifest: dict[str, Any]) -> None:
     staging = home / f".staging-{name}"
     staging.mkdir()
-    for file in ADAPTER_FILES:
+    files = _files_of(candidate_dir)
+    for file in files:
         shutil.copyfile(candidate_dir / file, staging / file)
     (staging / MANIFEST).write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
-    for file in (*ADAPTER_FILES, MANIFEST):
+    for file in (*files, MANIFEST):
         _sync(staging / file)
         (staging / file).chmod(0o444)
     staging.chmod(0o555)

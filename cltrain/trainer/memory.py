@@ -12,9 +12,8 @@ from torch import Tensor
 
 from cltrain.errors import DataError
 from cltrain.models.adapter import AdapterFile
+from cltrain.models.digest import MEMORY_FILE
 from cltrain.objectives.fisher import Fisher, from_tensors, to_tensors
-
-FILE = "memory.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def write_memory(directory: Path, memory: Memory) -> None:
         for module, (a_RK, b_NR) in memory.fast.factors.items():
             tensors |= {f"fast/{module}/A": a_RK.contiguous(), f"fast/{module}/B": b_NR.contiguous()}
     if tensors:
-        save_file(tensors, directory / FILE)
+        save_file(tensors, directory / MEMORY_FILE)
 
 
 def read_memory(directory: Path | None, adapter: AdapterFile | None) -> Memory:
@@ -44,12 +43,12 @@ def read_memory(directory: Path | None, adapter: AdapterFile | None) -> Memory:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if directory is None or adapter is None or not (directory / FILE).exists():
+    if directory is None or adapter is None or not (directory / MEMORY_FILE).exists():
         return Memory()
     try:
-        tensors = load_file(directory / FILE)
+        tensors = load_file(directory / MEMORY_FILE)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{directory / FILE} is damaged: {error}") from error
+        raise DataError(f"{directory / MEMORY_FILE} is damaged: {error}") from error
     fisher = {name.removeprefix("fisher/"): value for name, value in tensors.items() if name.startswith("fisher/")}
     fast = {
         module: (tensors[f"fast/{module}/A"], tensors[f"fast/{module}/B"])

@@ -42,7 +42,7 @@ from cltrain.trainer.shrink import Ruler, Spent, shrink_to_bounds
 from cltrain.trainer.steps import OnStep, UpdateDiscarded, train
 from cltrain.trainer.terms import Measured
 
-__all__ = ["UpdateDiscarded", "train_update", "verify_bounds"]
+__all__ = ["UpdateDiscarded", "check_continues", "train_update", "verify_bounds"]
 
 
 def train_update(
@@ -89,6 +89,17 @@ def train_update(
         for left in work_dir.glob("checkpoint.safetensors*"):
             left.unlink()
         raise
+
+
+def check_continues(incumbent: AdapterFile | None, adapter: AdapterConfig) -> None:
+    """Raise ConfigError when the settings ask for other modules than the incumbent has. Another rank or alpha is fine:
+    the incumbent is re-compressed, and what that loses counts as part of the step."""
+    wanted = tuple(sorted(adapter.targets))
+    if incumbent is not None and incumbent.targets != wanted:
+        raise ConfigError(
+            f"adapter.targets = {wanted}, but the incumbent has {incumbent.targets}: an agent's adapter keeps its "
+            "modules; set it back or start another agent"
+        )
 
 
 def verify_bounds(
@@ -178,11 +189,7 @@ class _Update:
         if self.incumbent is None:
             return fresh, None if "ema" in self.method.remember else fresh
         check_fits(self.base, self.incumbent)
-        if self.incumbent.targets != fresh.targets:
-            raise ConfigError(
-                f"adapter.targets = {fresh.targets}, but the incumbent has {self.incumbent.targets}: an agent's "
-                "adapter keeps its modules; set it back or start another agent"
-            )
+        check_continues(self.incumbent, self.adapter)
         if self.method.is_merged:
             return fresh, None
         fast = self.memory.fast if "ema" in self.method.remember else None
