@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,8 @@ from cltrain import launch
 from cltrain.config import Config, load
 from cltrain.errors import DataError, ServerError
 from cltrain.models.digest import base_path
-from cltrain.registry import aliases, decisions, releases, reserve
+from cltrain.registry import aliases, decisions, releases
+from cltrain.registry.reserve import make_reserve, reserve_freed
 from cltrain.store import schema
 from cltrain.store.database import Store, open_store
 
@@ -131,7 +132,7 @@ class Deployment:
 
     def freeze(self, reason: str = "asked for by the owner") -> dict[str, Any]:
         """Nothing is learned until `unfreeze`; an update under way is discarded at its end."""
-        with self._room_on_disk():
+        with reserve_freed(self.config.state_dir):
             aliases.freeze(self.store, self.agent, now=time.time(), reason=reason)
         return {"agent": self.agent, "frozen": True, "reason": reason}
 
@@ -144,7 +145,7 @@ class Deployment:
     ) -> dict[str, Any]:
         """Serve an earlier release again (default: the one before), with every process down if need be."""
         now = time.time()
-        with self._room_on_disk():
+        with reserve_freed(self.config.state_dir):
             done = aliases.rollback(self.store, self.agent, to=to, now=now, reason=reason, freeze=not keep_learning)
         # it is resident as a rule; a server that is away gets it when it is back
         with contextlib.suppress(ServerError):
@@ -201,6 +202,7 @@ class Deployment:
 
     def gate(self, release: str, *, on_progress: Progress = quiet) -> dict[str, Any]:
         """Judge a release against what serves now; nothing moves."""
+        releases.get(self.store, release)  # an unknown name is said before a server is started for it
         with self._own_server(on_progress):
             from cltrain.worker import Worker
 
@@ -243,9 +245,10 @@ class Deployment:
         from cltrain.experience.ingest import import_file
         from cltrain.experience.recording import Recorder, load_secret
 
+        store = self.store  # opened first: it makes the directory that the secret is kept in
         secret = load_secret(self.config.state_dir)
-        with Recorder(self.store, secret, self.config.experience.eval_share) as recorder:
-            report = asdict(import_file(recorder, file, self.agent, store=self.store, producer=producer))
+        with Recorder(store, secret, self.config.experience.eval_share) as recorder:
+            report = asdict(import_file(recorder, file, self.agent, store=store, producer=producer))
         from cltrain.worker import count_fitting
 
         return {**report, **count_fitting(self.config, self.store, self.agent)}
@@ -269,17 +272,14 @@ class Deployment:
         return examine(self.config, self.store)
 
     def keep_room(self) -> bool:
-        """Set a few megabytes aside for a rollback or a freeze on a full disk; returns whether there was room."""
-        return reserve.make_reserve(self.config.state_dir)
+        """Set a few megabytes aside for a rollback or a freeze on a full disk; returns whether there was room.
+
+        Raises DataError when there can be no store: said here, before any process is started.
+        """
+        with self.store.read():
+            return make_reserve(self.config.state_dir)
 
     # ------------------------------------------------------------ inside
-
-    @contextmanager
-    def _room_on_disk(self) -> Iterator[None]:
-        """What was set aside for an emergency is free inside; afterwards it is set aside again if there is space."""
-        reserve.free_reserve(self.config.state_dir)
-        yield
-        self.keep_room()
 
     def _worker_is_up(self) -> bool:
         with self.store.read() as connection:

@@ -7,8 +7,11 @@ Exit codes: 0 done, 1 failed, 2 configuration, 3 data, 4 conflict, 5 server; the
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -29,40 +32,57 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 
-ConfigFiles = Annotated[
-    list[Path] | None, typer.Option("--config", "-c", help="TOML file; several merge left to right.")
-]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting, e.g. trainer.lr=1e-5.")
 ]
-Home = Annotated[Path | None, typer.Option("--home", help="State directory (default $CLTRAIN_HOME or checkpoints/).")]
-Agent = Annotated[str | None, typer.Option("--agent", help="The agent's name (default agent.name).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Base = Annotated[Path | None, typer.Option(help="Directory of the frozen base model.")]
+Upstream = Annotated[str | None, typer.Option(help="URL of an inference server that already runs.")]
+Reason = Annotated[str, typer.Option(help="Goes into the log of decisions.")]
 
 SHOWN = 3  # unusable episodes that `import` names
 VERDICT_EXIT = {"promote": 0, "hold": 10, "reject": 11, "error": 12}
 
 
-def _arguments(
-    config: list[Path] | None, overrides: list[str] | None, home: Path | None, agent: str | None, **settings: Any
-) -> list[str]:
-    """The same choices as `--config` and `--set` words: what a child process is started with."""
-    words = [f"--config={Path(file).resolve()}" for file in config or []]
-    chosen = list(overrides or [])
-    if home is not None:
-        chosen.append(f"home={json.dumps(str(home.expanduser().resolve()))}")
-    if agent is not None:
-        chosen.append(f"agent.name={json.dumps(agent)}")
-    chosen += [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
-    return words + [f"--set={word}" for word in chosen]
+@dataclass(frozen=True)
+class Chosen:
+    """Which deployment a command is about: the options that all of those commands share, as `about_one` adds them."""
+
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "-c", help="TOML file; several merge left to right.")
+    ] = None
+    overrides: Overrides = None
+    home: Annotated[Path | None, typer.Option(help="State directory (default $CLTRAIN_HOME or checkpoints/).")] = None
+    agent: Annotated[str | None, typer.Option(help="The agent's name (default agent.name).")] = None
+
+    def open(self, **settings: Any) -> Deployment:
+        """The deployment under these settings; one that is None is left as it was."""
+        from cltrain.api import Deployment
+
+        chosen = list(self.overrides or [])
+        if self.home is not None:
+            chosen.append(f"home={json.dumps(str(self.home.expanduser().resolve()))}")
+        if self.agent is not None:
+            chosen.append(f"agent.name={json.dumps(self.agent)}")
+        chosen += [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
+        words = [f"--config={file.resolve()}" for file in self.config or []]
+        return Deployment.open([*words, *(f"--set={word}" for word in chosen)])
 
 
-def _open(
-    config: list[Path] | None, overrides: list[str] | None, home: Path | None, agent: str | None, **settings: Any
-) -> Deployment:
-    from cltrain.api import Deployment
+def about_one(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function that takes a Chosen first: the command has the fields of Chosen as options."""
+    _, *own = inspect.signature(function, eval_str=True).parameters.values()
+    shared = inspect.signature(Chosen, eval_str=True).parameters
 
-    return Deployment.open(_arguments(config, overrides, home, agent, **settings))
+    def command(**values: Any) -> None:
+        chosen = Chosen(**{name: values.pop(name) for name in shared})
+        function(chosen, **values)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared.values())]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = function.__doc__
+    return app.command(function.__name__.rstrip("_"))(command)
 
 
 def _print(value: Any, as_json: bool, lines: list[str]) -> None:
@@ -91,39 +111,35 @@ def demo(
     run_demo(out, seed)
 
 
-@app.command()
+@about_one
 def run(
-    config: ConfigFiles = None,
-    overrides: Overrides = None,
-    home: Home = None,
-    agent: Agent = None,
-    base: Annotated[Path | None, typer.Option(help="Directory of the frozen base model.")] = None,
-    upstream: Annotated[str | None, typer.Option(help="URL of an inference server that already runs.")] = None,
+    chosen: Chosen,
+    base: Base = None,
+    upstream: Upstream = None,
     mode: Annotated[str | None, typer.Option(help="off, observe, approve or auto.")] = None,
     only: Annotated[str | None, typer.Option(help="Run one process here: server, gateway or worker.")] = None,
 ) -> None:
     """Start gateway, server and worker, and keep them up (or run one of them alone with --only)."""
-    _start(config, overrides, home, agent, base, upstream, mode, only, ("server", "gateway", "worker"))
+    _start(chosen, base, upstream, mode, only, ("server", "gateway", "worker"))
 
 
-@app.command()
+@about_one
 def serve(
-    config: ConfigFiles = None,
-    overrides: Overrides = None,
-    home: Home = None,
-    agent: Agent = None,
-    base: Annotated[Path | None, typer.Option(help="Directory of the frozen base model.")] = None,
-    upstream: Annotated[str | None, typer.Option(help="URL of an inference server that already runs.")] = None,
+    chosen: Chosen,
+    base: Base = None,
+    upstream: Upstream = None,
 ) -> None:
     """Start gateway and server only: everything is recorded, nothing is learned."""
-    _start(config, overrides, home, agent, base, upstream, None, None, ("server", "gateway"))
+    _start(chosen, base, upstream, None, None, ("server", "gateway"))
+
+
+def _based_on(base: Path | None) -> dict[str, str]:
+    """The settings of `--base`."""
+    return {} if base is None else {"base.path": str(base.resolve())}
 
 
 def _start(
-    config: list[Path] | None,
-    overrides: list[str] | None,
-    home: Path | None,
-    agent: str | None,
+    chosen: Chosen,
     base: Path | None,
     upstream: str | None,
     mode: str | None,
@@ -132,126 +148,109 @@ def _start(
 ) -> None:
     from cltrain import launch
 
-    settings: dict[str, Any] = {"agent.mode": mode, "base.path": str(base.resolve()) if base else None}
+    settings: dict[str, Any] = {"agent.mode": mode, **_based_on(base)}
     if upstream is not None:
         from cltrain.config import load
 
         settings["server.url"] = upstream
-        if load(config or [], [*(overrides or []), f"server.url={json.dumps(upstream)}"]).server.kind == "embedded":
+        overrides = [*(chosen.overrides or []), f"server.url={json.dumps(upstream)}"]
+        if load(chosen.config or [], overrides).server.kind == "embedded":
             settings["server.kind"] = "openai"  # nobody said what it is: record, and load no adapters
-    words = _arguments(config, overrides, home, agent, **settings)
-    deployment = _open(config, overrides, home, agent, **settings)
+    deployment = chosen.open(**settings)
+    if not deployment.keep_room():
+        typer.echo(f"no room in {deployment.config.state_dir} to set aside for a rollback on a full disk", err=True)
     if only is not None:
         deployment.run_process(only)
         return
     names = tuple(name for name in names if name in launch.needed(deployment.config))
-    with launch.Fleet(deployment.config, words, names, on_event=lambda line: typer.echo(line, err=True)) as fleet:
+    with launch.Fleet(
+        deployment.config, deployment.arguments, names, on_event=lambda line: typer.echo(line, err=True)
+    ) as fleet:
         typer.echo(f"agent {deployment.agent} ({deployment.config.agent.mode}) is served at")
         typer.echo(f"  base_url = {launch.gateway_url(deployment.config)}/v1   model = {deployment.agent}")
         typer.echo(f"  state and logs in {deployment.config.state_dir}; Ctrl-C stops")
         launch.run_until_signal(fleet)
 
 
-@app.command()
+@about_one
 def update(
-    config: ConfigFiles = None,
-    overrides: Overrides = None,
-    home: Home = None,
-    agent: Agent = None,
-    base: Annotated[Path | None, typer.Option(help="Directory of the frozen base model.")] = None,
+    chosen: Chosen,
+    base: Base = None,
     trial: Annotated[bool, typer.Option("--trial", help="Train and judge, then throw the candidate away.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Try one update now: by the running worker if there is one, else here."""
-    deployment = _open(config, overrides, home, agent, **{"base.path": str(base.resolve()) if base else None})
+    deployment = chosen.open(**_based_on(base))
     outcome = deployment.update(trial=trial, on_progress=lambda line: typer.echo(line, err=True))
     _print(outcome, as_json, _said(outcome))
     raise typer.Exit(VERDICT_EXIT[outcome["verdict"]])
 
 
-@app.command()
+@about_one
 def gate(
+    chosen: Chosen,
     release: Annotated[str, typer.Argument(help="The release to judge against what serves now.")],
-    config: ConfigFiles = None,
-    overrides: Overrides = None,
-    home: Home = None,
-    agent: Agent = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge a release again; nothing is promoted."""
-    decision = _open(config, overrides, home, agent).gate(release, on_progress=lambda line: typer.echo(line, err=True))
+    decision = chosen.open().gate(release, on_progress=lambda line: typer.echo(line, err=True))
     _print(decision, as_json, _said(decision))
     raise typer.Exit(VERDICT_EXIT[decision["verdict"]])
 
 
-@app.command()
+@about_one
 def promote(
+    chosen: Chosen,
     release: Annotated[str, typer.Argument(help="A release that the gate would promote.")],
-    config: ConfigFiles = None,
-    overrides: Overrides = None,
-    home: Home = None,
-    agent: Agent = None,
     as_json: AsJson = False,
 ) -> None:
     """A human's yes: serve this release and make it the anchor."""
-    alias = _open(config, overrides, home, agent).promote(release)
+    alias = chosen.open().promote(release)
     _print(alias, as_json, [f"{alias['agent']} now answers with {alias['release']} (before: {alias['previous']})"])
 
 
-@app.command()
+@about_one
 def rollback(
+    chosen: Chosen,
     to: Annotated[str | None, typer.Option(help="A release; default the one before.")] = None,
     keep_learning: Annotated[bool, typer.Option("--keep-learning", help="Do not freeze learning.")] = False,
-    reason: Annotated[str, typer.Option(help="Goes into the log of decisions.")] = "asked for by the owner",
-    config: ConfigFiles = None,
-    overrides: Overrides = None,
-    home: Home = None,
-    agent: Agent = None,
+    reason: Reason = "asked for by the owner",
     as_json: AsJson = False,
 ) -> None:
     """Serve an earlier release again, set aside what was learned since, and freeze learning."""
-    alias = _open(config, overrides, home, agent).rollback(to=to, keep_learning=keep_learning, reason=reason)
+    alias = chosen.open().rollback(to=to, keep_learning=keep_learning, reason=reason)
     state = "goes on" if keep_learning else "is frozen (cltrain unfreeze)"
     _print(alias, as_json, [f"{alias['agent']} answers with {alias['release']} again; learning {state}"])
 
 
-@app.command()
+@about_one
 def freeze(
-    reason: Annotated[str, typer.Option(help="Goes into the log of decisions.")] = "asked for by the owner",
-    config: ConfigFiles = None,
-    overrides: Overrides = None,
-    home: Home = None,
-    agent: Agent = None,
+    chosen: Chosen,
+    reason: Reason = "asked for by the owner",
     as_json: AsJson = False,
 ) -> None:
     """Stop learning at once; serving goes on."""
-    state = _open(config, overrides, home, agent).freeze(reason)
+    state = chosen.open().freeze(reason)
     _print(state, as_json, [f"{state['agent']}: learning is frozen ({reason})"])
 
 
-@app.command()
+@about_one
 def unfreeze(
-    config: ConfigFiles = None,
-    overrides: Overrides = None,
-    home: Home = None,
-    agent: Agent = None,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """Let learning go on."""
-    state = _open(config, overrides, home, agent).unfreeze()
+    state = chosen.open().unfreeze()
     _print(state, as_json, [f"{state['agent']}: learning goes on in mode {state['mode']}"])
 
 
-@app.command()
+@about_one
 def status(
-    config: ConfigFiles = None,
-    overrides: Overrides = None,
-    home: Home = None,
-    agent: Agent = None,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """What serves, what is waiting, what the last updates said."""
-    state = _open(config, overrides, home, agent).status()
+    state = chosen.open().status()
     frozen = f"  FROZEN: {state['frozen_reason']}" if state["frozen"] else ""
     said = f"{state['feedback']} pieces of feedback, {state['set_aside']} lines set aside"
     lines = [
@@ -269,19 +268,16 @@ def status(
     _print(state, as_json, lines)
 
 
-@app.command("import")
+@about_one
 def import_(
+    chosen: Chosen,
     file: Annotated[Path, typer.Argument(help="JSONL of OpenAI-style messages with rewards.")],
-    config: ConfigFiles = None,
-    overrides: Overrides = None,
-    home: Home = None,
-    agent: Agent = None,
     base: Annotated[Path | None, typer.Option(help="Base whose tokenizer and context the report counts with.")] = None,
     producer: Annotated[str | None, typer.Option(help="Who wrote the assistant turns.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Take past episodes in; every line is accounted for."""
-    deployment = _open(config, overrides, home, agent, **{"base.path": str(base.resolve()) if base else None})
+    deployment = chosen.open(**_based_on(base))
     report = deployment.import_file(file, producer=producer)
     lines = [f"{key:<16} {value}" for key, value in report.items() if not isinstance(value, dict | list)]
     lines += [f"  {count:>5}  {reason}" for reason, count in report["reasons"].items()]
@@ -292,17 +288,14 @@ def import_(
     raise typer.Exit(0 if report["num_set_aside"] == 0 else 3)
 
 
-@app.command()
+@about_one
 def report(
+    chosen: Chosen,
     number: Annotated[int | None, typer.Argument(help="An update's number; default the whole run.")] = None,
-    config: ConfigFiles = None,
-    overrides: Overrides = None,
-    home: Home = None,
-    agent: Agent = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the HTML page of one update or of the run, and say where it is."""
-    path = _open(config, overrides, home, agent).report(number)
+    path = chosen.open().report(number)
     _print({"path": str(path)}, as_json, [str(path)])
 
 
@@ -320,16 +313,13 @@ def config_check(
     _print({"config": resolved.resolved(), "digest": digest}, as_json, [f"good; digest {digest[:12]}"])
 
 
-@app.command()
+@about_one
 def doctor(
-    config: ConfigFiles = None,
-    overrides: Overrides = None,
-    home: Home = None,
-    agent: Agent = None,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """Look for what would go wrong: packages, disk, ports, base, store, servers."""
-    findings = _open(config, overrides, home, agent).doctor()
+    findings = chosen.open().doctor()
     num_bad = sum(finding["state"] == "bad" for finding in findings)
     lines = [f"{f['state']:<5} {f['what']:<12} {f['detail']}" for f in findings]
     _print({"num_bad": num_bad, "findings": findings}, as_json, lines)

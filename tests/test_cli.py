@@ -28,6 +28,7 @@ from cltrain.experience.window import mark
 from cltrain.monitoring.outbox import emit
 from cltrain.records import Feedback, Trajectory
 from cltrain.registry.releases import ensure_base_release
+from cltrain.registry.reserve import RESERVE_BYTES
 from cltrain.store.schema import sink_marks
 from tests.command import BASE_DIGEST, Command, cltrain, free_port, promoted_home
 from tests.deployments import base_server
@@ -200,6 +201,18 @@ def commands() -> dict[str, typer.core.TyperCommand]:
     return found
 
 
+def test_every_command_about_a_deployment_takes_the_same_options_for_it() -> None:
+    shared = {}
+    for name, command in commands().items():
+        options = {
+            p.name: (p.opts, p.help) for p in command.params if p.name in ("config", "overrides", "home", "agent")
+        }
+        shared[name] = options
+    assert {name for name, options in shared.items() if len(options) < 4} == {"demo", "config check"}
+    whole = [options for name, options in shared.items() if name not in ("demo", "config check")]
+    assert all(options == whole[0] for options in whole)
+
+
 def test_every_command_is_in_the_readme_and_every_command_there_exists() -> None:
     text = (REPO / "README.md").read_text()
     assert [name for name in commands() if f"`cltrain {name}" not in text] == []
@@ -296,6 +309,13 @@ def start_and_wait_for(words: list[str], log: Path) -> subprocess.Popen[str]:
     return process
 
 
+def test_a_home_that_is_a_file_is_said_before_anything_starts(cltrain: Command, tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_text("")
+    for words in (["serve"], ["run"], ["update"], ["gate", "x"], ["promote", "x"], ["import", str(file)], ["freeze"]):
+        done = cltrain(*words, f"--home={file}")
+        assert (done.code, "for state" in done.err) == (3, True), (words, done)
+
+
 def test_any_openai_server_is_recorded_from_with_two_words_and_a_sigterm_ends_all(tmp_path: Path) -> None:
     with served(FakeServer(()).app) as upstream:
         port = free_port()
@@ -308,6 +328,7 @@ def test_any_openai_server_is_recorded_from_with_two_words_and_a_sigterm_ends_al
             answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, trust_env=False)
             assert (answer.status_code, answer.headers["x-cltrain-recorded"]) == (200, "1")
             assert not (tmp_path / "logs" / "worker.log").exists()
+            assert (tmp_path / "reserve").stat().st_size == RESERVE_BYTES
         finally:
             process.terminate()
             process.communicate(timeout=30)
