@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -353,13 +353,14 @@ def day_is_spent(rooms: Rooms) -> str:
 
 
 def collect_garbage(rooms: Rooms) -> None:
-    """Unload what nobody wants; delete rejected adapters that the server no longer lists. What served stays on disk."""
+    """Unload what nobody wants; delete rejected and superseded adapters that the server no longer lists. What served stays on disk."""
     with rooms.server_lock:
         tidy_server(rooms)
         with rooms.store.read() as connection:
             gone = residents.unlisted(connection, [rooms.server], rooms.agent)
     for name in gone:
-        releases.delete_release(rooms.store, rooms.config.state_dir, name, now=rooms.clock())
+        with suppress(ConflictError):  # a human promoted it meanwhile
+            releases.delete_release(rooms.store, rooms.config.state_dir, name, now=rooms.clock())
 
 
 def tidy_server(rooms: Rooms) -> None:

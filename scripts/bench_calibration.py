@@ -1,13 +1,13 @@
 """Where the demo's budgets and margins come from: one demo with them wide open, on a seed that is never judged.
 
-`scripts/bench calibration --json F` prints the lines for cltrain/demo/demo.toml that follow from what honest updates did,
-by these rules (an honest update is one of a clean or filtered window):
+`scripts/bench calibration --json F` prints the lines for cltrain/demo/demo.toml that follow from what honest updates
+did, by these rules (an honest update is one of a clean or filtered window):
 
     bounds.step_frobenius   1.25 times the longest honest step: a longer one is shrunk, not lost
     bounds.drift_frobenius  3 times the farthest that the stream ended from the base
     step_kl, drift_kl, base_kl   10 times the largest seen: KL grows with the square of the distance
     gate.trigger_lift       the geometric mean of the largest lift after filtering and the smallest without a filter
-    gate.margin             what an honest update that lost at most 2 items of 100 leaves open at most, rounded up to 0.01
+    gate.margin             the most that an update which lost at most 2 items of 100 leaves open, rounded up to 0.01
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ MIN_LIFT = 0.05  # nats; below this a lift is noise
 
 def proposed(rows: list[dict[str, Any]], unfiltered_lift: float) -> dict[str, float]:
     """Budgets and margins by the rules above, from the rows of `honest_updates`."""
-    largest = {key: max(row[key] for row in rows) for key in ("step_frobenius", "drift_frobenius", "step_kl", "drift_kl")}
+    largest = {
+        key: max(row[key] for row in rows) for key in ("step_frobenius", "drift_frobenius", "step_kl", "drift_kl")
+    }
     filtered_lift = max([MIN_LIFT, *(lift for row in rows for lift in row["lifts"])])
     left_open = max(-low for row in rows for difference, low in row["retention"] if difference >= -0.02)
     return {
@@ -53,14 +55,16 @@ def honest_updates(summary: dict[str, Any]) -> list[dict[str, Any]]:
         update = window["update"]
         if not update.get("bounds"):
             continue
-        checks = update["decision"]["checks"]
+        checks = [check for check in update["decision"]["checks"] if check["difference"] is not None]
         rows.append(
             {
                 "phase": window["phase"],
                 "kind": window["kind"],
                 "verdict": update["verdict"],
                 **{key: value for key, value in update["bounds"].items() if not key.endswith("_limit")},
-                "lifts": [c["difference"] for c in checks if c["name"].startswith("trigger") and c["difference"] is not None],
+                "lifts": [
+                    c["difference"] for c in checks if c["name"].startswith("trigger") and c["difference"] is not None
+                ],
                 "retention": [(c["difference"], c["low"]) for c in checks if c["name"].startswith("retention")],
             }
         )

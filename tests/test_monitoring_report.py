@@ -15,7 +15,9 @@ from cltrain.errors import DataError
 from cltrain.monitoring.report import read_decision, run_page, update_page
 from cltrain.records import BoundReport, Check, Decision, Verdict
 
-BOUNDS = BoundReport(0.061, 0.1, 0.21, 0.5, 0.05, 0.1, 0.1, 0.5, 0.11, 0.25, 0.238, 0.25, 0.061, 1.0, 100, 200, 24, 100, 0.62)
+BOUNDS = BoundReport(
+    0.061, 0.1, 0.21, 0.5, 0.05, 0.1, 0.1, 0.5, 0.11, 0.25, 0.238, 0.25, 0.061, 1.0, 100, 200, 24, 100, 0.62
+)
 CHECKS = (
     Check("gain", Verdict.PROMOTE, "right on 31 items more", 0.81, 0.68, 0.13, 0.07, 0.19, 240),
     Check("retention/lookup", Verdict.PROMOTE, "no loss beyond 0.05", 0.97, 0.98, -0.01, -0.04, 0.02, 120),

@@ -122,8 +122,9 @@ class Ruler:
 
 def shrink_to_bounds(
     ruler: Ruler, start: AdapterFile | None, trained: AdapterFile, bounds: BoundsConfig, spent: Spent
-) -> tuple[AdapterFile | None, float]:
-    """The adapter at the largest fraction of the way from the incumbent that obeys all bounds, and that fraction.
+) -> tuple[AdapterFile, float]:
+    """The adapter at the largest fraction of the way from the incumbent that obeys all bounds, and that fraction (0: the
+    day's displacement is spent, and nothing obeys).
 
     Where the trained factors grew out of `start` (the incumbent, or factors that change nothing), the way is the
     straight line of both factors; where they were re-compressed (None), it is the straight line of the weights' delta.
@@ -131,7 +132,7 @@ def shrink_to_bounds(
     slack = 1 - MARGIN
     step_limit = min(bounds.step_frobenius, bounds.day_frobenius - spent.day_frobenius) * slack
     if step_limit <= 0:
-        return start, 0.0
+        return trained, 0.0
 
     def obeys(adapter: AdapterFile) -> bool:
         steps = difference_norms(adapter, ruler.incumbent)

@@ -52,10 +52,10 @@ class Streams:
         elif objective == "dpo":
             both = [*rows, *(_partner(row) for row in rows)]
             chosen, rejected = self._answers(both).split(len(rows))
-            references = [
+            before, partner_before = (
                 torch.stack([kept[i].sum() for i in indices]) for kept in (self._before, self._partner_before)
-            ]
-            found = (dpo(chosen, rejected, *references, self.config.dpo_beta) * weights_B).sum()
+            )
+            found = (dpo(chosen, rejected, before, partner_before, self.config.dpo_beta) * weights_B).sum()
         elif objective == "kto":
             found = (self._kto(rows, indices) * weights_B).sum()
         elif objective == "policy":

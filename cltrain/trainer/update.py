@@ -158,15 +158,15 @@ class _Update:
             raise UpdateDiscarded("the trained factors hold NaN or infinity")
         spent = Spent(self.spent_today, _num_tokens(recipe, len(history)), len(history))
         served = self._served(trained)
-        shrunk, shrink = served, 1.0
+        shrink = 1.0
         if self.method.is_bounded:
-            shrunk, shrink = shrink_to_bounds(ruler, grows_from, served, self.bounds, spent)
-            if shrink < self.bounds.min_shrink or shrunk is None:
+            served, shrink = shrink_to_bounds(ruler, grows_from, served, self.bounds, spent)
+            if shrink < self.bounds.min_shrink:
                 raise UpdateDiscarded(
                     f"only {shrink:.4f} of the step would keep to the bounds, less than bounds.min_shrink = "
                     f"{self.bounds.min_shrink}"
                 )
-        write_adapter(path, shrunk)
+        write_adapter(path, served)
         exported = read_adapter(path)
         report = ruler.report(exported, self.bounds, spent, shrink)
         self._check(report)
