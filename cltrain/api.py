@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sqlalchemy import func, insert, select
+from sqlalchemy import func, insert, select, update
 
 from cltrain import launch
 from cltrain.config import Config, load
@@ -202,6 +202,7 @@ class Deployment:
 
     def gate(self, release: str, *, on_progress: Progress = quiet) -> dict[str, Any]:
         """Judge a release against what serves now; nothing moves."""
+        launch.check_takes_adapters(self.config)
         releases.get(self.store, release)  # an unknown name is said before a server is started for it
         with self._own_server(on_progress):
             from cltrain.worker import Worker
@@ -213,13 +214,24 @@ class Deployment:
         """Ask the running worker for something and wait for its answer. Raises ServerError after `wait_s` seconds."""
         request = self.post_request(kind, options)
         deadline = time.monotonic() + wait_s
-        while (outcome := self.request_outcome(request)) is None:
-            if time.monotonic() > deadline:
-                raise ServerError(f"the worker did not answer request {request} within {wait_s:g} s; see its log")
-            time.sleep(0.05)
+        try:
+            while (outcome := self.request_outcome(request)) is None:
+                if time.monotonic() > deadline:
+                    raise ServerError(f"the worker did not answer request {request} within {wait_s:g} s; see its log")
+                time.sleep(0.05)
+        except BaseException:
+            self.withdraw_request(request)
+            raise
         if "error" in outcome:
             raise ServerError(f"the worker could not do it: {outcome['error']}")
         return outcome
+
+    def withdraw_request(self, request: int) -> None:
+        """Nobody waits for it any more: a worker that has not begun with it leaves it."""
+        unanswered = (schema.requests.c.id == request) & schema.requests.c.outcome.is_(None)
+        with self.store.write() as connection:
+            outcome = {"error": "withdrawn: the asker gave up"}
+            connection.execute(update(schema.requests).where(unanswered).values(outcome=outcome))
 
     def post_request(self, kind: str, options: dict[str, Any] | None = None) -> int:
         """Leave a request for the worker; returns its number."""
