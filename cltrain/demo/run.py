@@ -24,12 +24,12 @@ from sqlalchemy import select
 from cltrain import launch
 from cltrain.api import Deployment
 from cltrain.config import Config
-from cltrain.demo import summary, text, world
+from cltrain.demo import summary, world
 from cltrain.demo.agent import Desk, Outcome, opinions
+from cltrain.demo.inputs import write_inputs
 from cltrain.errors import DataError, ServerError
 from cltrain.store.schema import records
 
-NUM_ANCHORS = 128  # half of them stories, half requests the base knows
 NUM_CHATTING = 1  # tickets in flight while an update runs, so that the swap meets traffic
 CHAT_PAUSE_S = 1.5
 
@@ -186,7 +186,9 @@ def run_demo(out: Path, seed: int, settings: Sequence[str] = ()) -> dict[str, An
     started = time.monotonic()
     out = out.resolve()
     _empty(out)
-    config_file = _write_inputs(out, seed)
+    server, gateway = _free_ports(2)
+    ports = f"[server]\nport = {server}\nmax_batch = 32\n[gateway]\nport = {gateway}\n"
+    config_file = write_inputs(out, seed, ports)
     deployment = Deployment.open([f"--config={config_file}", *(f"--set={setting}" for setting in settings)])
     say(f"seed {seed}; everything goes to {out}")
     result = asyncio.run(_run(deployment, out, seed, started))
@@ -220,45 +222,6 @@ def _empty(out: Path) -> None:
             raise DataError(f"{out} is not empty and holds no earlier demo: choose another --out")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-
-
-def _write_inputs(out: Path, seed: int) -> Path:
-    """The owner's suite and rehearsal episodes, and the demo's configuration on free ports."""
-    suite = [
-        {
-            "id": ticket.id,
-            "stratum": ticket.skill,
-            "kind": "retention" if ticket.skill in world.BASE_SKILLS else "gain",
-            "messages": ticket.messages,
-            "tools": world.TOOLS,
-            "expected": world.call_message(ticket.expected, ticket.id),
-        }
-        for ticket in world.suite_items(seed)
-    ]
-    _write_jsonl(out / "suite.jsonl", suite)
-    known = [t for skill in world.BASE_SKILLS for t in world.training_tickets(skill, seed=seed, count=32, name="own")]
-    _write_jsonl(
-        out / "rehearsal.jsonl",
-        [{"id": t.id, "messages": world.episode(t), "tools": world.TOOLS, "principal": "owner"} for t in known],
-    )
-    _write_jsonl(out / "anchors.jsonl", text.anchors(seed, NUM_ANCHORS))
-    server, gateway = _free_ports(2)
-    lines = [
-        (Path(__file__).parent / "demo.toml").read_text(),
-        "[server]",
-        f"port = {server}",
-        "max_batch = 32",
-        "[gateway]",
-        f"port = {gateway}",
-    ]
-    head = f'home = "state"\nseed = {seed}\n'
-    file = out / "demo.toml"
-    file.write_text(head.replace('"state"', json.dumps(str(out / "state"))) + "\n".join(lines) + "\n")
-    return file
-
-
-def _write_jsonl(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _free_ports(count: int) -> list[int]:

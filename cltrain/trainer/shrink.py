@@ -123,8 +123,9 @@ class Ruler:
 def shrink_to_bounds(
     ruler: Ruler, start: AdapterFile | None, trained: AdapterFile, bounds: BoundsConfig, spent: Spent
 ) -> tuple[AdapterFile, float]:
-    """The adapter at the largest fraction of the way from the incumbent that obeys all bounds, and that fraction (0: the
-    day's displacement is spent, and nothing obeys).
+    """The adapter at the largest fraction of the way from the incumbent that obeys all bounds, and that fraction.
+
+    It is 0 when the day's displacement is spent: then nothing obeys.
 
     Where the trained factors grew out of `start` (the incumbent, or factors that change nothing), the way is the
     straight line of both factors; where they were re-compressed (None), it is the straight line of the weights' delta.
