@@ -241,8 +241,8 @@ def run(learner: Learner, setting: Setting, seed: int, *, is_clean: bool = False
 
 
 def scores(matrix: Sequence[dict[str, float]]) -> dict[str, float]:
-    """From success per skill before the stream, after each phase and at the end: learn = mean R[j, j], final and min_skill
-    of the last row, bwt = mean R[last, j] - R[j, j], fwt = mean over j > first of R[j - 1, j] - before."""
+    """From success per skill before the stream, after each phase and at the end: learn = mean R[j, j], final and
+    min_skill of the last row, bwt = mean R[last, j] - R[j, j], fwt = mean over j > first of R[j - 1, j] - before."""
     skills = world.NEW_SKILLS
     after, last = matrix[1:], matrix[-1]
     own = [after[j][skill] for j, skill in enumerate(skills)]
