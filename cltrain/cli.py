@@ -258,9 +258,11 @@ def status(
         f"serving    {state['release'] or 'nothing yet'}",
         f"before     {state['previous'] or '-'}   anchor {state['anchor'] or '-'}",
         f"records    {state['records']} episodes, {said}",
+        f"waiting    {state['immature']} episodes for feedback; {state['late_feedback']} pieces came too late",
         f"processes  {', '.join(f'{name} {up}' for name, up in state['processes'].items())}",
         f"decisions  {state['decisions']} in the log, chain {state['chain']}",
     ]
+    lines += [f"lag        {name}: {lag} events not kept yet" for name, lag in state["sinks"].items() if lag]
     for u in state["updates"]:
         lines.append(
             f"update {u['number']:>4}  {u['verdict'] or u['state']:<8} {u['candidate'] or '':<34} {u['reason']}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from cltrain.config import Config, from_dict
 from cltrain.demo import world
-from cltrain.demo.run import _write_inputs
+from cltrain.demo.inputs import write_inputs
 from cltrain.deploy.engine import Engine
 from cltrain.deploy.serve import running_server
 from cltrain.experience.recording import Recorder, load_secret
@@ -23,7 +23,7 @@ from cltrain.worker import Worker
 def config_for(home: Path, url: str, **sections: dict[str, Any]) -> Config:
     """The demo's settings, cut down to seconds: 12 steps, 120 items."""
     home.mkdir(parents=True, exist_ok=True)
-    _write_inputs(home, 77)
+    write_inputs(home, 77)
     values: dict[str, Any] = {
         "home": str(home / "state"),
         "agent": {"mode": "auto", "updates": "on_request"},

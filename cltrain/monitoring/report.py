@@ -32,6 +32,11 @@ BUDGETS = (
     ("drift_frobenius", "Distance from the base, all updates together", "of the base weights' norm"),
     ("step_kl", "Change of behaviour in this step", "nats per token"),
     ("drift_kl", "Change of behaviour since the base", "nats per token"),
+    ("step_spectral", "Size of this step in its strongest direction", "of the base weights' norm"),
+    ("drift_spectral", "Distance from the base in its strongest direction", "of the base weights' norm"),
+    ("day_frobenius", "Steps of the last 24 hours, this one included", "of the base weights' norm"),
+    ("num_tokens", "Tokens learned from", "tokens"),
+    ("num_steps", "Steps taken", "steps"),
 )
 
 OPTIONAL = (
