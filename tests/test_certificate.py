@@ -168,6 +168,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "a smaller KL claimed": (lambda r: edit_manifest(r, bounds={"drift_kl": 0.0}), "drift_kl", "claims 0"),
     "no number claimed": (lambda r: edit_manifest(r, bounds={"step_kl": float("nan")}), "step_kl", "claims nan"),
+    "another dtype": (lambda r: edit_manifest(r, dtype="bfloat16"), "step_frobenius", "the files show"),
     "a limit below what is seen": (
         lambda r: edit_manifest(r, bounds={"drift_frobenius_limit": 1e-4}), "drift_frobenius", "beyond the limit",
     ),
