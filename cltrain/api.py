@@ -13,13 +13,13 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from sqlalchemy import func, insert, select, update
 
 from cltrain import launch
-from cltrain.config import Config, load
+from cltrain.config import BoundsConfig, Config, load
 from cltrain.errors import DataError, ServerError
 from cltrain.models.digest import base_path
 from cltrain.registry import aliases, decisions, releases
@@ -27,11 +27,31 @@ from cltrain.registry.reserve import make_reserve, reserve_freed
 from cltrain.store import schema
 from cltrain.store.database import Store, open_store
 
+if TYPE_CHECKING:
+    from cltrain.certificate import Certificate
+
 Progress = Callable[[str], None]
 
 
 def quiet(_line: str) -> None:
     """A progress callback that says nothing."""
+
+
+def verify(
+    release: Path,
+    *,
+    base: Path | None = None,
+    anchors: Path | None = None,
+    parent: Path | None = None,
+    limits: BoundsConfig | None = None,
+) -> Certificate:
+    """Recompute a release's bounds from its directory, the base, the anchors and its parent's directory alone.
+
+    Needs no deployment. See `cltrain.certificate.certify` for the defaults and what it raises. Imports torch.
+    """
+    from cltrain.certificate import certify
+
+    return certify(release, base_dir=base, anchors=anchors, parent=parent, limits=limits)
 
 
 class Deployment:
@@ -209,6 +229,12 @@ class Deployment:
 
             with Worker(self.config, self.store, on_progress=on_progress, takes_lease=False) as worker:
                 return worker.judge_again(release)
+
+    def calibrate(self, *, on_progress: Progress = quiet) -> dict[str, Any]:
+        """Propose budgets from naive updates on what is waiting, made in a scratch directory; nothing here changes."""
+        from cltrain.calibration import calibrate
+
+        return calibrate(self.config, self.store, now=time.time(), on_progress=on_progress)
 
     def request(self, kind: str, options: dict[str, Any] | None = None, *, wait_s: float = 3600.0) -> dict[str, Any]:
         """Ask the running worker for something and wait for its answer. Raises ServerError after `wait_s` seconds."""

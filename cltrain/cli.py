@@ -11,7 +11,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -35,6 +35,7 @@ app.add_typer(config_app, name="config")
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting, e.g. trainer.lr=1e-5.")
 ]
+Configs = Annotated[list[Path] | None, typer.Option("--config", "-c", help="TOML file; several merge left to right.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Base = Annotated[Path | None, typer.Option(help="Directory of the frozen base model.")]
 Upstream = Annotated[str | None, typer.Option(help="URL of an inference server that already runs.")]
@@ -48,9 +49,7 @@ VERDICT_EXIT = {"promote": 0, "hold": 10, "reject": 11, "error": 12}
 class Chosen:
     """Which deployment a command is about: the options that all of those commands share, as `about_one` adds them."""
 
-    config: Annotated[
-        list[Path] | None, typer.Option("--config", "-c", help="TOML file; several merge left to right.")
-    ] = None
+    config: Configs = None
     overrides: Overrides = None
     home: Annotated[Path | None, typer.Option(help="State directory (default $CLTRAIN_HOME or checkpoints/).")] = None
     agent: Annotated[str | None, typer.Option(help="The agent's name (default agent.name).")] = None
@@ -184,6 +183,42 @@ def update(
     outcome = deployment.update(trial=trial, on_progress=lambda line: typer.echo(line, err=True))
     _print(outcome, as_json, _said(outcome))
     raise typer.Exit(VERDICT_EXIT[outcome["verdict"]])
+
+
+@app.command()
+def verify(
+    release: Annotated[Path, typer.Argument(help="Directory of a release: its manifest and adapter files.")],
+    base: Base = None,
+    anchors: Annotated[Path | None, typer.Option(help="Its pinned anchors (default those of its state).")] = None,
+    parent: Annotated[Path | None, typer.Option(help="Its parent's directory (default beside it).")] = None,
+    config: Configs = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute a release's bounds from its files alone; with --config or --set against these limits."""
+    from cltrain import api
+    from cltrain.certificate import table
+    from cltrain.config import load
+
+    limits = load(config or [], overrides or []).bounds if config or overrides else None
+    found = api.verify(release, base=base, anchors=anchors, parent=parent, limits=limits)
+    _print({**asdict(found), "holds": found.holds, "failed": found.failed}, as_json, table(found))
+    raise typer.Exit(0 if found.holds else 3)
+
+
+@about_one
+def calibrate(
+    chosen: Chosen,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Propose budgets from naive updates on what is waiting, as TOML; nothing of the deployment changes."""
+    from cltrain.calibration import toml_lines
+
+    found = chosen.open(**_based_on(base)).calibrate(on_progress=lambda line: typer.echo(line, err=True))
+    is_held = bool(found["num_missing"])
+    _print(found, as_json, [f"hold: {reason}" for reason in found["reasons"]] if is_held else toml_lines(found))
+    raise typer.Exit(VERDICT_EXIT["hold"] if is_held else 0)
 
 
 @about_one

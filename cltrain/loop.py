@@ -126,12 +126,12 @@ def run_update(
         waiting.examples, config.model_copy(update={"filter": config.filter and is_filtered}),
         tools_allowed=rooms.config.agent.tools_allowed,
     )  # fmt: skip
-    fresh, unusable = render(rooms, screened.kept)
+    fresh, unusable = render(rooms.base, screened.kept)
     learned_before = replay_examples(
         rooms.store, rooms.agent, config, rooms.secret, learn_from=rooms.config.agent.learn_from,
         tools_allowed=rooms.config.agent.tools_allowed,
     )  # fmt: skip
-    replay, _ = render(rooms, [*learned_before, *rooms.rehearsal])
+    replay, _ = render(rooms.base, [*learned_before, *rooms.rehearsal])
     plan = plans.open_plan(
         rooms.store, rooms.config, alias, releases.get(rooms.store, alias.release), examples=waiting.examples,
         fresh=fresh, replay=replay, suspicious=screened.suspicious, refusal=screened.reason,
@@ -326,13 +326,13 @@ def without_most_surprising(rooms: Rooms, plan: Plan, attempt: Attempt) -> list[
     return [row for i, row in enumerate(rows) if i in calm]
 
 
-def render(rooms: Rooms, examples: Sequence[Example]) -> tuple[list[TokenRow], list[tuple[str, str]]]:
+def render(base: Base, examples: Sequence[Example]) -> tuple[list[TokenRow], list[tuple[str, str]]]:
     """Token rows of the examples, and (record, reason) of those that the base cannot take."""
     rows: list[TokenRow] = []
     unusable: list[tuple[str, str]] = []
     for example in examples:
         try:
-            rows += render_rows(rooms.base.tokenizer, rooms.base.context, example)
+            rows += render_rows(base.tokenizer, base.context, example)
         except DataError as error:
             unusable.append((example.record, f"unusable: {error}"))
     return rows, unusable

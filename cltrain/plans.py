@@ -101,6 +101,7 @@ def open_plan(
         "seed": int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") * 16,
         "config": config.digest(),
         "base": base_digest,
+        "dtype": config.base.dtype,
         "anchors": anchors_digest,
         "rows": hashlib.sha256(encoded).hexdigest(),
         "window": [(e.record, e.stratum, e.principal) for e in examples],
@@ -208,9 +209,9 @@ def within_quota(rows: Sequence[TokenRow], quota: float) -> tuple[list[TokenRow]
 
 def manifest_of(plan: Plan, candidate: Candidate, attempt: int, learned: Sequence[str]) -> dict[str, Any]:
     """What is sealed beside the adapter: how it was made, from which records, and how far it moved."""
-    kept = ("agent", "parent", "parent_digest", "config", "base", "anchors", "rows", "suspicious", "versions")
+    kept = ("agent", "parent", "parent_digest", "config", "base", "dtype", "anchors", "rows", "suspicious", "versions")
     return {
-        **{key: plan.manifest[key] for key in kept},
+        **{key: plan.manifest[key] for key in kept if key in plan.manifest},
         "update": plan.id,
         "seed": plan.seed + attempt,
         "learned": list(learned),

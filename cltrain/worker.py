@@ -33,7 +33,7 @@ from cltrain.experience.ingest import read_rehearsal
 from cltrain.experience.recording import load_secret, read_trajectories
 from cltrain.loop import Rooms, adapter_of, collect_garbage, finish, run_update
 from cltrain.models.adapter import read_adapter
-from cltrain.models.anchors import load_anchors
+from cltrain.models.anchors import load_anchors, pinned_at, read_anchors
 from cltrain.models.base import load_base
 from cltrain.models.chat import render_rows
 from cltrain.monitoring.outbox import Pump
@@ -164,6 +164,7 @@ class Worker:
             raise ConflictError(f"{self.config.agent.name} is frozen ({reason}): cltrain unfreeze lets it learn again")
         if self.config.agent.mode is LearningMode.OFF:
             raise ConflictError(f"{self.config.agent.name} has learning mode off: choose observe, approve or auto")
+        self._check_anchors()
         self.finish_interrupted()
         summary = run_update(self.rooms, is_trial=is_trial, upto=upto, is_filtered=is_filtered, request=request)
         self._after(summary)
@@ -176,6 +177,7 @@ class Worker:
                 mode, now = self.config.agent.mode, time.time()
                 summary = unfinished.discard(self.store, left, mode=mode, fence=self.rooms.fence, now=now)
             else:
+                self._check_anchors()
                 unfinished.count_start(self.store, left.plan)
                 self._on_progress(f"update {left.plan.number}: carries on after an interruption")
                 summary = finish(self.rooms, left.plan)
@@ -220,6 +222,10 @@ class Worker:
                 self._go_on_after(error)
 
     # ------------------------------------------------------------ inside
+
+    def _check_anchors(self) -> None:
+        """Raise DataError when the pinned file is not what is measured on: nobody could verify the release."""
+        read_anchors(pinned_at(self.config.state_dir / "anchors", self.rooms.base.digest, self.rooms.anchors_digest))
 
     def _require_lease(self) -> None:
         if self._keeper is not None:

@@ -188,7 +188,7 @@ def test_json_is_one_object_for_every_command_that_reports(cltrain: Command, tmp
     reporting = {name for name, command in commands().items() if any(p.name == "as_json" for p in command.params)}
     assert reporting == {
         "update", "gate", "promote", "rollback", "freeze", "unfreeze", "status", "import", "report", "config check",
-        "doctor",
+        "doctor", "verify", "calibrate",
     }  # fmt: skip
 
 
@@ -208,8 +208,8 @@ def test_every_command_about_a_deployment_takes_the_same_options_for_it() -> Non
             p.name: (p.opts, p.help) for p in command.params if p.name in ("config", "overrides", "home", "agent")
         }
         shared[name] = options
-    assert {name for name, options in shared.items() if len(options) < 4} == {"demo", "config check"}
-    whole = [options for name, options in shared.items() if name not in ("demo", "config check")]
+    assert {name for name, options in shared.items() if len(options) < 4} == {"demo", "config check", "verify"}
+    whole = [options for options in shared.values() if len(options) == 4]
     assert all(options == whole[0] for options in whole)
 
 

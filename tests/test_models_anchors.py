@@ -64,9 +64,22 @@ def test_changed_anchors_are_refused(base, tmp_path):
     pinned.write_bytes(pinned.read_bytes().replace(b"1.0]", b"0.5]", 1))
     with pytest.raises(DataError, match="changed since"):
         load_anchors(base, **arguments)
+    with pytest.raises(DataError, match="changed since"):
+        load_anchors(base, **{**arguments, "seed": 2})
     pinned.write_bytes(b"garbage")
     with pytest.raises(DataError, match="changed since"):
         load_anchors(base, **arguments)
+
+
+def test_anchors_with_another_header_are_refused_and_not_made_anew(base, tmp_path):
+    arguments = {"file": None, "count": 3, "max_tokens": 20, "seed": 1, "directory": tmp_path}
+    load_anchors(base, **arguments)
+    (pinned,) = tmp_path.iterdir()
+    changed = pinned.read_bytes().replace(b'"seed": 1', b'"seed": 3')
+    pinned.write_bytes(changed)
+    with pytest.raises(DataError, match="changed since"):
+        load_anchors(base, **arguments)
+    assert pinned.read_bytes() == changed
 
 
 def test_the_owners_texts_and_conversations_become_anchors(base, tmp_path):

@@ -90,6 +90,27 @@ def test_whatever_an_update_dies_of_is_its_verdict_and_the_worker_answers_and_go
     assert half_done(deployment.store, config.state_dir) == []
 
 
+def test_a_worker_neither_starts_nor_updates_on_anchors_that_fail_their_hash(made):
+    config, deployment = made
+    with worker(config, deployment.store) as learner:
+        (pinned,) = (config.state_dir / "anchors").iterdir()
+        whole = pinned.read_bytes()
+        pinned.write_bytes(whole.replace(b"1.0]", b"0.5]", 1))
+        with pytest.raises(DataError, match="changed since they were pinned"):
+            learner.update()
+        pinned.unlink()
+        with pytest.raises(DataError, match="cannot be read"):
+            learner.update()
+        pinned.write_bytes(whole + b"\n")
+    with pytest.raises(DataError, match="changed since they were pinned"), worker(config, deployment.store):
+        pass
+    with deployment.store.read() as connection:
+        assert connection.execute(select(updates)).all() == []
+    pinned.write_bytes(whole)
+    with worker(config, deployment.store) as learner:
+        assert learner.update()["number"] == 1
+
+
 def test_records_of_an_update_that_failed_wait_and_the_incumbent_stays(made):
     config, deployment = made
 

@@ -33,13 +33,14 @@ def load_anchors(
 
     `file`: JSONL of {"text"} (its first `max_tokens` tokens) or {"messages", "tools"?} (its assistant turns; when it
     ends with another's turn the base writes the answer), the first `count` lines; None: sampled from the base.
-    Raises DataError for a bad line, no anchors at all, or a pinned file that was changed.
+    Raises DataError for a bad line, no anchors at all, or any pinned file of this base that was changed.
     """
     source = "sampled" if file is None else _read_bytes_digest(file)
     made_from = {"base": base.digest, "source": source, "count": count, "max_tokens": max_tokens, "seed": seed}
     for pinned in sorted(directory.glob(f"{base.digest[:12]}-*.jsonl")):
-        if _header(pinned) == made_from:
-            return read_anchors(pinned)
+        found = read_anchors(pinned)  # also of those for other arguments: releases were measured on them
+        if json.loads(pinned.read_bytes().splitlines()[0]) == made_from:
+            return found
     if file is None:
         sampled = sample_base(base, count, max_tokens, seed)
         rows = [_row(i, ids, [0.0] + [1.0] * (len(ids) - 1)) for i, ids in enumerate(sampled)]
@@ -52,8 +53,13 @@ def load_anchors(
     lines += [json.dumps({"ids": row.ids, "weights": row.weights}) for row in rows]
     content = ("\n".join(lines) + "\n").encode()
     digest = hashlib.sha256(content).hexdigest()
-    _pin(directory / f"{base.digest[:12]}-{digest[:12]}.jsonl", content)
+    _pin(pinned_at(directory, base.digest, digest), content)
     return rows, digest
+
+
+def pinned_at(directory: Path, base_digest: str, digest: str) -> Path:
+    """Where anchors of this sha256 are pinned."""
+    return directory / f"{base_digest[:12]}-{digest[:12]}.jsonl"
 
 
 def read_anchors(pinned: Path) -> tuple[list[TokenRow], str]:
@@ -65,8 +71,13 @@ def read_anchors(pinned: Path) -> tuple[list[TokenRow], str]:
     digest = hashlib.sha256(content).hexdigest()
     if not pinned.stem.endswith("-" + digest[:12]):
         raise DataError(f"anchors {pinned} were changed since they were pinned: restore them from a backup")
+    return read_rows(content), digest
+
+
+def read_rows(content: bytes) -> list[TokenRow]:
+    """Rows of a pinned file's bytes, which the caller has checked."""
     lines = [json.loads(line) for line in content.decode().splitlines()[1:]]
-    return [_row(i, line["ids"], line["weights"]) for i, line in enumerate(lines)], digest
+    return [_row(i, line["ids"], line["weights"]) for i, line in enumerate(lines)]
 
 
 def sample_base(base: Base, count: int, max_tokens: int, seed: int) -> list[tuple[int, ...]]:
@@ -199,14 +210,6 @@ def _read_bytes_digest(file: Path) -> str:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
         raise DataError(f"anchors {file} cannot be read: {error.strerror} (trainer.anchors)") from None
-
-
-def _header(pinned: Path) -> Any:
-    try:
-        with pinned.open() as stream:
-            return json.loads(stream.readline())
-    except (OSError, ValueError):
-        return read_anchors(pinned)  # says what is wrong with it
 
 
 def _pin(file: Path, content: bytes) -> None:
