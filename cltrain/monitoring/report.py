@@ -53,7 +53,7 @@ def update_page(
     `update` has `agent` and `number`, and as far as known: `id`, `mode`, `state`, `verdict`, `reason` (why discarded),
     `parent`, `candidate`, `serving` (release names), `started_at`, `finished_at` (seconds since the epoch), `window`
     {num_examples, num_waiting, strata, principals, objectives, set_aside, notes (each name -> count), suspicious (list
-    of {phrase, principal, action, count}), is_refused, reason}, `replay` (stratum -> count), `metrics` (name -> number),
+    of {phrase, principal, action, count}), is_refused, reason}, `replay` (stratum -> count), `metrics` (name -> value),
     `steps` (list of {step, loss, ...}), `timings` (stage -> seconds), `facts` (name -> text: digests, seed, versions).
     `run_page` is a relative link. Raises DataError when `agent` or `number` is missing.
     """
