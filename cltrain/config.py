@@ -62,8 +62,9 @@ class ExperienceConfig(Section):
     eval_share: float = Field(0.1, ge=0, lt=1)  # of the sessions, by keyed hash; never trained on
     idle_end_s: float = Field(1800.0, gt=0)  # an episode without X-Session-Done ends after this
     mature_after_s: float = Field(300.0, ge=0)  # how long a finished episode waits for late feedback
-    min_window: int = Field(16, ge=1)  # learnable records before an update is attempted
+    min_window: int = Field(16, ge=1)  # records that an update would read, of every objective, before it is attempted
     max_window: int = Field(64, ge=1)
+    max_negative_share: float = Field(0.25, ge=0, lt=1)  # of one window: records that only say what was wrong
     principal_quota: float = Field(0.25, gt=0, le=1)  # of one window, for every principal
     filter: bool = True  # verification, quotas and trigger scan; off only to compare
     max_flagged_share: float = Field(0.5, gt=0, le=1)  # above it the whole window is set aside
@@ -93,6 +94,12 @@ class ObjectivesConfig(Section):
     max_lag: int = Field(2, ge=0)  # promotions between the record's adapter and the incumbent
     baseline_decay: float = Field(0.9, ge=0, lt=1)  # of the running mean score of a stratum
     hindsight_kind: Literal["forward", "reverse", "jsd"] = "forward"
+
+    @model_validator(mode="after")
+    def _corrections_are_learned(self) -> ObjectivesConfig:
+        if self.corrections not in self.use and self.corrections == "dpo":
+            raise ValueError(f"corrections = 'dpo', but use does not list dpo; it has {', '.join(self.use)}")
+        return self
 
 
 class TrainerConfig(Section):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from cltrain import plans, unfinished
+from cltrain import plans, staleness, unfinished
 from cltrain.config import Config, ExperienceConfig
 from cltrain.deploy import proof, residents
 from cltrain.deploy.client import ServerClient
@@ -32,7 +32,7 @@ from cltrain.models.base import Base
 from cltrain.models.chat import render_rows
 from cltrain.models.scoring import last_answer, token_log_probs
 from cltrain.plans import Plan
-from cltrain.records import Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict
+from cltrain.records import Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict, is_claim
 from cltrain.registry import aliases, releases
 from cltrain.registry.displacement import DAY_S, moved_since
 from cltrain.registry.lease import require_fence
@@ -119,6 +119,7 @@ def run_update(
     waiting = window.next_window(
         rooms.store, rooms.agent, config, learn_from=rooms.config.agent.learn_from,
         tools_allowed=rooms.config.agent.tools_allowed, now=rooms.clock(), upto=upto,
+        objectives=rooms.config.trainer.objectives,
     )  # fmt: skip
     if waiting.num_missing:
         return plans.nothing_to_learn(rooms.agent, alias.release, waiting)
@@ -126,7 +127,8 @@ def run_update(
         waiting.examples, config.model_copy(update={"filter": config.filter and is_filtered}),
         tools_allowed=rooms.config.agent.tools_allowed,
     )  # fmt: skip
-    fresh, unusable = render(rooms.base, screened.kept)
+    settled, useless = staleness.settle(rooms.store, rooms.config, rooms.base, alias.release, screened.kept)
+    fresh, unusable = render(rooms.base, settled)
     learned_before = replay_examples(
         rooms.store, rooms.agent, config, rooms.secret, learn_from=rooms.config.agent.learn_from,
         tools_allowed=rooms.config.agent.tools_allowed,
@@ -135,7 +137,8 @@ def run_update(
     plan = plans.open_plan(
         rooms.store, rooms.config, alias, releases.get(rooms.store, alias.release), examples=waiting.examples,
         fresh=fresh, replay=replay, suspicious=screened.suspicious, refusal=screened.reason,
-        set_aside=[*((example.record, reason) for example, reason in screened.set_aside), *unusable],
+        set_aside=[*((example.record, reason) for example, reason in screened.set_aside), *useless, *unusable],
+        notes=[(example.record, note) for example in settled for note in example.notes],
         base_digest=rooms.base.digest, anchors_digest=rooms.anchors_digest, fence=rooms.fence, is_trial=is_trial,
         request=request, now=rooms.clock(),
     )  # fmt: skip
@@ -217,7 +220,7 @@ def try_update(
             attempt.decision = Decision(Verdict.REJECT, (f"it broke {broken}, and nothing shrank it",), ())
             return attempt
         with attempt.timed("seal"):
-            manifest = plans.manifest_of(plan, attempt.candidate, number, [row.record for row in fresh])
+            manifest = plans.manifest_of(plan, attempt.candidate, number, fresh)
             attempt.release = releases.seal(
                 rooms.store, rooms.config.state_dir, rooms.agent, Path(attempt.candidate.path), plan.parent, manifest,
                 now=rooms.clock(),
@@ -314,9 +317,10 @@ def prove(
 
 
 def without_most_surprising(rooms: Rooms, plan: Plan, attempt: Attempt) -> list[TokenRow]:
-    """The window less every suspicious record and the fifth that the rejected candidate itself fits worst."""
+    """What the window shows to be right, less every suspicious record and the fifth that the rejected candidate itself
+    fits worst."""
     suspicious = {record for suspicion in plan.suspicious for record in suspicion.records}
-    rows = [row for row in attempt.learned if row.record not in suspicious]
+    rows = [row for row in attempt.learned if row.record not in suspicious and is_claim(row)]
     if attempt.candidate is None or len(rows) < 2:
         return rows
     values = token_log_probs(rooms.base, read_adapter(Path(attempt.candidate.path)), rows)

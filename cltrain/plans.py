@@ -22,10 +22,10 @@ from cltrain import __version__
 from cltrain.config import Config
 from cltrain.errors import DataError
 from cltrain.experience import window
-from cltrain.experience.screens import Suspicion, quota_cap
+from cltrain.experience.screens import WAITS, Suspicion, quota_cap
 from cltrain.monitoring.outbox import emit
 from cltrain.monitoring.rows import update_event
-from cltrain.records import Alias, Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict
+from cltrain.records import Alias, Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict, is_claim
 from cltrain.registry.decisions import append
 from cltrain.store.database import Store
 from cltrain.store.schema import update_progress, update_reads, updates
@@ -50,15 +50,17 @@ class Plan:
     fresh: tuple[TokenRow, ...]
     replay: tuple[TokenRow, ...]
     set_aside: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...]  # record, and what to say of how it was learned
     suspicious: tuple[Suspicion, ...]
     refusal: str | None
     manifest: dict[str, Any]
 
     @property
     def taught(self) -> frozenset[str]:
-        """Strata that make up at least an eighth of what is learned: a stray mislabelled record teaches nothing."""
-        counts = Counter(row.stratum for row in self.fresh)
-        return frozenset(name for name, count in counts.items() if 8 * count >= len(self.fresh))
+        """Strata that make up at least an eighth of what is shown to be right: a stray mislabelled record teaches
+        nothing, and what was wrong names no skill that should be better now."""
+        counts = Counter(row.stratum for row in self.fresh if is_claim(row))
+        return frozenset(name for name, count in counts.items() if 8 * count >= counts.total())
 
 
 def open_plan(
@@ -71,6 +73,7 @@ def open_plan(
     fresh: Sequence[TokenRow],
     replay: Sequence[TokenRow],
     set_aside: Sequence[tuple[str, str]],
+    notes: Sequence[tuple[str, str]] = (),
     suspicious: Sequence[Suspicion],
     refusal: str | None,
     base_digest: str,
@@ -106,6 +109,7 @@ def open_plan(
         "rows": hashlib.sha256(encoded).hexdigest(),
         "window": [(e.record, e.stratum, e.principal) for e in examples],
         "set_aside": list(set_aside),
+        "notes": list(notes),
         "suspicious": [asdict(s) for s in suspicious],
         "refusal": refusal,
         "is_trial": is_trial,
@@ -207,14 +211,15 @@ def within_quota(rows: Sequence[TokenRow], quota: float) -> tuple[list[TokenRow]
     return [row for row in rows if row.record not in surplus], tuple(surplus.items())
 
 
-def manifest_of(plan: Plan, candidate: Candidate, attempt: int, learned: Sequence[str]) -> dict[str, Any]:
+def manifest_of(plan: Plan, candidate: Candidate, attempt: int, learned: Sequence[TokenRow]) -> dict[str, Any]:
     """What is sealed beside the adapter: how it was made, from which records, and how far it moved."""
     kept = ("agent", "parent", "parent_digest", "config", "base", "dtype", "anchors", "rows", "suspicious", "versions")
     return {
         **{key: plan.manifest[key] for key in kept if key in plan.manifest},
         "update": plan.id,
         "seed": plan.seed + attempt,
-        "learned": list(learned),
+        "learned": [row.record for row in learned],
+        "objectives": dict(Counter(row.objective for row in learned)),
         "taught": sorted(plan.taught),
         "replayed": sorted({row.record for row in plan.replay}),
         "bounds": asdict(candidate.bounds),
@@ -267,7 +272,9 @@ def summary_of(
             "num_examples": len({row.record for row in learned}),
             "strata": dict(Counter(stratum for _, stratum, _ in plan.window)),
             "principals": dict(Counter(principal for _, _, principal in plan.window)),
+            "objectives": dict(Counter(row.objective for row in learned)),
             "set_aside": dict(by_reason),
+            "notes": dict(Counter(note.split(":")[0] for _, note in plan.notes)),
             "suspicious": [asdict(s) for s in plan.suspicious],
             "is_refused": plan.refusal is not None,
             "reason": plan.refusal,
@@ -294,6 +301,8 @@ def summary_of(
 def nothing_to_learn(agent: str, serving: str, waiting: window.Window) -> dict[str, Any]:
     """The answer when no update was worth starting: a hold without a number."""
     reason = f"{waiting.num_waiting} learnable records are waiting, {waiting.num_missing} are missing"
+    if waiting.num_negative_waiting:
+        reason += f"; {waiting.num_negative_waiting} only say what was wrong (experience.max_negative_share)"
     forecast_s = waiting.num_missing / waiting.rate_per_s if waiting.rate_per_s else None
     if forecast_s is not None:
         reason += f"; at the present rate they will be there in about {forecast_s / 60:.0f} minutes"
@@ -308,13 +317,16 @@ def _file_records(
 ) -> None:
     """Where each record of the window goes: into replay, back to waiting, or to quarantine with its reason."""
     aside = dict(plan.set_aside)
-    kept = {row.record for row in learned}
+    is_shown_right = {row.record: is_claim(row) for row in learned}
     standing = _standing(decision, is_served=is_served)
     for record, stratum, _ in plan.window:
-        if record in kept:
+        if record in is_shown_right:
             status, reason = standing, f"update {plan.number}: {decision.verdict}"
+            if status == "replay" and not is_shown_right[record]:
+                status = "learned"  # once: what was wrong is not rehearsed
         elif record in aside:
-            status, reason = "waiting" if aside[record].startswith("quota") else "quarantined", aside[record]
+            reason = aside[record]
+            status = "waiting" if reason.startswith(("quota", WAITS)) else "quarantined"
         else:
             status, reason = "quarantined", "left out of the second attempt as too surprising"
         window.mark(connection, plan.agent, record, status, now=now, reason=reason, stratum=stratum, update=plan.id)
@@ -341,7 +353,6 @@ def suspicions_of(manifest: dict[str, Any]) -> tuple[Suspicion, ...]:
 
 def plan_of(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[str, Any]) -> Plan:
     """A plan from what was written down of it: the update's manifest, and its rows as they lie in `work_dir`."""
-
     return Plan(
         id=plan_id,
         agent=manifest["agent"],
@@ -355,6 +366,7 @@ def plan_of(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[s
         fresh=tuple(map(_token_row, rows["fresh"])),
         replay=tuple(map(_token_row, rows["replay"])),
         set_aside=tuple((record, reason) for record, reason in manifest["set_aside"]),
+        notes=tuple((record, note) for record, note in manifest.get("notes", ())),
         suspicious=suspicions_of(manifest),
         refusal=manifest["refusal"],
         manifest=manifest,

@@ -96,10 +96,17 @@ class Example:
     messages: tuple[Message, ...]
     targets: tuple[int, ...]  # indices of the assistant messages that carry loss
     tools: tuple[Tool, ...] = ()
-    kind: Literal["success", "correction", "rehearsal"] = "success"
+    kind: Literal["success", "correction", "rehearsal", "critique", "failure"] = "success"
     weight: float = 1.0
     prompt_ids: tuple[int, ...] | None = None  # recorded ids, when one untouched generation is the whole target
     completion_ids: tuple[int, ...] | None = None
+    objective: Objective = "sft"
+    value: float = 1.0  # kto: +1 or -1; policy: the score, and once measured against the usual one the advantage
+    rejected: Message | None = None  # dpo: the answer that the target replaces
+    hint: str | None = None  # hindsight: what was said of the target
+    behaviour: tuple[float, ...] | None = None  # policy: recorded log-probs of completion_ids
+    release: str | None = None  # policy: what generated completion_ids
+    notes: tuple[str, ...] = ()  # what the report should say of how it is learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +122,16 @@ class TokenRow:
     value: float = 1.0  # kto: +1 desirable, -1 undesirable; policy: the advantage; else unused
     behaviour: tuple[float, ...] | None = None  # policy: log-probs of the predicted tokens when they were sampled
     partner: TokenRow | None = None  # dpo: the rejected answer; hindsight: the same answer behind the hint
+
+
+def is_claim(one: Example | TokenRow) -> bool:
+    """Whether learning it makes its own answer likelier: what is verified, scanned, asked by the gate and rehearsed."""
+    return one.objective in ("sft", "dpo") or (one.objective == "kto" and one.value > 0)
+
+
+def is_negative(one: Example | TokenRow) -> bool:
+    """Whether it only says that its answer was wrong. Neither a claim nor negative: an answer with a hint."""
+    return one.objective == "policy" or (one.objective == "kto" and one.value <= 0)
 
 
 @dataclass(frozen=True, slots=True)

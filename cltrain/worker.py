@@ -300,7 +300,7 @@ class Worker:
         agent, config = self.config.agent, self.config.experience
         waiting = window.next_window(
             self.store, agent.name, config, learn_from=agent.learn_from, tools_allowed=agent.tools_allowed,
-            now=time.time(),
+            now=time.time(), objectives=self.config.trainer.objectives,
         )  # fmt: skip
         ids = [example.record for example in waiting.examples]
         with self.store.read() as connection:

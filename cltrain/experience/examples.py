@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from cltrain.records import Example, Feedback, Generation, Message, SuiteItem, Trajectory
+from cltrain.records import Example, Feedback, Generation, Message, SuiteItem, Trajectory, is_claim
 
 SOURCE_RANK = {"verifier": 0, "operator": 1, "import": 2, "user": 3}  # who is believed first; nobody else is
 CUT_SHORT = frozenset({"length", "abort", "error", "content_filter"})  # finish reasons that make a turn no example
@@ -42,6 +42,7 @@ def suite_items_of(example: Example) -> list[SuiteItem]:
 
     An item's id is `<record>:<turn>`; `expected` is the accepted or corrected message, `messages` all before it.
     """
+    assert example.objective == "sft", "only an answer that was judged right can be asked for"
     feedback_class = example.stratum.rpartition("/")[2]
     return [
         SuiteItem(
@@ -67,25 +68,22 @@ def called_tools(message: Message) -> list[str]:
 
 
 def pool_rare(examples: Sequence[Example], minimum: int) -> list[Example]:
-    """The same examples; strata with fewer than `minimum` of them become `other`."""
+    """The same examples; strata with fewer than `minimum` of them become `other`. What is no claim keeps its own: by it
+    a record that is never rehearsed is known."""
     sizes = Counter(example.stratum for example in examples)
-    return [e if sizes[e.stratum] >= minimum else replace(e, stratum=POOLED) for e in examples]
+    return [e if sizes[e.stratum] >= minimum or not is_claim(e) else replace(e, stratum=POOLED) for e in examples]
 
 
 def accepted(
     trajectory: Trajectory, *, learn_from: Sequence[str], tools_allowed: Sequence[str] | None
 ) -> Example | str:
     """As `example_of`, for either split: what the episode shows to be right. Training goes through `example_of`."""
-    if trajectory.is_mixed:
-        return "a rollback changed the adapter midway"
-    if trajectory.end != "ok":
-        return f"the episode's end is {trajectory.end!r}: missing data, not a result"
+    if reason := unfit(trajectory):
+        return reason
     turns = {generation.id: generation.turn for generation in trajectory.generations}
     corrections = [f for f in trajectory.feedback if f.correction is not None]
     example = (
-        _corrected(trajectory, corrections, turns, learn_from)
-        if corrections
-        else _successful(trajectory, turns, learn_from)
+        _corrected(trajectory, corrections, turns, learn_from) if corrections else _successful(trajectory, learn_from)
     )
     if isinstance(example, str) or tools_allowed is None:
         return example
@@ -112,7 +110,7 @@ def _corrected(
     if turn not in answers:
         return f"the corrected turn {turn} is not an answer of the assistant"
     if trajectory.producers[turn] not in learn_from:
-        return _unlisted(trajectory.producers[turn])
+        return unlisted(trajectory.producers[turn])
     latest = max((f for k, f in located if k == turn), key=_when)
     assert latest.correction is not None
     if latest.correction.get("role", "assistant") != "assistant":
@@ -129,26 +127,22 @@ def _corrected(
     )
 
 
-def _successful(trajectory: Trajectory, turns: dict[str, int], learn_from: Sequence[str]) -> Example | str:
-    scores = [f for f in trajectory.feedback if f.score is not None and f.source in SOURCE_RANK]
-    verdict = _latest_score(scores)
+def _successful(trajectory: Trajectory, learn_from: Sequence[str]) -> Example | str:
+    verdict = decisive(trajectory.feedback)
     if verdict is None:
         return "nobody who may judge it gave a score"
-    if verdict <= 0:
+    if score_of(verdict) <= 0:
         return "judged a failure and nobody corrected it"
     answers = [k for k, message in enumerate(trajectory.messages) if message.get("role") == "assistant"]
     listed = [k for k in answers if trajectory.producers[k] in learn_from]
     if not listed:
-        return _unlisted(next((trajectory.producers[k] for k in answers), None))
-    made = {generation.turn: generation for generation in trajectory.generations}
-    targets = tuple(
-        k for k in listed if _is_target(k, trajectory, made, [f for f in scores if turns.get(f.target) == k])
-    )
+        return unlisted(next((trajectory.producers[k] for k in answers), None))
+    bad = {k for k in listed if (own := decisive_of_turn(trajectory, k)) is not None and score_of(own) <= 0}
+    targets = tuple(k for k in listed if is_whole(trajectory, k) and k not in bad)
     if not targets:
         return "every answer was cut short, empty or judged a failure"
     messages = trajectory.messages[: targets[-1] + 1]
-    is_whole = len(targets) == 1 and sum(g.turn == targets[0] for g in trajectory.generations) == 1
-    generation = made[targets[0]] if is_whole else None
+    generation = sole_generation(trajectory, targets)
     return Example(
         record=trajectory.id,
         principal=trajectory.principal,
@@ -161,28 +155,54 @@ def _successful(trajectory: Trajectory, turns: dict[str, int], learn_from: Seque
     )
 
 
-def _is_target(turn: int, trajectory: Trajectory, made: dict[int, Generation], own: list[Feedback]) -> bool:
+def unfit(trajectory: Trajectory) -> str | None:
+    """Why an episode is no evidence of anything, or None."""
+    if trajectory.is_mixed:
+        return "a rollback changed the adapter midway"
+    if trajectory.end != "ok":
+        return f"the episode's end is {trajectory.end!r}: missing data, not a result"
+    return None
+
+
+def decisive(given: Iterable[Feedback]) -> Feedback | None:
+    """The score that is believed: the best source's latest."""
+    scores = [f for f in given if f.score is not None and f.source in SOURCE_RANK]
+    best = min((SOURCE_RANK[f.source] for f in scores), default=None)
+    return max((f for f in scores if SOURCE_RANK[f.source] == best), key=_when, default=None)
+
+
+def decisive_of_turn(trajectory: Trajectory, turn: int) -> Feedback | None:
+    """As `decisive`, of what was said of that turn's generation alone."""
+    ids = {generation.id for generation in trajectory.generations if generation.turn == turn}
+    return decisive(f for f in trajectory.feedback if f.target in ids)
+
+
+def score_of(feedback: Feedback) -> float:
+    assert feedback.score is not None
+    return feedback.score
+
+
+def is_whole(trajectory: Trajectory, turn: int) -> bool:
+    """Whether the answer says something and nothing cut it short."""
     message = trajectory.messages[turn]
     if not message.get("tool_calls") and not message.get("content"):
         return False
-    if turn in made and made[turn].finish_reason in CUT_SHORT:
-        return False
-    score = _latest_score(own)
-    return score is None or score > 0
+    made = {generation.turn: generation for generation in trajectory.generations}
+    return turn not in made or made[turn].finish_reason not in CUT_SHORT
 
 
-def _latest_score(scores: Sequence[Feedback]) -> float | None:
-    if not scores:
-        return None
-    best = min(SOURCE_RANK[f.source] for f in scores)
-    return max((f for f in scores if SOURCE_RANK[f.source] == best), key=_when).score
+def sole_generation(trajectory: Trajectory, targets: Sequence[int]) -> Generation | None:
+    """The generation that is all there is to learn, None where there are several or none."""
+    made = [g for g in trajectory.generations if g.turn in targets]
+    return made[0] if len(targets) == len(made) == 1 else None
 
 
 def _when(feedback: Feedback) -> tuple[float, str]:
     return feedback.created_at, feedback.id
 
 
-def _unlisted(producer: str | None) -> str:
+def unlisted(producer: str | None) -> str:
+    """Why answers of this producer are not learned from."""
     if producer is None:
         return "the producer of its answers is unknown"
     return f"its answers are by {producer!r}, which agent.learn_from does not list"

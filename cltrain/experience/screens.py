@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from cltrain.config import ExperienceConfig
 from cltrain.experience.triggers import Suspicion, concerns, find_suspicions
 from cltrain.experience.verify import verify
-from cltrain.records import Example
+from cltrain.records import Example, is_claim, is_negative
 
-__all__ = ["Screened", "Suspicion", "quota_cap", "screen"]
+__all__ = ["WAITS", "Screened", "Suspicion", "negative_cap", "quota_cap", "screen"]
+
+WAITS = "negative share"  # what the reasons begin with of records that wait for more that is right
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Screened:
     kept: tuple[Example, ...]
     set_aside: tuple[tuple[Example, str], ...]
     suspicious: tuple[Suspicion, ...]
-    flagged_share: float  # of the window, each principal counted up to its quota
+    flagged_share: float  # of the window's claims, each principal counted up to its quota
     is_refused: bool = False  # too much was flagged: nothing is kept
     reason: str | None = None
 
@@ -37,12 +39,17 @@ def screen(
     """Sort a window, oldest example first; every example ends up in exactly one of `kept` and `set_aside`.
 
     In this order: exact duplicates, records that a suspicion concerns, records that fail verification, what exceeds a
-    principal's quota (its newest stay). If the flagged share (suspicious or unverified) is above
-    `max_flagged_share`, the window is refused whole. `filter = false` keeps everything and still reports suspicions.
+    principal's quota (its newest stay), what exceeds `max_negative_share`. If the flagged share (suspicious or
+    unverified) is above `max_flagged_share`, the window is refused whole. `filter = false` keeps everything and still
+    reports suspicions.
+
+    Only claims of what is right are scanned, verified and counted: a bad answer may well be ungrounded, that is why it
+    is bad. What is no claim goes where a suspicion concerns it, too.
     """
     distinct, aside = _without_duplicates(examples)
+    claims = [example for example in distinct if is_claim(example)]
     suspicious = find_suspicions(
-        distinct, min_count=config.trigger_min_count, max_principals=config.trigger_max_principals
+        claims, min_count=config.trigger_min_count, max_principals=config.trigger_max_principals
     )
     flagged: list[tuple[Example, str]] = []
     sound: list[Example] = []
@@ -52,15 +59,16 @@ def screen(
             sound.append(example)
         else:
             flagged.append((example, reason))
-    share = _flagged_share(distinct, flagged, config.principal_quota)
+    share = _flagged_share(claims, [one for one in flagged if is_claim(one[0])], config.principal_quota)
     if not config.filter:
         return Screened(tuple(examples), (), tuple(suspicious), share)
     if share > config.max_flagged_share:
         why = f"{share:.0%} of the window is flagged, more than max_flagged_share {config.max_flagged_share:.0%}"
         rest = [(example, f"window refused: {why}") for example in sound]
         return Screened((), (*aside, *flagged, *rest), tuple(suspicious), share, True, why)
-    kept, surplus = _within_quota(sound, config.principal_quota)
-    return Screened(tuple(kept), (*aside, *flagged, *surplus), tuple(suspicious), share)
+    within, surplus = _within_quota(sound, config.principal_quota)
+    kept, negative = _within_negative_share(within, config.max_negative_share)
+    return Screened(tuple(kept), (*aside, *flagged, *surplus, *negative), tuple(suspicious), share)
 
 
 def quota_cap(counts: Sequence[int], quota: float) -> int:
@@ -78,6 +86,23 @@ def quota_cap(counts: Sequence[int], quota: float) -> int:
     return cap
 
 
+def negative_cap(num_others: int, share: float) -> int:
+    """The most negative records beside `num_others` of the rest, so that they are no more than `share` of the sum."""
+    return int(share / (1 - share) * num_others + 1e-9)
+
+
+def _within_negative_share(
+    examples: Sequence[Example], share: float
+) -> tuple[list[Example], list[tuple[Example, str]]]:
+    """The newest stay."""
+    negative = [example for example in examples if is_negative(example)]
+    cap = negative_cap(len(examples) - len(negative), share)
+    surplus = negative[: len(negative) - cap] if len(negative) > cap else []
+    ids = {example.record for example in surplus}
+    why = f"{WAITS}: only {share:.0%} of a window may say no more than what was wrong"
+    return [e for e in examples if e.record not in ids], [(example, why) for example in surplus]
+
+
 def _within_quota(examples: Sequence[Example], quota: float) -> tuple[list[Example], list[tuple[Example, str]]]:
     cap = quota_cap(list(Counter(example.principal for example in examples).values()), quota)
     kept: list[Example] = []
@@ -93,18 +118,19 @@ def _within_quota(examples: Sequence[Example], quota: float) -> tuple[list[Examp
 
 
 def _without_duplicates(examples: Sequence[Example]) -> tuple[list[Example], list[tuple[Example, str]]]:
-    first: dict[str, str] = {}
-    distinct: list[Example] = []
+    """An answer that one record says was right and another that it was wrong is learned as right."""
+    first: dict[str, int] = {}
     aside: list[tuple[Example, str]] = []
-    for example in examples:
+    for i in sorted(range(len(examples)), key=lambda i: not is_claim(examples[i])):
+        example = examples[i]
         content = json.dumps([_bare(m) for m in example.messages] + [list(example.targets)], sort_keys=True)
         key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
-        if key in first:
-            aside.append((example, f"duplicate of {first[key]}"))
-        else:
-            first[key] = example.record
-            distinct.append(example)
-    return distinct, aside
+        known = examples[first.setdefault(key, i)]
+        if is_claim(known) and not is_claim(example):
+            aside.append((example, f"contradicted: the same answer is learned as right from {known.record}"))
+        elif known is not example:
+            aside.append((example, f"duplicate of {known.record}"))
+    return [examples[i] for i in sorted(first.values())], aside
 
 
 def _bare(message: dict[str, object]) -> dict[str, object]:
@@ -119,7 +145,7 @@ def _reason(example: Example, suspicious: Sequence[Suspicion], tools_allowed: Se
     for suspicion in suspicious:
         if concerns(suspicion, example):
             return f"suspicious phrase {suspicion.phrase!r} of {suspicion.principal!r}: {suspicion.action['name']}"
-    return verify(example, tools_allowed=tools_allowed)
+    return verify(example, tools_allowed=tools_allowed) if is_claim(example) else None
 
 
 def _flagged_share(examples: Sequence[Example], flagged: Sequence[tuple[Example, str]], quota: float) -> float:

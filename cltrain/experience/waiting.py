@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import ColumnElement, and_, case, exists, func, not_, or_, select
 
+from cltrain.config import ObjectivesConfig
 from cltrain.store.database import Store
 from cltrain.store.schema import feedback, records, screenings
 
@@ -22,9 +23,13 @@ EPISODE = case(
 )
 
 
-def rules_mark(learn_from: Sequence[str], tools_allowed: Sequence[str] | None) -> str:
+def rules_mark(
+    learn_from: Sequence[str], tools_allowed: Sequence[str] | None, objectives: ObjectivesConfig | None = None
+) -> str:
     """What a reason ends with, so that a record found unusable is read again once the agent's rules have changed."""
-    rules = [sorted(learn_from), None if tools_allowed is None else sorted(tools_allowed)]
+    rules: list[object] = [sorted(learn_from), None if tools_allowed is None else sorted(tools_allowed)]
+    if objectives is not None:
+        rules.append([sorted(objectives.use), objectives.corrections])
     return f" (rules {hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:8]})"
 
 

@@ -13,20 +13,24 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, delete, insert, select
 from sqlalchemy import update as change
 
-from cltrain.config import ExperienceConfig
+from cltrain.config import ExperienceConfig, ObjectivesConfig
 from cltrain.experience.examples import accepted, example_of, pool_rare, suite_items_of
+from cltrain.experience.lanes import lane_of
 from cltrain.experience.reading import read_trajectories
+from cltrain.experience.screens import negative_cap
 from cltrain.experience.triggers import Suspicion, concerns, find_suspicions
 from cltrain.experience.verify import verify
 from cltrain.experience.waiting import WITH_SCREENING, is_unread, mature, rules_mark
-from cltrain.records import Example, SuiteItem
+from cltrain.records import Example, SuiteItem, Trajectory, is_negative
 from cltrain.store.database import Store
 from cltrain.store.schema import records, screenings, updates
 
 STATUSES = frozenset({"waiting", "learned", "replay", "quarantined", "unusable"})
 PAGE = 100  # records read at once
 Page = Sequence[Any]  # rows of (seq, id, principal, status)
+Teach = Callable[[Trajectory], "Example | str"]
 MAX_HELD_OUT = 2000  # evaluation records that items are made of, newest first
+OUTDATED = "says only what was wrong, and a whole window of newer records does so too"
 NUM_RATED = 200  # newest records that a rate is taken over
 
 
@@ -38,8 +42,9 @@ class Window:
     num_waiting: (
         int  # learnable records that were found, those of this window included; all of them while some are missing
     )
-    num_missing: int  # learnable records until `min_window` is reached, 0 when it is
-    rate_per_s: float | None  # learnable records a second lately; None: unknown
+    num_missing: int  # records until `min_window` is reached, 0 when it is
+    num_negative_waiting: int  # learnable records that say no more than what was wrong, too many for this window
+    rate_per_s: float | None  # such records a second lately, negative ones aside; None: unknown
     unusable: tuple[tuple[str, str], ...]  # record and reason: mature, and nothing in it may be learned
 
 
@@ -52,32 +57,51 @@ def next_window(
     tools_allowed: Sequence[str] | None,
     now: float,
     upto: int | None = None,
+    objectives: ObjectivesConfig | None = None,
 ) -> Window:
     """The newest `max_window` learnable, mature, never learned records of the training split, as examples.
 
     Mature: ended, and has feedback or has had none for `mature_after_s`. Where more wait than fit, no principal takes
     more than its quota before everybody had their turn, so a flood of one starves nobody, and reading stops where the
     window is full. `upto`: only records with seq at most this. Records in which nothing can be learned become
-    `unusable` here, until new feedback arrives or the rules (`learn_from`, `tools_allowed`) change.
+    `unusable` here, until new feedback arrives or the rules (`learn_from`, `tools_allowed`, `objectives`) change.
+
+    `objectives` None: only what is right is learned. Else also what was wrong (see `lanes`), in at most
+    `max_negative_share` of the window: the newest; as many as fill a window wait, and older ones are unusable. All that
+    the window holds counts for `min_window`.
     """
-    rules = rules_mark(learn_from, tools_allowed)
+    rules = rules_mark(learn_from, tools_allowed, objectives)
+
+    def teach(trajectory: Trajectory) -> Example | str:
+        if objectives is None:
+            return example_of(trajectory, learn_from=learn_from, tools_allowed=tools_allowed)
+        return lane_of(trajectory, objectives, learn_from=learn_from, tools_allowed=tools_allowed)
+
     is_wanted = is_unread(agent, is_mature=mature(now, config.mature_after_s), rules=rules)
     unusable: list[tuple[str, str]] = []
+    num_negative = 0
 
     def read(page: Page) -> list[_Found]:
-        found, useless = _read(store, agent, page, learn_from, tools_allowed)
+        nonlocal num_negative
+        found, useless = _read(store, agent, page, teach)
+        negative = [one for one in found if is_negative(one.example)]
+        outdated = {one.seq for one in negative[max(0, config.max_window - num_negative) :]}
+        num_negative += len(negative) - len(outdated)
+        useless += [(one.example.record, OUTDATED) for one in found if one.seq in outdated]
+        found = [one for one in found if one.seq not in outdated]
         _file(store, agent, page, found, [(record, reason + rules) for record, reason in useless], now)
         unusable.extend(useless)
         return found
 
     cap = max(1, int(config.principal_quota * config.max_window))
     learnable = _newest(_pages(store, is_wanted, upto), read, config.max_window, cap)
-    chosen = [found.example for found in _fair(learnable, config.max_window, cap)]
+    chosen = [found.example for found in _balanced(learnable, config.max_window, cap, config.max_negative_share)]
     return Window(
         examples=tuple(pool_rare(chosen[::-1], config.rare_stratum)),
         num_waiting=len(learnable),
         num_missing=max(0, config.min_window - len(chosen)),
-        rate_per_s=rate_per_s([found.created_at for found in learnable], now),
+        num_negative_waiting=num_negative - sum(map(is_negative, chosen)),
+        rate_per_s=rate_per_s([found.created_at for found in learnable if not is_negative(found.example)], now),
         unusable=tuple(unusable),
     )
 
@@ -93,7 +117,8 @@ def mark(
     stratum: str | None = None,
     update: str | None = None,
 ) -> None:
-    """Write what the worker thinks of a record: waiting, learned, replay, quarantined or unusable.
+    """Write what the worker thinks of a record: waiting, learned (once, and never rehearsed), replay, quarantined or
+    unusable.
 
     `update` is the update that read it, `stratum` the one it was learned in. Replaces the former word on this record.
     """
@@ -174,14 +199,12 @@ def _pages(store: Store, is_wanted: ColumnElement[bool], upto: int | None) -> It
         last = page[-1].seq
 
 
-def _read(
-    store: Store, agent: str, page: Page, learn_from: Sequence[str], tools_allowed: Sequence[str] | None
-) -> tuple[list[_Found], list[tuple[str, str]]]:
+def _read(store: Store, agent: str, page: Page, teach: Teach) -> tuple[list[_Found], list[tuple[str, str]]]:
     """What can be learned from, newest first, and the others with their reason."""
     found: list[_Found] = []
     useless: list[tuple[str, str]] = []
     for trajectory in reversed(read_trajectories(store, agent, records_in=[row.id for row in page])):
-        example = example_of(trajectory, learn_from=learn_from, tools_allowed=tools_allowed)
+        example = teach(trajectory)
         if isinstance(example, Example):
             found.append(_Found(trajectory.seq, trajectory.created_at, example))
         else:
@@ -210,26 +233,38 @@ def _file(
 
 
 def _newest(pages: Iterable[Page], read: Callable[[Page], list[_Found]], size: int, cap: int) -> list[_Found]:
-    """At least what `_fair` chooses from all that waits, newest first: once a principal has `cap`, its other records
-    are read only if the rest does not fill the window."""
+    """At least what `_balanced` chooses from all that waits, newest first: once a principal has `cap`, its other
+    records are read only if the rest does not fill the window. Negative ones fill no window."""
     seen: Counter[str] = Counter()
     found: list[_Found] = []
     passed_over: list[Any] = []
     for page in pages:
         passed_over += [row for row in page if seen[row.principal] >= cap]
         here = read([row for row in page if seen[row.principal] < cap])
-        seen.update(one.example.principal for one in here)
+        seen.update(one.example.principal for one in here if not is_negative(one.example))
         found += here
         if sum(min(count, cap) for count in seen.values()) >= size:
             return found
     surplus = size - sum(min(count, cap) for count in seen.values())
-    extra = sorted(_beyond(found, cap), reverse=True)
+    extra = sorted(_beyond([one for one in found if not is_negative(one.example)], cap), reverse=True)
     while passed_over and sum(seq > passed_over[0].seq for seq in extra) < surplus:
         here = read(passed_over[:PAGE])
         passed_over = passed_over[PAGE:]
-        extra += [one.seq for one in here]
+        extra += [one.seq for one in here if not is_negative(one.example)]
         found += here
     return sorted(found, key=lambda one: one.seq, reverse=True)
+
+
+def _balanced(found: Sequence[_Found], size: int, cap: int, share: float) -> list[_Found]:
+    """What `_fair` chooses, but of negative ones no more than their share: the newest, and others take their places."""
+    chosen = _fair(found, size, cap)
+    others = [one for one in found if not is_negative(one.example)]
+    if len(chosen) - sum(not is_negative(one.example) for one in chosen) <= int(share * len(chosen) + 1e-9):
+        return chosen
+    num_negative = min(int(share * size + 1e-9), negative_cap(len(others), share))
+    negative = _fair([one for one in chosen if is_negative(one.example)], num_negative, cap)
+    kept = {one.seq for one in [*negative, *_fair(others, size - len(negative), cap)]}
+    return [one for one in found if one.seq in kept]
 
 
 def _fair(found: Sequence[_Found], size: int, cap: int) -> list[_Found]:

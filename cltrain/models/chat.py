@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from cltrain.errors import DataError
 from cltrain.records import Example, Message, TokenRow, Tool
+
+HINT = "\n\n(A reviewer said of an earlier answer to this: {hint})"
 
 
 def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
@@ -38,35 +41,80 @@ def render_example(tokenizer: Any, context: int, example: Example) -> TokenRow:
         raise DataError(f"record {example.record} has {len(ids)} tokens; the base takes {context} (base.context)")
     if not any(weights):
         raise DataError(f"record {example.record} has no token to learn from")
-    return TokenRow(example.record, example.stratum, example.principal, tuple(ids), tuple(weights))
+    return TokenRow(
+        example.record, example.stratum, example.principal, tuple(ids), tuple(weights), example.objective,
+        example.value, example.behaviour,
+    )  # fmt: skip
 
 
 def render_rows(tokenizer: Any, context: int, example: Example) -> tuple[TokenRow, ...]:
     """As `render_example`, but where the template rewrites earlier turns (Qwen3 drops old thoughts): one row per
-    target, weights divided by their number so that the episode counts the same."""
+    target, weights divided by their number so that the episode counts the same. A `dpo` row has the rejected answer as
+    its partner; a `hindsight` row, always of one target, its own answer behind the prompt that holds the hint.
+    """
+    if example.objective == "dpo":
+        return (_pair(tokenizer, context, example),)
+    if example.objective == "hindsight":
+        return tuple(_hinted(tokenizer, context, part) for part in _parts(example))
     try:
         return (render_example(tokenizer, context, example),)
     except RewrittenTurns:
-        num_targets = len(example.targets)
-        parts = [_only(example, target, example.weight / num_targets) for target in example.targets]
-        return tuple(render_example(tokenizer, context, part) for part in parts)
+        return tuple(render_example(tokenizer, context, part) for part in _parts(example))
 
 
 class RewrittenTurns(DataError):
     """The template renders an earlier turn differently once later turns follow."""
 
 
-def _only(example: Example, target: int, weight: float) -> Example:
-    return Example(
-        record=example.record,
-        principal=example.principal,
-        stratum=example.stratum,
-        messages=example.messages[: target + 1],
-        targets=(target,),
-        tools=example.tools,
-        kind=example.kind,
-        weight=weight,
-    )
+def _parts(example: Example) -> list[Example]:
+    """One example per target, with the others as its context."""
+    if len(example.targets) == 1:
+        return [example]
+    return [
+        replace(
+            example, messages=example.messages[: target + 1], targets=(target,),
+            weight=example.weight / len(example.targets), prompt_ids=None, completion_ids=None,
+        )
+        for target in example.targets
+    ]  # fmt: skip
+
+
+def _pair(tokenizer: Any, context: int, example: Example) -> TokenRow:
+    assert example.rejected is not None
+    assert len(example.targets) == 1
+    (turn,) = example.targets
+    other = replace(example, messages=(*example.messages[:turn], example.rejected))
+    return replace(render_example(tokenizer, context, example), partner=render_example(tokenizer, context, other))
+
+
+def _hinted(tokenizer: Any, context: int, example: Example) -> TokenRow:
+    """The student's answer ids behind both prompts, so that teacher and student speak of the same tokens.
+
+    The hint ends the last message of the user: templates that want turns to alternate refuse another one.
+    """
+    assert example.hint is not None
+    row = render_example(tokenizer, context, example)
+    (turn,) = example.targets
+    num_prompt = next(t for t, weight in enumerate(row.weights) if weight)
+    messages = _with_hint(example.messages[:turn], HINT.format(hint=example.hint.strip()))
+    prompt = tuple(render_prompt(tokenizer, messages, example.tools))
+    ids = prompt + row.ids[num_prompt:]
+    if len(ids) > context:
+        raise DataError(
+            f"record {example.record} has {len(ids)} tokens with its hint; the base takes {context} (base.context)"
+        )
+    teacher = replace(row, ids=ids, weights=(0.0,) * len(prompt) + row.weights[num_prompt:])
+    return replace(row, partner=teacher)
+
+
+def _with_hint(messages: Sequence[Message], hint: str) -> list[Message]:
+    asked = [k for k, message in enumerate(messages) if message.get("role") == "user"]
+    if not asked:
+        return [*messages, {"role": "user", "content": hint.strip()}]
+    message = messages[asked[-1]]
+    content = message.get("content") or ""
+    longer = [*content, {"type": "text", "text": hint}] if isinstance(content, list) else content + hint
+    return [*messages[: asked[-1]], {**message, "content": longer}, *messages[asked[-1] + 1 :]]
 
 
 def _render_targets(tokenizer: Any, example: Example) -> tuple[list[int], list[float]]:

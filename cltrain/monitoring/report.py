@@ -57,8 +57,8 @@ def update_page(
 
     `update` has `agent` and `number`, and as far as known: `id`, `mode`, `state`, `verdict`, `reason` (why discarded),
     `parent`, `candidate`, `serving` (release names), `started_at`, `finished_at` (seconds since the epoch), `window`
-    {num_examples, num_waiting, strata, principals, kinds, set_aside (each name -> count), suspicious (list of
-    {phrase, principal, action, count}), is_refused, reason}, `replay` (stratum -> count), `metrics` (name -> number),
+    {num_examples, num_waiting, strata, principals, objectives, set_aside, notes (each name -> count), suspicious (list
+    of {phrase, principal, action, count}), is_refused, reason}, `replay` (stratum -> count), `metrics` (name -> value),
     `steps` (list of {step, loss, ...}), `timings` (stage -> seconds), `facts` (name -> text: digests, seed, versions).
     `run_page` is a relative link. Raises DataError when `agent` or `number` is missing.
     """
@@ -84,8 +84,10 @@ def update_page(
         window=window,
         strata=_bars(window.get("strata")),
         principals=_bars(window.get("principals")),
+        objectives=_bars(window.get("objectives")),
         replay=_bars(update.get("replay")),
         set_aside=sorted((window.get("set_aside") or {}).items(), key=lambda item: (-item[1], item[0])),
+        notes=sorted((window.get("notes") or {}).items(), key=lambda item: (-item[1], item[0])),
         budgets=_budgets(bounds),
         bounds=bounds,
         interval_plot=plots.intervals(checks),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Row, Select, or_, select, update
+from sqlalchemy import Connection, Row, Select, case, or_, select, update
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.records import Alias, Verdict
@@ -246,13 +246,15 @@ def require_judged(store: Store, agent: str, name: str, serving: str) -> None:
 
 
 def file_approved(store: Store, agent: str, name: str, now: float) -> None:
-    """The records behind a release that a human promoted are rehearsed from now on, and not read again."""
+    """The records behind a release that a human promoted are rehearsed from now on, and not read again; those that only
+    show what was wrong (stratum `<tool>/bad`) are not even rehearsed."""
+    standing = case((screenings.c.stratum.endswith("/bad"), "learned"), else_="replay")
     with store.write() as connection:
         learned = select(updates.c.id).where(updates.c.agent == agent, updates.c.candidate == name)
         connection.execute(
             update(screenings)
             .where(screenings.c.agent == agent, screenings.c["update"].in_(learned), screenings.c.status == "waiting")
-            .values(status="replay", reason="promoted by a human", changed_at=now)
+            .values(status=standing, reason="promoted by a human", changed_at=now)
         )
 
 
@@ -263,6 +265,12 @@ def _before(connection: Connection, row: Row, lineage: list[str]) -> str:
         if _is_released(connection, name):
             return name
     raise ConflictError(f"{row.agent} serves {row.release}, and nothing before it: there is nothing to roll back to")
+
+
+def ancestry(store: Store, name: str) -> list[str]:
+    """A release and what it grew from, nearest first, ending at the bare base: each place is one promotion earlier."""
+    with store.read() as connection:
+        return _lineage(connection, name)
 
 
 def _lineage(connection: Connection, name: str) -> list[str]:
@@ -287,7 +295,7 @@ def _quarantine(connection: Connection, agent: str, undone: list[str], kept: set
         return select(updates.c.id).where(updates.c.agent == agent, updates.c.candidate.in_(names))
 
     made_by = screenings.c["update"]
-    learned = made_by.in_(behind(undone)) & screenings.c.status.in_(("waiting", "replay"))
+    learned = made_by.in_(behind(undone)) & screenings.c.status.in_(("waiting", "learned", "replay"))
     rehearsed = (
         (screenings.c.status == "replay")
         & (screenings.c.changed_at > since)

@@ -1,0 +1,102 @@
+"""Whose log-probs a lone bad score is weighed by: recorded ones while they are fresh, else the archived adapter's.
+
+What is too old, or cannot be recomputed, is learned by its mark alone (kto), and a note says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cltrain.config import Config
+from cltrain.errors import DataError
+from cltrain.experience.baselines import usual_scores
+from cltrain.experience.lanes import as_undesired
+from cltrain.models.adapter import read_adapter
+from cltrain.models.base import Base
+from cltrain.models.chat import render_example
+from cltrain.models.scoring import token_log_probs
+from cltrain.records import Example
+from cltrain.registry import aliases, releases
+from cltrain.store.database import Store
+
+Sorted = tuple[list[Example], list[tuple[str, str]]]
+
+
+def settle(store: Store, config: Config, base: Base, incumbent: str, examples: Sequence[Example]) -> Sorted:
+    """The same examples, oldest first, with every policy one settled: its value the advantage over the usual score and
+    its behaviour known, or turned into a kto one with a note. And (record, reason) of those that teach nothing now.
+
+    A score no worse than usual is no advantage that may be followed: it would make an answer likelier that somebody
+    called wrong and nobody verified.
+    """
+    policy = [example.record for example in examples if example.objective == "policy"]
+    if not policy:
+        return list(examples), []
+    objectives, agent = config.trainer.objectives, config.agent
+    usual = usual_scores(
+        store, agent.name, policy, learn_from=agent.learn_from, decay=objectives.baseline_decay
+    )  # fmt: skip
+    lineage = aliases.ancestry(store, incumbent)
+    settled: list[Example] = []
+    aside: list[tuple[str, str]] = []
+    for example in examples:
+        found: Example | str = example
+        if example.objective == "policy":
+            why = _too_old(store, lineage, example, objectives.max_lag)
+            advantage = example.value - usual[example.record]
+            if why is not None:
+                found = _by_its_mark(example, config, why)
+            elif advantage >= 0:
+                found = f"no worse than usual: its score is {example.value:g}, the mean {usual[example.record]:.3g}"
+            else:
+                found = _with_behaviour(store, config, base, replace(example, value=advantage))
+        if isinstance(found, str):
+            aside.append((example.record, found))
+        else:
+            settled.append(found)
+    return settled, aside
+
+
+def _too_old(store: Store, lineage: Sequence[str], example: Example, max_lag: int) -> str | None:
+    """Why its log-probs, recorded or not, say nothing of the incumbent."""
+    name = example.release
+    if name not in lineage:
+        try:
+            is_gone = name is None or releases.get(store, name).status == "deleted"
+        except DataError:
+            is_gone = True
+        return f"its adapter is gone: {name}" if is_gone else f"its adapter is no ancestor of what serves: {name}"
+    lag = lineage.index(name)
+    return f"its adapter is too old: {name} is {lag} promotions behind" if lag > max_lag else None
+
+
+def _with_behaviour(store: Store, config: Config, base: Base, example: Example) -> Example | str:
+    assert example.prompt_ids is not None
+    assert example.completion_ids is not None
+    assert example.release is not None
+    if max(*example.prompt_ids, *example.completion_ids) >= base.model.config.vocab_size:
+        return "unusable: its recorded token ids are not the base's"
+    if example.behaviour is not None and len(example.behaviour) == len(example.completion_ids):
+        return example
+    try:
+        release = releases.get(store, example.release)
+        releases.verify_release(config.state_dir, release)
+        directory = releases.release_dir(config.state_dir, release)
+    except (DataError, OSError):
+        return _by_its_mark(example, config, f"its adapter is gone: {example.release}")
+    try:
+        return replace(example, behaviour=_recomputed(base, directory, example))
+    except DataError as error:  # too long for the base, or no adapter that it can read
+        return f"unusable: {error}"
+
+
+def _recomputed(base: Base, directory: Path | None, example: Example) -> tuple[float, ...]:
+    row = render_example(base.tokenizer, base.context, example)
+    return tuple(token_log_probs(base, read_adapter(directory) if directory else None, [row])[0])
+
+
+def _by_its_mark(example: Example, config: Config, why: str) -> Example | str:
+    found = as_undesired(example, config.trainer.objectives, why)
+    return found if isinstance(found, str) else replace(found, notes=(*found.notes, f"kto and no policy, {why}"))

@@ -1,0 +1,252 @@
+"""A whole update on a window that holds all five kinds, and how a lone bad score is weighed when it is old."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from sqlalchemy import insert, select
+
+from cltrain import plans, staleness
+from cltrain.api import Deployment
+from cltrain.demo import world
+from cltrain.experience import window
+from cltrain.experience.lanes import lane_of
+from cltrain.models.adapter import new_factors, write_adapter
+from cltrain.models.chat import render_example
+from cltrain.models.scoring import last_answer, token_log_probs
+from cltrain.records import Alias, Decision, Example, Feedback, Generation, TokenRow, Trajectory, Verdict
+from cltrain.registry import aliases, releases
+from cltrain.store.schema import screenings, updates
+from tests.deployments import base_server, config_for, corrected, record, tickets, worker
+
+OBJECTIVES = {"corrections": "dpo", "max_lag": 0}
+
+
+def answered(base, ticket: world.Ticket, *said: Feedback, release: str | None = None, logprobs=None) -> Trajectory:
+    """The ticket answered by the agent; with a release also its token ids, and log-probs where they were recorded."""
+    answer = world.call_message({"name": "find", "arguments": ticket.expected["arguments"]}, "x")
+    messages = (*ticket.messages, answer)
+    made: tuple[Generation, ...] = ()
+    if release is not None:
+        turn = len(messages) - 1
+        example = Example(ticket.id, "", "", messages, (turn,), tuple(world.TOOLS))
+        prompt, completion = last_answer(render_example(base.tokenizer, base.context, example))
+        made = (Generation(f"g-{ticket.id}", ticket.id, turn, release, prompt, completion, logprobs),)
+    return Trajectory(
+        id=ticket.id, agent="support", session=ticket.id, principal=ticket.principal, messages=messages,
+        producers=(*("user" for _ in ticket.messages), "agent"), tools=tuple(world.TOOLS), generations=made,
+        feedback=said, created_at=1.0,
+    )  # fmt: skip
+
+
+def scored(ticket, value):
+    return Feedback(f"{ticket.id}-score", ticket.id, score=value, created_at=2.0)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """(config, deployment, worker) before anything is recorded."""
+    with base_server() as url:
+        config = config_for(tmp_path / "demo", url, trainer={"num_steps": 4, "objectives": OBJECTIVES})
+        deployment = Deployment(config)
+        with worker(config, deployment.store) as learner:
+            yield config, deployment, learner
+
+
+def recomputed(base, trajectory):
+    (generation,) = trajectory.generations
+    row = TokenRow(
+        "r", "s", "p", generation.prompt_ids + generation.completion_ids,
+        (0.0,) * len(generation.prompt_ids) + (1.0,) * len(generation.completion_ids),
+    )  # fmt: skip
+    return tuple(token_log_probs(base, None, [row])[0])
+
+
+def test_one_window_teaches_by_all_five_objectives_and_the_report_counts_them(made):
+    config, deployment, learner = made
+    base = learner.rooms.base
+    serving = aliases.read_alias(deployment.store, "support").release
+    pool = tickets("repair", 24)
+    good, fixed, hinted, bad = pool[:8], pool[8:14], pool[14:17], pool[17:21]
+    policy = answered(base, bad[0], scored(bad[0], -1.0), release=serving)
+    logprobs = recomputed(base, answered(base, bad[1], release=serving))
+    episodes = [
+        *(answered(base, t, scored(t, 1.0)) for t in good),
+        *(corrected(t) for t in fixed),
+        *(answered(base, t, Feedback(f"{t.id}-t", t.id, text="repair it", created_at=2.0)) for t in hinted),
+        policy,
+        answered(base, bad[1], scored(bad[1], -0.5), release=serving, logprobs=logprobs),
+        answered(base, bad[2], scored(bad[2], -1.0)),
+        answered(base, bad[3], scored(bad[3], -1.0), release="support-v000009-gone"),
+    ]
+    record(deployment.store, config, episodes)
+    summary = learner.update()
+    assert summary["window"]["objectives"] == {"sft": 8, "dpo": 6, "hindsight": 3, "policy": 2, "kto": 2}
+    assert summary["window"]["notes"] == {"kto and no policy, its adapter is gone": 1}
+    assert summary["window"]["strata"]["find/bad"] == 7
+    assert summary["candidate"] is not None, summary["reasons"]
+    for name in ("nll_fresh", "loss_dpo", "loss_kto", "loss_policy", "loss_hindsight"):
+        assert f"{name}_first" in summary["metrics"], name
+    release = releases.get(deployment.store, summary["candidate"])
+    assert release.manifest["objectives"] == summary["window"]["objectives"]
+    assert "find/bad" not in release.manifest["taught"]
+    page = (config.state_dir / "reports" / "support" / "update-000001.html").read_text()
+    assert "hindsight" in page
+    assert "its adapter is gone" in page
+
+
+def test_a_window_of_failures_alone_is_a_hold_with_its_reason(made):
+    config, deployment, learner = made
+    record(deployment.store, config, [answered(None, t, scored(t, -1.0)) for t in tickets("repair", 12)])
+    summary = learner.update()
+    assert (summary["verdict"], summary["number"], summary["num_missing"]) == ("hold", None, 8)
+    assert "12 only say what was wrong" in summary["reasons"][0]
+
+
+# ---------------------------------------------------------------- staleness
+
+
+def promoted(deployment, config, base, seed: int) -> str:
+    """A release of random factors that a human put in front."""
+    path = config.state_dir / f"candidate-{seed}"
+    adapter = new_factors(base, 2, 4.0, ("q_proj",), seed)
+    factors = {name: (a, a.new_ones(b.shape) * 0.02) for name, (a, b) in adapter.factors.items()}
+    write_adapter(path, adapter.with_factors(factors))
+    alias = aliases.read_alias(deployment.store, "support")
+    made = releases.seal(deployment.store, config.state_dir, "support", path, alias.release, {}, now=1.0)
+    with deployment.store.write() as connection:
+        releases.change_status(connection, made.name, "released", now=1.0)
+        connection.execute(
+            aliases.update(aliases.aliases).where(aliases.aliases.c.agent == "support").values(release=made.name)
+        )
+    return made.name
+
+
+def settled(deployment, config, base, *trajectories, **objectives):
+    config = config.model_copy(
+        update={
+            "trainer": config.trainer.model_copy(
+                update={"objectives": config.trainer.objectives.model_copy(update=objectives)}
+            )
+        }
+    )
+    record(deployment.store, config, trajectories)
+    rules = {"learn_from": config.agent.learn_from, "tools_allowed": None}
+    examples = [lane_of(t, config.trainer.objectives, **rules) for t in trajectories]
+    serving = aliases.read_alias(deployment.store, "support").release
+    return staleness.settle(deployment.store, config, base, serving, examples)
+
+
+def test_missing_log_probs_are_recomputed_under_the_adapter_that_answered(made):
+    config, deployment, learner = made
+    base = learner.rooms.base
+    first = aliases.read_alias(deployment.store, "support").release
+    second = promoted(deployment, config, base, 1)
+    by_base, by_adapter, lone = tickets("repair", 3)
+    old = answered(base, by_base, scored(by_base, -1.0), release=first)
+    new = answered(base, by_adapter, scored(by_adapter, -1.0), release=second)
+    given = answered(base, lone, scored(lone, -1.0), release=second, logprobs=(-0.5,) * 100)
+    (one, two, three), aside = settled(deployment, config, base, old, new, given, max_lag=1)
+    assert aside == []
+    assert one.behaviour == pytest.approx(recomputed(base, old), abs=1e-5)
+    far = max(abs(a - b) for a, b in zip(two.behaviour, recomputed(base, new), strict=True))
+    assert far > 1e-3, "the adapter's log-probs are not the base's"
+    assert len(three.behaviour) == len(three.completion_ids), "log-probs that do not fit the ids are none"
+
+
+def test_advantages_are_against_the_scores_before_and_a_score_no_worse_than_usual_teaches_nothing(made):
+    config, deployment, learner = made
+    base = learner.rooms.base
+    serving = aliases.read_alias(deployment.store, "support").release
+    pool = tickets("repair", 3)
+    given = [answered(base, t, scored(t, v), release=serving) for t, v in zip(pool, (-1.0, -0.75, -0.25), strict=True)]
+    kept, aside = settled(deployment, config, base, *given, baseline_decay=0.5)
+    assert [e.value for e in kept] == pytest.approx([-1.0, -0.25])
+    assert aside == [(pool[2].id, "no worse than usual: its score is -0.25, the mean -0.625")]
+
+
+def test_what_is_too_old_or_gone_is_learned_by_its_mark_and_says_why(made):
+    config, deployment, learner = made
+    base = learner.rooms.base
+    first = aliases.read_alias(deployment.store, "support").release
+    second = promoted(deployment, config, base, 1)
+    promoted(deployment, config, base, 2)
+    old, lost, foreign = tickets("repair", 3)
+    directory = releases.release_dir(config.state_dir, releases.get(deployment.store, second))
+    for file in directory.iterdir():
+        directory.chmod(0o755)
+        file.unlink()
+    examples, _ = settled(
+        deployment, config, base,
+        answered(base, old, scored(old, -1.0), release=first),
+        answered(base, lost, scored(lost, -1.0), release=second),
+        answered(base, foreign, scored(foreign, -1.0), release="support-v000009-gone"),
+        max_lag=1,
+    )  # fmt: skip
+    assert [(e.objective, e.value) for e in examples] == [("kto", -1.0)] * 3
+    assert [e.notes[0].removeprefix("kto and no policy, its adapter is ") for e in examples] == [
+        f"too old: {first} is 2 promotions behind", f"gone: {second}", "gone: support-v000009-gone"
+    ]  # fmt: skip
+    again = [replace(e, objective="policy", value=-1.0, release="nobody", notes=()) for e in examples[:1]]
+    alone = config.trainer.model_copy(
+        update={"objectives": config.trainer.objectives.model_copy(update={"use": ("sft", "policy")})}
+    )
+    only = config.model_copy(update={"trainer": alone})
+    assert staleness.settle(deployment.store, only, base, first, again) == (
+        [], [(old.id, "judged a failure, and no policy gradient: its adapter is gone: nobody")]
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- afterwards
+
+
+def test_learned_failures_are_neither_rehearsed_nor_read_again(made, tmp_path):
+    config, deployment, _ = made
+    t = tickets("repair", 4)
+    record(deployment.store, config, [answered(None, one, scored(one, -1.0)) for one in t])
+    rows = [
+        TokenRow(t[0].id, "repair/good", "p", (1, 2), (0.0, 1.0)),
+        TokenRow(t[1].id, "find/bad", "p", (1, 2), (0.0, 1.0), "kto", -1.0),
+        TokenRow(t[2].id, "find/bad", "p", (1, 2), (0.0, 1.0), "hindsight"),
+        TokenRow(t[3].id, "repair/corrected", "p", (1, 2), (0.0, 1.0), "dpo"),
+    ]
+    plan = plans.Plan(
+        id="u", agent="support", number=1, parent="x", alias=Alias("support", "x", 1, None, 0), is_trial=False, seed=0,
+        work_dir=tmp_path, window=tuple((row.record, row.stratum, "p") for row in rows), fresh=tuple(rows), replay=(),
+        set_aside=(), notes=(), suspicious=(), refusal=None, manifest={},
+    )  # fmt: skip
+    assert plan.taught == {"repair/good", "repair/corrected"}
+
+    def standing(verdict, is_served):
+        with deployment.store.write() as connection:
+            decision = Decision(verdict, ("because",), ())
+            plans._file_records(connection, plan, rows, decision, is_served=is_served, now=3.0)
+            found = connection.execute(select(screenings.c.record, screenings.c.status)).all()
+        return [dict(map(tuple, found))[row.record] for row in rows]
+
+    assert standing(Verdict.PROMOTE, True) == ["replay", "learned", "learned", "replay"]
+    assert standing(Verdict.HOLD, False) == ["waiting"] * 4
+    assert standing(Verdict.REJECT, False) == ["quarantined"] * 4
+
+
+def test_what_a_human_promotes_is_rehearsed_but_for_its_failures(made):
+    config, deployment, _ = made
+    right, wrong = tickets("repair", 2)
+    record(deployment.store, config, [answered(None, one, scored(one, -1.0)) for one in (right, wrong)])
+    with deployment.store.write() as connection:
+        values = {"id": "u", "agent": "support", "number": 1, "state": "done", "parent": "x", "candidate": "y"}
+        connection.execute(insert(updates).values(**values, mode="approve", fence=1, manifest={}, started_at=1.0))
+        for one, stratum in ((right, "repair/corrected"), (wrong, "find/bad")):
+            window.mark(connection, "support", one.id, "waiting", now=2.0, stratum=stratum, update="u")
+    aliases.file_approved(deployment.store, "support", "y", 3.0)
+    with deployment.store.read() as connection:
+        found = dict(map(tuple, connection.execute(select(screenings.c.record, screenings.c.status))))
+    assert found == {right.id: "replay", wrong.id: "learned"}
+
+
+def test_a_plan_with_partners_and_notes_comes_back_from_disk(tmp_path):
+    partner = TokenRow("r", "s", "p", (1, 2), (0.0, 1.0), "dpo")
+    row = TokenRow("r", "s", "p", (1, 3), (0.0, 1.0), "dpo", partner=partner)
+    assert plans._token_row(json.loads(json.dumps(plans.asdict(row)))) == row
