@@ -34,7 +34,7 @@ class Batching:
 
 
 class Fresh:
-    """What the window teaches, each row by its own objective."""
+    """What the window teaches, each row by its own objective; what is measured is without the coefficients."""
 
     name = "fresh"
 
@@ -49,10 +49,13 @@ class Fresh:
         measured: Measured = {}
         for objective, indices in by_objective.items():
             share = sum(weights[i] for i in indices)
+            coefficient = float(getattr(self.streams.config, objective))
+            size = self.batching.micro_batch or len(indices)
+            z = self.streams.reference_point(indices if objective == "kto" else (), size)
             total = 0.0
-            for part in _parts(indices, self.batching.micro_batch):
-                loss = self.streams.loss(objective, part, [weights[i] for i in part])
-                loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+            for part in _parts(indices, size):
+                loss = self.streams.loss(objective, part, [weights[i] for i in part], z)
+                (coefficient * loss).backward()  # type: ignore[no-untyped-call, unused-ignore]
                 total += float(loss.detach())
             measured["nll_fresh" if objective == "sft" else f"loss_{objective}"] = total / share
         return measured
