@@ -124,12 +124,9 @@ class Penalty:
 Term = Fresh | Replay | Divergence | Penalty
 
 
-def norm_of(parameters: Sequence[Tensor], less: Sequence[Tensor] | None = None) -> float:
-    """Euclidean norm over all gradients, minus those in `less` when given."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if less is not None:
-        grads = [grad - earlier for grad, earlier in zip(grads, less, strict=True)]
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads])))
+def norm_of(gradient: Sequence[Tensor]) -> float:
+    """Euclidean norm over all parameters."""
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in gradient])))
 
 
 def _weights(draws: Draws, step: int, batching: Batching, pool: str) -> dict[int, float]:
