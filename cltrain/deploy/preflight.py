@@ -15,7 +15,7 @@ import numpy as np
 
 from cltrain.errors import ConfigError, DataError
 from cltrain.models import digest
-from cltrain.models.digest import ADAPTER_FILES
+from cltrain.models.digest import ADAPTER_FILES, MEMORY_FILE
 from cltrain.models.shapes import expected_shapes
 
 MANIFEST = "manifest.json"
@@ -72,7 +72,7 @@ def _check_files(directory: Path) -> None:
     names = {path.name for path in directory.iterdir()}
     if missing := sorted(set(ADAPTER_FILES) - names):
         raise DataError(f"{directory} lacks {', '.join(missing)}")
-    odd = sorted(names - {*ADAPTER_FILES, MANIFEST})
+    odd = sorted(names - {*ADAPTER_FILES, MEMORY_FILE, MANIFEST})
     if odd:
         kind = "a pickle file" if odd[0].endswith((".bin", ".pt", ".pth", ".pkl")) else "a file that no adapter needs"
         raise DataError(f"{directory} holds {odd[0]}, {kind}: only safetensors adapters are served")
@@ -154,8 +154,9 @@ def _is_finite(raw: np.ndarray[Any, Any], kind: str) -> bool:
 
 def _check_manifest(directory: Path) -> None:
     files = _read_json(directory / MANIFEST).get("files")
-    if not isinstance(files, dict) or set(files) != set(ADAPTER_FILES):
-        raise DataError(f'{directory / MANIFEST} does not name the sha256 of both adapter files under "files"')
+    present = {name for name in (*ADAPTER_FILES, MEMORY_FILE) if (directory / name).exists()}
+    if not isinstance(files, dict) or set(files) != present:
+        raise DataError(f'{directory / MANIFEST} does not name the sha256 of the adapter's files under "files"')
     for name, expected in files.items():
         with (directory / name).open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != expected:

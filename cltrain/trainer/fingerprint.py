@@ -11,7 +11,9 @@ import torch
 from cltrain.config import TrainerConfig
 from cltrain.models.adapter import AdapterFile, Factors, snapshot
 from cltrain.models.base import Base
+from cltrain.objectives.fisher import to_tensors
 from cltrain.records import TokenRow
+from cltrain.trainer.memory import Memory
 
 
 def fingerprint_of(
@@ -22,10 +24,11 @@ def fingerprint_of(
     replay: Sequence[TokenRow],
     anchors: Sequence[TokenRow],
     trainer: TrainerConfig,
+    memory: Memory,
     num_steps: int,
     seed: int,
 ) -> str:
-    """Hex digest over base, rows, settings, seed, the starting and the incumbent's factors, torch and its threads."""
+    """Hex digest over base, rows, settings, seed, where it starts, the incumbent, the Fisher, torch and its threads."""
     whole = hashlib.sha256()
     settings = trainer.model_dump(mode="json", exclude={"checkpoint_every", "anchors", "num_anchors", "anchor_tokens"})
     numbers = [start.rank, start.alpha, start.targets, settings, num_steps, seed]
@@ -37,6 +40,9 @@ def fingerprint_of(
         whole.update(b"\0")
     whole.update(_bytes_of(start.factors))
     whole.update(_bytes_of(incumbent.factors) if incumbent is not None else b"")
+    if memory.fisher is not None:  # the fast weights, if they are used, are the start
+        for name, value in to_tensors(memory.fisher).items():
+            whole.update(name.encode() + value.numpy().tobytes())
     return whole.hexdigest()
 
 

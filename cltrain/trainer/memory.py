@@ -5,6 +5,7 @@ Sealed with the release in one safetensors file, so that rolling back a release 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,9 @@ class Memory:
 
 
 def write_memory(directory: Path, memory: Memory) -> None:
-    """Write the file beside the adapter, or nothing when there is nothing to remember."""
-    from safetensors.torch import save_file
+    """Write the file beside the adapter, or nothing when there is nothing to remember. Raises DataError for a disk that
+    is full."""
+    from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
     if memory.fisher is not None:
@@ -34,8 +36,15 @@ def write_memory(directory: Path, memory: Memory) -> None:
     if memory.fast is not None:
         for module, (a_RK, b_NR) in memory.fast.factors.items():
             tensors |= {f"fast/{module}/A": a_RK.contiguous(), f"fast/{module}/B": b_NR.contiguous()}
-    if tensors:
-        save_file(tensors, directory / MEMORY_FILE)
+    if not tensors:
+        return
+    try:
+        with (directory / MEMORY_FILE).open("wb") as stream:
+            stream.write(save(tensors))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise DataError(f"cannot write {directory / MEMORY_FILE}: {error.strerror}") from error
 
 
 def read_memory(directory: Path | None, adapter: AdapterFile | None) -> Memory:

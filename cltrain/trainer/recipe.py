@@ -62,9 +62,14 @@ def make_recipe(
     trainer: TrainerConfig,
     memory: Memory,
 ) -> Recipe:
-    """Assemble a method's terms over `model`, which must still hold the weights that the update begins with; `frozen`
-    holds the incumbent's for good."""
+    """Assemble a method's terms over `model`, which must still hold the weights that the update begins with (of which
+    oplora takes away what lies in the base's top directions); `frozen` holds the incumbent's for good."""
     remember = method.remember
+    project = None
+    if "oplora" in remember:
+        subspaces = top_subspaces(base, list(start.factors), trainer.oplora_rank)
+        project = lambda: keep_out(live, subspaces)  # noqa: E731  (a bound action, like the penalties)
+        project()
     rehearses = bool(remember & {"replay", "distill"}) and bool(draws.replay)
     guards = "agem" in remember and bool(draws.replay)
     share = trainer.replay_share if rehearses else 0.0
@@ -80,15 +85,12 @@ def make_recipe(
         reference = of_base if trainer.kl_to == "base" else Reference(base, frozen, of_base.rows)
         terms.append(Divergence(base, model, draws, reference, trainer.kl_beta, trainer.kl_batch, trainer.micro_batch))
     norms = base_norms(base, list(start.factors))
+    before = None if method.is_merged else incumbent  # on a merged model, the live delta itself is the distance
     if "l2sp" in remember and trainer.l2sp_lambda > 0:
-        terms.append(Penalty("l2sp", trainer.l2sp_lambda, lambda: l2sp(live, start.scale, incumbent, norms)))
+        terms.append(Penalty("l2sp", trainer.l2sp_lambda, lambda: l2sp(live, start.scale, before, norms)))
     if "ewc" in remember and memory.fisher is not None and trainer.ewc_lambda > 0:
         fisher = relative_to_base(memory.fisher, norms)
-        terms.append(Penalty("ewc", trainer.ewc_lambda, lambda: ewc(live, start.scale, incumbent, fisher)))
-    project = None
-    if "oplora" in remember:
-        subspaces = top_subspaces(base, list(start.factors), trainer.oplora_rank)
-        project = lambda: keep_out(live, subspaces)  # noqa: E731  (a bound action, like the penalties)
+        terms.append(Penalty("ewc", trainer.ewc_lambda, lambda: ewc(live, start.scale, before, fisher)))
     guard = Replay(base, model, draws, old, None) if guards else None
     return Recipe(tuple(terms), guard, project, draws, batching, old)
 

@@ -28,6 +28,7 @@ from cltrain.records import BoundReport, TokenRow
 from cltrain.trainer.reference import Reference
 
 HALVINGS = 8
+NO_MOVE = 1e-6  # relative to ||W0||: what re-compression without loss does to float32 factors
 MARGIN = 1e-4  # float32 rounding of the exported factors moves a norm by less than this fraction
 
 
@@ -93,6 +94,10 @@ class Ruler:
         num = self.of_base.num_tokens
         return OnAnchors(step / num, drift / num, entropy / num, ending / max(1, num_open))
 
+    def is_at_incumbent(self, adapter: AdapterFile) -> bool:
+        """Whether an adapter's delta is the incumbent's, but for rounding."""
+        return max_ratio(difference_norms(adapter, self.incumbent), self.base_norms) <= NO_MOVE
+
     def report(self, adapter: AdapterFile, bounds: BoundsConfig, spent: Spent, shrink: float) -> BoundReport:
         """All distances of an adapter and what the update spent, each beside its limit."""
         seen = self.on_anchors(adapter)
@@ -125,10 +130,10 @@ def shrink_to_bounds(
 ) -> tuple[AdapterFile, float]:
     """The adapter at the largest fraction of the way from the incumbent that obeys all bounds, and that fraction.
 
-    It is 0 when the day's displacement is spent: then nothing obeys.
+    The fraction is 0 where the day's displacement is spent, and nothing obeys.
 
-    Where the trained factors grew out of `start` (the incumbent, or factors that change nothing), the way is the
-    straight line of both factors; where they were re-compressed (None), it is the straight line of the weights' delta.
+    Where the trained factors grew out of `start` (the incumbent's delta, or factors that change nothing), the way is
+    the straight line of both factors; where they did not (None), it is the straight line of the weights' delta.
     """
     slack = 1 - MARGIN
     step_limit = min(bounds.step_frobenius, bounds.day_frobenius - spent.day_frobenius) * slack

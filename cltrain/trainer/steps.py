@@ -14,7 +14,7 @@ from cltrain.errors import DataError
 from cltrain.models.adapter import Factors, snapshot
 from cltrain.trainer import checkpoint as checkpoints
 from cltrain.trainer.recipe import Recipe, guarded_step
-from cltrain.trainer.terms import Measured, norm_of
+from cltrain.trainer.terms import Measured, Term, norm_of
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -43,9 +43,8 @@ def train(
     resumed = checkpoints.load(work_dir, fingerprint)
     history = _restore(adam, parameters, resumed) if resumed else []
     for step in range(len(history), num_steps):
-        guarding = _gradient_of_old(recipe, parameters, step)
-        adam.zero_grad(set_to_none=True)
-        measured = _add_gradients(recipe, parameters, step)
+        guarding = _gradient_of(recipe.guard, parameters, step)[1] if recipe.guard else None
+        measured = _set_gradients(recipe, parameters, step)
         for name, value in measured.items():
             if not math.isfinite(value):
                 raise UpdateDiscarded(f"{name} is {value} at step {step}: the update is discarded, the incumbent stays")
@@ -74,24 +73,26 @@ def lr_share(step: int, trainer: TrainerConfig, num_steps: int) -> float:
     return trainer.final_lr_share + (1 - trainer.final_lr_share) * left
 
 
-def _add_gradients(recipe: Recipe, parameters: Sequence[Tensor], step: int) -> Measured:
-    """Backward of every term; what each measured, with the norm of its own gradient and of their sum."""
+def _set_gradients(recipe: Recipe, parameters: Sequence[Tensor], step: int) -> Measured:
+    """Leave the sum of the terms' gradients in .grad; what each term measured, with the norms of its gradient and of
+    the sum. Each is taken alone: the norm of a small one would drown in a difference of sums."""
     measured: Measured = {}
+    total = [torch.zeros_like(parameter) for parameter in parameters]
     for term in recipe.terms:
-        before = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
-        found = term.add(step)
+        found, gradient = _gradient_of(term, parameters, step)
         if found:
-            measured |= {**found, f"grad_norm_{term.name}": norm_of(parameters, before)}
-    return {**measured, "grad_norm": norm_of(parameters)}
+            measured |= {**found, f"grad_norm_{term.name}": norm_of(gradient)}
+        total = [one + other for one, other in zip(total, gradient, strict=True)]
+    for parameter, gradient_of_all in zip(parameters, total, strict=True):
+        parameter.grad = gradient_of_all
+    return {**measured, "grad_norm": norm_of(total)}
 
 
-def _gradient_of_old(recipe: Recipe, parameters: Sequence[Tensor], step: int) -> list[Tensor] | None:
-    if recipe.guard is None:
-        return None
+def _gradient_of(term: Term, parameters: Sequence[Tensor], step: int) -> tuple[Measured, list[Tensor]]:
     for parameter in parameters:
         parameter.grad = None
-    recipe.guard.add(step)
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+    found = term.add(step)
+    return found, [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
 def _capture(adam: torch.optim.Adam, parameters: Sequence[Tensor], history: list[Measured]) -> checkpoints.Checkpoint:

@@ -22,7 +22,6 @@ from cltrain.objectives.losses import token_weights, weighted_nll
 from cltrain.objectives.policy import clipped
 from cltrain.objectives.preference import dpo, kto, mismatched_divergence, no_divergence
 from cltrain.records import Objective, TokenRow
-from cltrain.trainer.reference import Reference
 
 
 class Streams:
@@ -32,51 +31,53 @@ class Streams:
         self.base, self.model, self.rows, self.config = base, model, rows, config
         self._before: dict[int, Tensor] = {}  # log-probs of a row's own tokens under the incumbent
         self._partner_before: dict[int, Tensor] = {}
-        self._hinted: dict[int, Reference] = {}
+        self._hinted: dict[int, Tensor] = {}  # hidden_MD of the hinted row under the incumbent
         for i, row in enumerate(rows):
             if row.objective in ("dpo", "kto", "policy"):
                 self._before[i] = self._frozen(row)
             if row.objective == "dpo":
                 self._partner_before[i] = self._frozen(_partner(row))
             if row.objective == "hindsight":
-                self._hinted[i] = Reference(base, model, [_partner(row)])
+                with torch.no_grad():
+                    self._hinted[i] = self._hidden([_partner(row)])
         self._swapped = self._with_answers_of_others()
 
-    def loss(self, objective: Objective, indices: Sequence[int], weights: Sequence[float]) -> Tensor:
-        """sum_i weights_i * loss_i of rows that share one objective, times its coefficient; each row's loss is a mean
-        over its own tokens, or one number for its whole answer where the objective compares answers."""
+    def loss(self, objective: Objective, indices: Sequence[int], weights: Sequence[float], z: Tensor) -> Tensor:
+        """sum_i weights_i * loss_i of rows that share one objective; each row's loss is a mean over its own tokens, or
+        one number for its whole answer where the objective compares answers. `z`: see `reference_point`."""
         rows = [self.rows[i] for i in indices]
         weights_B = torch.tensor(weights, device=self.base.device)
         if objective == "sft":
-            found = weighted_nll(self.base, self._hidden(rows), rows, token_weights(rows, weights))
-        elif objective == "dpo":
+            return weighted_nll(self.base, self._hidden(rows), rows, token_weights(rows, weights))
+        if objective == "dpo":
             both = [*rows, *(_partner(row) for row in rows)]
             chosen, rejected = self._answers(both).split(len(rows))
             before, partner_before = (
                 torch.stack([kept[i].sum() for i in indices]) for kept in (self._before, self._partner_before)
             )
-            found = (dpo(chosen, rejected, before, partner_before, self.config.dpo_beta) * weights_B).sum()
-        elif objective == "kto":
-            found = (self._kto(rows, indices) * weights_B).sum()
-        elif objective == "policy":
-            found = (self._policy(rows, indices) * token_weights(rows, weights).to(self.base.device)).sum()
-        else:
-            logq_MV = F.log_softmax(logits_of(self.base, self._hidden(rows)), dim=-1)
-            logp_MV = torch.cat([self._hinted[i].log_probs([0]) for i in indices])
-            per_token_M = divergence(logp_MV, logq_MV, self.config.hindsight_kind)
-            found = (per_token_M * token_weights(rows, weights).to(self.base.device)).sum()
-        return float(getattr(self.config, objective)) * found
+            return (dpo(chosen, rejected, before, partner_before, self.config.dpo_beta) * weights_B).sum()
+        if objective == "kto":
+            return (self._kto(rows, indices, z) * weights_B).sum()
+        if objective == "policy":
+            return (self._policy(rows, indices) * token_weights(rows, weights).to(self.base.device)).sum()
+        logq_MV = F.log_softmax(logits_of(self.base, self._hidden(rows)), dim=-1)
+        logp_MV = F.log_softmax(logits_of(self.base, torch.cat([self._hinted[i] for i in indices])), dim=-1)
+        per_token_M = divergence(logp_MV, logq_MV, self.config.hindsight_kind)
+        return (per_token_M * token_weights(rows, weights).to(self.base.device)).sum()
 
-    def _kto(self, rows: Sequence[TokenRow], indices: Sequence[int]) -> Tensor:
+    def reference_point(self, indices: Sequence[int], size: int) -> Tensor:
+        """KTO's z0 in nats, from all of a step's kto rows (`size` of them a forward): it is one number for the step, so
+        that micro-batches change nothing. 0 with fewer than two of them."""
+        swapped = [self._swapped[i] for i in indices if i in self._swapped]
+        if len(swapped) < 2:
+            return no_divergence(torch.zeros(1, device=self.base.device))
+        with torch.no_grad():
+            now = [self._answers([row for row, _ in swapped[i : i + size]]) for i in range(0, len(swapped), size)]
+        return mismatched_divergence(torch.cat(now), torch.stack([before for _, before in swapped]))
+
+    def _kto(self, rows: Sequence[TokenRow], indices: Sequence[int], z: Tensor) -> Tensor:
         reference_B = torch.stack([self._before[i].sum() for i in indices])
         labels_B = torch.tensor([row.value for row in rows], device=self.base.device)
-        swapped = [self._swapped[i] for i in indices if i in self._swapped]
-        if len(swapped) > 1:
-            with torch.no_grad():
-                now_B = self._answers([row for row, _ in swapped])
-            z = mismatched_divergence(now_B, torch.stack([before for _, before in swapped]))
-        else:
-            z = no_divergence(reference_B)
         return kto(
             self._answers(rows), reference_B, labels_B, z, beta=self.config.kto_beta, desirable=1.0, undesirable=1.0
         )

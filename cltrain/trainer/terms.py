@@ -34,7 +34,7 @@ class Batching:
 
 
 class Fresh:
-    """What the window teaches, each row by its own objective."""
+    """What the window teaches, each row by its own objective; what is measured is without the coefficients."""
 
     name = "fresh"
 
@@ -49,10 +49,13 @@ class Fresh:
         measured: Measured = {}
         for objective, indices in by_objective.items():
             share = sum(weights[i] for i in indices)
+            coefficient = float(getattr(self.streams.config, objective))
+            size = self.batching.micro_batch or len(indices)
+            z = self.streams.reference_point(indices if objective == "kto" else (), size)
             total = 0.0
-            for part in _parts(indices, self.batching.micro_batch):
-                loss = self.streams.loss(objective, part, [weights[i] for i in part])
-                loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+            for part in _parts(indices, size):
+                loss = self.streams.loss(objective, part, [weights[i] for i in part], z)
+                (coefficient * loss).backward()  # type: ignore[no-untyped-call, unused-ignore]
                 total += float(loss.detach())
             measured["nll_fresh" if objective == "sft" else f"loss_{objective}"] = total / share
         return measured
@@ -121,12 +124,9 @@ class Penalty:
 Term = Fresh | Replay | Divergence | Penalty
 
 
-def norm_of(parameters: Sequence[Tensor], less: Sequence[Tensor] | None = None) -> float:
-    """Euclidean norm over all gradients, minus those in `less` when given."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if less is not None:
-        grads = [grad - earlier for grad, earlier in zip(grads, less, strict=True)]
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads])))
+def norm_of(gradient: Sequence[Tensor]) -> float:
+    """Euclidean norm over all parameters."""
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in gradient])))
 
 
 def _weights(draws: Draws, step: int, batching: Batching, pool: str) -> dict[int, float]:

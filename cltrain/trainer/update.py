@@ -10,7 +10,7 @@ import dataclasses
 import math
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from cltrain.models.adapter import (
     new_factors,
     parameters_of,
     read_adapter,
+    snapshot,
     write_adapter,
 )
 from cltrain.models.base import Base
@@ -148,19 +149,20 @@ class _Update:
             raise UpdateDiscarded("no fresh row has a token to learn from")
         if self.method.is_joint:
             fresh, replay = [*fresh, *replay], []
-        if not self.method.remember & {"replay", "distill", "agem"}:
-            replay = []
+        uses_replay = self.method.remember & {"replay", "distill", "agem"}
+        replay = [row for row in replay if uses_replay and _is_worth_saying_again(row)]
         anchors = [row for row in anchors if predicted(row)]
-        start, grows_from = self._start()
+        start = self._start()
         ruler = Ruler(self.base, self.incumbent, start, anchors, of_base)
-        trained, recipe, history = self._train(start, ruler, fresh, replay, path.parent, on_step)
+        start, trained, recipe, history = self._train(start, ruler, fresh, replay, path.parent, on_step)
         if not all(bool(torch.isfinite(factor).all()) for pair in trained.factors.values() for factor in pair):
             raise UpdateDiscarded("the trained factors hold NaN or infinity")
-        spent = Spent(self.spent_today, _num_tokens(recipe, len(history)), len(history))
+        spent = Spent(self.spent_today, _num_tokens(recipe, range(len(history))), len(history))
         served = self._served(trained)
         shrink = 1.0
         if self.method.is_bounded:
-            served, shrink = shrink_to_bounds(ruler, grows_from, served, self.bounds, spent)
+            grew = not self.method.is_merged and "ema" not in self.method.remember and ruler.is_at_incumbent(start)
+            served, shrink = shrink_to_bounds(ruler, start if grew else None, served, self.bounds, spent)
             if shrink < self.bounds.min_shrink:
                 raise UpdateDiscarded(
                     f"only {shrink:.4f} of the step would keep to the bounds, less than bounds.min_shrink = "
@@ -182,22 +184,17 @@ class _Update:
             num_steps=len(history),
         )
 
-    def _start(self) -> tuple[AdapterFile, AdapterFile | None]:
-        """The factors that training begins with, and where the straight line back to the bounds would begin: None when
-        it is not these factors that will be served (see `_served`)."""
+    def _start(self) -> AdapterFile:
+        """The factors that training begins with."""
         fresh = new_factors(self.base, self.adapter.rank, self.adapter.alpha, self.adapter.targets, self.seed)
         if self.incumbent is None:
-            return fresh, None if "ema" in self.method.remember else fresh
+            return fresh
         check_fits(self.base, self.incumbent)
         check_continues(self.incumbent, self.adapter)
         if self.method.is_merged:
-            return fresh, None
+            return fresh
         fast = self.memory.fast if "ema" in self.method.remember else None
-        if fast is not None:
-            return self._shaped(fast), None
-        if (self.incumbent.rank, self.incumbent.alpha) != (fresh.rank, fresh.alpha):
-            return self._shaped(self.incumbent), None
-        return self.incumbent, None if "ema" in self.method.remember else self.incumbent
+        return self._shaped(fast or self.incumbent)
 
     def _shaped(self, adapter: AdapterFile) -> AdapterFile:
         """The adapter at the configured rank and alpha, re-compressed where it has another."""
@@ -213,7 +210,8 @@ class _Update:
         replay: Sequence[TokenRow],
         work_dir: Path,
         on_step: OnStep,
-    ) -> tuple[AdapterFile, Recipe, list[Measured]]:
+    ) -> tuple[AdapterFile, AdapterFile, Recipe, list[Measured]]:
+        """Where training began and ended, what its steps were made of, and what each of them measured."""
         below = self.base
         if self.method.is_merged and self.incumbent is not None:
             below = _merged(self.base, self.incumbent)
@@ -224,18 +222,18 @@ class _Update:
             self.base, model, ruler.incumbent_model, live, start, self.incumbent, draws, ruler.of_base, self.method,
             self.trainer, self.memory,
         )  # fmt: skip
-        num_steps = self.trainer.num_steps
-        while num_steps and _num_tokens(recipe, num_steps) > self.bounds.max_tokens:
-            num_steps -= 1
+        start = start.with_factors(snapshot(live))
+        num_steps = _affordable_steps(recipe, self.trainer.num_steps, self.bounds.max_tokens)
         if not num_steps:
             raise UpdateDiscarded(f"its first step has more tokens than bounds.max_tokens = {self.bounds.max_tokens}")
         key = fingerprint_of(
-            self.base, start, self.incumbent, fresh, replay, ruler.of_base.rows, self.trainer, num_steps, self.seed
-        )
+            self.base, start, self.incumbent, fresh, replay, ruler.of_base.rows, self.trainer, self.memory, num_steps,
+            self.seed,
+        )  # fmt: skip
         factors, history = train(
             recipe, live, self.trainer, num_steps, self.health.max_grad_norm, key, work_dir, on_step
         )
-        return start.with_factors(factors), recipe, history
+        return start, start.with_factors(factors), recipe, history
 
     def _served(self, trained: AdapterFile) -> AdapterFile:
         """What is to be served of what was trained: itself, or its sum or average with the incumbent, re-compressed."""
@@ -252,7 +250,7 @@ class _Update:
         remember, fisher = self.method.remember, self.memory.fisher
         if "ewc" in remember:
             model = attach(self.base, exported)
-            learned = [row for row in fresh if row.objective == "sft"]
+            learned = sorted((row for row in fresh if row.objective == "sft"), key=lambda row: (row.record, row.ids))
             if learned:
                 new = measure_fisher(self.base, model, list(exported.factors), learned, self.trainer.max_grad_norm)
                 fisher = new if fisher is None else decayed(fisher, new, self.trainer.ewc_decay)
@@ -276,10 +274,25 @@ def _merged(base: Base, adapter: AdapterFile) -> Base:
     return dataclasses.replace(base, model=model)
 
 
-def _num_tokens(recipe: Recipe, num_steps: int) -> int:
-    """Supervised tokens of the first `num_steps` steps, a row counted as often as it fills a slot."""
-    total = 0
+def _is_worth_saying_again(row: TokenRow) -> bool:
+    """Whether the row's own tokens are what was to be learned: not an answer that was marked bad or needed a hint."""
+    return row.objective in ("sft", "dpo") or (row.objective in ("kto", "policy") and row.value > 0)
+
+
+def _affordable_steps(recipe: Recipe, num_steps: int, max_tokens: int) -> int:
+    """How many of the first `num_steps` steps stay within `max_tokens` together."""
+    spent = 0
     for step in range(num_steps):
+        spent += _num_tokens(recipe, [step])
+        if spent > max_tokens:
+            return step
+    return num_steps
+
+
+def _num_tokens(recipe: Recipe, steps: Iterable[int]) -> int:
+    """Supervised tokens of these steps, a row counted as often as it fills a slot."""
+    total = 0
+    for step in steps:
         for batching, pool in ((recipe.fresh, "fresh"), (recipe.old, "replay")):
             rows = recipe.draws.fresh if pool == "fresh" else recipe.draws.replay
             for draw in recipe.draws.batch(step, batching.batch_size, batching.replay_share):
@@ -300,6 +313,19 @@ def _check_rows(base: Base, name: str, rows: Sequence[TokenRow]) -> None:
             raise DataError(f"{name} row {row.record} has token ids outside the base's vocabulary of {vocabulary}")
         if row.partner is not None:
             _check_rows(base, name, [row.partner])
+        num_targets = len(predicted(row))
+        if (
+            row.objective in ("dpo", "hindsight")
+            and num_targets
+            and (row.partner is None or not predicted(row.partner))
+        ):
+            raise DataError(f"{name} row {row.record} is learned by {row.objective}, but has no partner with an answer")
+        if row.objective == "hindsight" and row.partner is not None and len(predicted(row.partner)) != num_targets:
+            raise DataError(f"{name} row {row.record} and its hinted self do not have the same number of targets")
+        if row.objective == "policy" and (row.behaviour is None or len(row.behaviour) != num_targets):
+            raise DataError(
+                f"{name} row {row.record} is learned by policy, but lacks a log-prob for each of its targets"
+            )
 
 
 def _summary(history: Sequence[Measured], fresh: Sequence[TokenRow], replay: Sequence[TokenRow]) -> dict[str, float]:

@@ -1,0 +1,218 @@
+"""The fresh rows' objectives in whole updates: each moves the right probability the right way, each coefficient
+multiplies its own term, and neither micro-batches nor the order of rows changes anything."""
+
+import dataclasses
+import math
+
+import pytest
+
+from cltrain.config import ObjectivesConfig
+from cltrain.errors import DataError
+from cltrain.models.anchors import mean_kl
+from cltrain.models.scoring import token_log_probs
+from cltrain.records import TokenRow
+from tests.trainer_parts import Tiny, make_tiny, skill_rows
+
+OBJECTIVES = ("sft", "dpo", "kto", "policy", "hindsight")
+NAIVE = {"method": "naive", "kl_beta": 0.0}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Tiny:
+    return make_tiny(tmp_path_factory.mktemp("objectives"))
+
+
+def rows_of(tiny, objective, count=5, *, values=None) -> list[TokenRow]:
+    """Rows of skill 1 as the objective wants them: the pair's loser answers as skill 2, the hint names the answer."""
+    rows = []
+    for i, row in enumerate(skill_rows(1, count)):
+        changes = {"objective": objective}
+        if objective == "dpo":
+            changes["partner"] = skill_rows(1, count, answer=2)[i]
+        if objective == "hindsight":
+            changes["partner"] = dataclasses.replace(row, ids=(200, 201, *row.ids), weights=(0.0, 0.0, *row.weights))
+        if objective in ("kto", "policy"):
+            changes["value"] = values[i] if values else (1.0, -1.0)[i % 2]
+        if objective == "policy":
+            changes["behaviour"] = tuple(token_log_probs(tiny.base, None, [row])[0])
+        rows.append(dataclasses.replace(row, **changes))
+    return rows
+
+
+def measure(tiny, name, fresh, replay=(), after=None, **trainer):
+    """What every step of an update measured, and the update."""
+    seen = []
+    made = tiny.update(
+        name, fresh, replay, after, trainer=NAIVE | trainer, on_step=lambda step, measured: seen.append(measured)
+    )
+    return seen, made
+
+
+def answer_log_prob(tiny, adapter, rows) -> float:
+    return sum(sum(row) for row in token_log_probs(tiny.base, adapter, rows)) / len(rows)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("value", [1.0, -1.0])
+def test_one_row_alone_gives_a_finite_gradient(tiny, objective, value):
+    fresh = rows_of(tiny, objective, 1, values=[value])
+    seen, made = measure(tiny, f"one-{objective}-{value}", fresh, num_steps=2)
+    assert all(0 < step["grad_norm_fresh"] < math.inf for step in seen)
+    assert made.candidate.bounds.step_frobenius > 0
+
+
+def test_an_advantage_of_zero_moves_nothing(tiny):
+    seen, made = measure(tiny, "zero", rows_of(tiny, "policy", 1, values=[0.0]), num_steps=2)
+    assert [step["grad_norm_fresh"] for step in seen] == [0.0, 0.0]
+    assert made.candidate.bounds.step_frobenius == 0.0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("kind", ["first", "second"])
+def test_doubling_an_objectives_coefficient_doubles_its_gradient_and_not_its_measured_loss(tiny, objective, kind):
+    """cispo and forward KL with their defaults, then ppo and jsd."""
+    kinds = {"policy_kind": ("cispo", "ppo")[kind == "second"], "hindsight_kind": ("forward", "jsd")[kind == "second"]}
+    first = []
+    for size in (0.7, 1.4):
+        settings = ObjectivesConfig(**{objective: size}, **kinds)
+        seen, _ = measure(
+            tiny, f"double-{objective}-{kind}-{size}", rows_of(tiny, objective), objectives=settings, num_steps=1
+        )
+        first.append(seen[0])
+    one, two = first
+    assert two["grad_norm_fresh"] == pytest.approx(2 * one["grad_norm_fresh"], rel=1e-5)
+    name = "nll_fresh" if objective == "sft" else f"loss_{objective}"
+    assert two[name] == pytest.approx(one[name], rel=1e-6)
+
+
+def test_a_coefficient_multiplies_its_own_objective_only(tiny):
+    """With g = g_sft + c g_dpo measured at c = 1, 2, 3, the squared norms lie on one parabola in c."""
+    fresh = [*rows_of(tiny, "sft", 3), *rows_of(tiny, "dpo", 3)]
+    squares = []
+    for size in (1.0, 2.0, 3.0):
+        settings = ObjectivesConfig(dpo=size)
+        seen, _ = measure(tiny, f"own-{size}", fresh, objectives=settings, num_steps=1, batch_size=6)
+        squares.append(seen[0]["grad_norm_fresh"] ** 2)
+    alone, _ = measure(tiny, "own-alone", [r for r in fresh if r.objective == "dpo"], num_steps=1, batch_size=6)
+    of_dpo = (alone[0]["grad_norm_fresh"] / 2) ** 2  # there each row fills two slots
+    assert (squares[2] - 2 * squares[1] + squares[0]) / 2 == pytest.approx(of_dpo, rel=1e-3)
+
+
+@pytest.mark.parametrize(("method", "knob"), [("kl", "kl_beta"), ("l2sp", "l2sp_lambda"), ("ewc", "ewc_lambda")])
+def test_doubling_a_penaltys_coefficient_doubles_its_gradient(tiny, method, knob):
+    """At the first step after an update; a penalty on the step itself is zero there, so there at the second."""
+    before = tiny.update(f"before-{knob}", skill_rows(0, 4), trainer={"method": method})
+    seen = {}
+    for size in (1e-6, 2e-6):  # small, so that the first step is the same to rounding
+        settings = {"method": method, knob: size, "warmup_steps": 0}
+        seen[size], _ = measure(tiny, f"{knob}-{size}", skill_rows(1, 4), (), before, num_steps=2, **settings)
+    one, two = seen[1e-6][1], seen[2e-6][1]
+    assert one[f"grad_norm_{method}"] > 0
+    assert two[f"grad_norm_{method}"] == pytest.approx(2 * one[f"grad_norm_{method}"], rel=1e-3)
+    assert two[method] == pytest.approx(one[method], rel=1e-3)
+    assert two["grad_norm_fresh"] == pytest.approx(one["grad_norm_fresh"], rel=1e-3)
+
+
+def test_dpo_raises_the_chosen_over_the_rejected_answer(tiny):
+    fresh = rows_of(tiny, "dpo")
+    _, made = measure(tiny, "dpo", fresh)
+
+    def margin(adapter):
+        rejected = [row.partner for row in fresh]
+        return answer_log_prob(tiny, adapter, fresh) - answer_log_prob(tiny, adapter, rejected)
+
+    assert margin(made.adapter) > margin(None) + 1
+
+
+@pytest.mark.parametrize("objective", ["kto", "policy"])
+def test_a_good_mark_raises_an_answer_and_a_bad_one_lowers_it(tiny, objective):
+    before = answer_log_prob(tiny, None, skill_rows(1, 5))
+    for value in (1.0, -1.0):
+        _, made = measure(tiny, f"{objective}-{value}", rows_of(tiny, objective, values=[value] * 5))
+        assert (answer_log_prob(tiny, made.adapter, skill_rows(1, 5)) - before) * value > 0.5
+
+
+@pytest.mark.parametrize("objective", ["kto", "policy"])
+def test_in_one_window_good_answers_rise_and_bad_ones_fall(tiny, objective):
+    good = rows_of(tiny, objective, 3, values=[1.0] * 3)
+    bad = [
+        dataclasses.replace(
+            row, objective=objective, value=-1.0, behaviour=tuple(token_log_probs(tiny.base, None, [row])[0])
+        )
+        for row in skill_rows(3, 3)
+    ]
+    _, made = measure(tiny, f"mixed-{objective}", [*good, *bad], batch_size=6)
+    assert answer_log_prob(tiny, made.adapter, good) > answer_log_prob(tiny, None, good)
+    assert answer_log_prob(tiny, made.adapter, bad) < answer_log_prob(tiny, None, bad)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_hindsight_moves_towards_the_self_that_saw_the_hint(tiny, kind):
+    """The teacher is the incumbent behind the hint; its distance to the student, measured apart from the trainer."""
+    fresh = rows_of(tiny, "hindsight")
+    hinted = [row.partner for row in fresh]
+    seen, made = measure(tiny, f"hint-{kind}", fresh, objectives=ObjectivesConfig(hindsight_kind=kind))
+    assert seen[-1]["loss_hindsight"] < 0.8 * seen[0]["loss_hindsight"]
+    own, taught = token_log_probs(tiny.base, None, fresh), token_log_probs(tiny.base, None, hinted)
+    now = token_log_probs(tiny.base, made.adapter, fresh)
+    gaps = [
+        sum(abs(a - b) for row, wanted in zip(rows, taught, strict=True) for a, b in zip(row, wanted, strict=True))
+        for rows in (own, now)
+    ]
+    assert gaps[1] < 0.9 * gaps[0]
+
+
+def test_a_window_of_all_objectives_trains_with_replay_and_kl(tiny):
+    fresh = [row for objective in OBJECTIVES for row in rows_of(tiny, objective, 2)]
+    seen = []
+    made = tiny.update(
+        "all", fresh, skill_rows(0, 4), trainer={"batch_size": 20}, on_step=lambda step, measured: seen.append(measured)
+    )
+    losses = {"nll_fresh", "loss_dpo", "loss_kto", "loss_policy", "loss_hindsight", "nll_replay", "kl"}
+    assert all(losses <= step.keys() for step in seen)
+    assert seen[-1]["grad_norm"] > 0
+    for name in ("nll_fresh", "loss_dpo", "nll_replay"):
+        assert seen[-1][name] < seen[0][name]
+    assert made.candidate.bounds.holds
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_micro_batches_change_nothing_but_rounding(tiny, objective):
+    fresh = rows_of(tiny, objective, 6)
+    runs = [
+        measure(tiny, f"micro-{objective}-{size}", fresh, batch_size=6, micro_batch=size, num_steps=3)
+        for size in (None, 1, 4)
+    ]
+    for seen, made in runs[1:]:
+        for step, whole in zip(seen, runs[0][0], strict=True):
+            assert step == pytest.approx(whole, rel=2e-3, abs=1e-5)
+        assert mean_kl(tiny.base, fresh, runs[0][1].adapter, made.adapter) < 1e-5
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_order_of_rows_changes_no_byte(tiny, objective):
+    fresh, replay = rows_of(tiny, objective), skill_rows(0, 5)
+    one = tiny.update(f"order-{objective}-1", fresh, replay, trainer={"num_steps": 3})
+    other = tiny.update(f"order-{objective}-2", fresh[2:] + fresh[:2], replay[::-1], trainer={"num_steps": 3})
+    assert other.content == one.content
+
+
+def test_replay_never_says_again_what_was_marked_bad_or_needed_a_hint(tiny):
+    replay = [row for objective in OBJECTIVES for row in rows_of(tiny, objective, 2)]
+    replay = [dataclasses.replace(row, record=f"{row.objective}-{row.value:+g}-{row.record}") for row in replay]
+    made = tiny.update("again", skill_rows(0, 4), replay, trainer={"num_steps": 8})
+    said = {read.record.rsplit("-s1", 1)[0] for read in made.candidate.reads if not read.record.startswith("s0")}
+    assert said == {"sft-+1", "dpo-+1", "kto-+1", "policy-+1"}
+
+
+def test_a_row_without_what_its_objective_needs_is_refused_by_name(tiny):
+    row = skill_rows(1, 1)[0]
+    for objective, words in (("dpo", "partner"), ("hindsight", "partner"), ("policy", "log-prob")):
+        with pytest.raises(DataError, match=f"s1-0 is learned by {objective}.*{words}"):
+            tiny.update("refused", [dataclasses.replace(row, objective=objective)])
+    silent = dataclasses.replace(row, weights=(0.0,) * len(row.ids))
+    with pytest.raises(DataError, match="partner with an answer"):
+        tiny.update("refused", [dataclasses.replace(row, objective="dpo", partner=silent)])
+    longer = dataclasses.replace(row, ids=(*row.ids, 5), weights=(*row.weights, 1.0))
+    with pytest.raises(DataError, match="same number of targets"):
+        tiny.update("refused", [dataclasses.replace(row, objective="hindsight", partner=longer)])
