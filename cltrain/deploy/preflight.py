@@ -156,7 +156,7 @@ def _check_manifest(directory: Path) -> None:
     files = _read_json(directory / MANIFEST).get("files")
     present = {name for name in (*ADAPTER_FILES, MEMORY_FILE) if (directory / name).exists()}
     if not isinstance(files, dict) or set(files) != present:
-        raise DataError(f'{directory / MANIFEST} does not name the sha256 of the adapter's files under "files"')
+        raise DataError(f'{directory / MANIFEST} does not name the sha256 of every adapter file under "files"')
     for name, expected in files.items():
         with (directory / name).open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
