@@ -154,7 +154,7 @@ def finish(rooms: Rooms, plan: Plan) -> dict[str, Any]:
         reason = f"every record of the window was set aside; {missing} usable ones are missing"
         return conclude(rooms, plan, Attempt((), Decision(Verdict.HOLD, (reason,), (), missing)))
     if spent_today(rooms) >= rooms.config.bounds.day_frobenius * MOST_OF_A_DAY:
-        return conclude(rooms, plan, Attempt((), Decision(Verdict.HOLD, (day_is_spent(rooms),), (), 0)))
+        return conclude(rooms, plan, Attempt(plan.fresh, Decision(Verdict.HOLD, (day_is_spent(rooms),), ())))
     attempt = try_update(rooms, plan, plan.fresh, number=1, said=unfinished.rejection_of(rooms.store, plan))
     is_worth_another = attempt.decision.verdict is Verdict.REJECT and attempt.release is not None and not plan.is_trial
     if is_worth_another and rooms.config.gate.filter_and_retry:

@@ -244,7 +244,6 @@ def test_a_rejected_update_leaves_no_trace_in_the_next_one(tiny, remember):
     assert dataclasses.replace(after.candidate, path="") == dataclasses.replace(clean.candidate, path="")
 
 
-@pytest.mark.xfail(strict=True, reason="the loop concludes this hold with no rows, which quarantines the window")
 @pytest.mark.slow
 def test_an_update_beyond_the_days_displacement_is_held_and_its_records_wait_for_tomorrow(tmp_path):
     with base_server() as server:
