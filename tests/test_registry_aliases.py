@@ -24,67 +24,14 @@ from cltrain.registry.aliases import (
     unfreeze,
 )
 from cltrain.registry.lease import acquire
-from cltrain.registry.releases import ensure_base_release, get, seal, set_status
-from cltrain.store.database import Store, open_store
+from cltrain.registry.releases import get, set_status
+from cltrain.store.database import Store
 from cltrain.store.schema import screenings, updates
-
-BASE_DIGEST = "ab" * 32
-BASE = f"support-v000000-{BASE_DIGEST[:12]}"
-
-
-def _store(tmp_path: Path) -> Store:
-    store = open_store(tmp_path / "state")
-    ensure_base_release(store, "support", BASE_DIGEST, now=1.0)
-    return store
-
-
-def _sealed(store: Store, tmp_path: Path, parent: str, weights: str) -> str:
-    directory = tmp_path / f"candidate-{weights}"
-    directory.mkdir(exist_ok=True)
-    (directory / "adapter_config.json").write_text("{}")
-    (directory / "adapter_model.safetensors").write_text(weights)
-    return seal(store, tmp_path / "state", "support", directory, parent, {}, now=2.0).name
-
-
-def _promoted(store: Store, tmp_path: Path, weights: str, fence: int, *, raises_high_water: bool = False) -> str:
-    """One whole update: sealed from the incumbent, learned two records, promoted."""
-    alias = read_alias(store, "support")
-    name = _sealed(store, tmp_path, alias.release, weights)
-    with store.write() as connection:
-        number = get(store, name).number
-        values = {"state": "done", "verdict": "promote", "mode": "auto", "fence": fence, "manifest": {}}
-        connection.execute(
-            insert(updates).values(
-                id=f"update-{weights}",
-                agent="support",
-                number=number,
-                parent=alias.release,
-                candidate=name,
-                started_at=2.0,
-                **values,
-            )
-        )
-        for status in ("waiting", "replay", "unusable"):
-            connection.execute(
-                insert(screenings).values(
-                    record=f"{weights}-{status}",
-                    agent="support",
-                    status=status,
-                    update=f"update-{weights}",
-                    changed_at=2.0,
-                )
-            )
-    move_alias(store, "support", expected=alias, to=name, fence=fence, now=3.0, raises_high_water=raises_high_water)
-    return name
-
-
-def _statuses(store: Store) -> dict[str, str]:
-    with store.read() as connection:
-        return {r.record: r.status for r in connection.execute(select(screenings))}
+from tests.registry_parts import BASE, new_store, promoted, sealed, statuses
 
 
 def test_a_new_agent_serves_the_bare_base(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     assert read_alias(store, "support") == Alias("support", BASE, 1, None, 0)
     references = read_references(store, "support")
     assert (references.incumbent, references.high_water, references.anchor) == (BASE, BASE, BASE)
@@ -93,11 +40,11 @@ def test_a_new_agent_serves_the_bare_base(tmp_path: Path) -> None:
 
 
 def test_a_move_names_what_it_replaces_and_only_the_first_of_two_wins(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
     start = read_alias(store, "support")
-    first = _sealed(store, tmp_path, BASE, "one")
-    second = _sealed(store, tmp_path, BASE, "two")
+    first = sealed(store, tmp_path, BASE, "one")
+    second = sealed(store, tmp_path, BASE, "two")
     moved = move_alias(store, "support", expected=start, to=first, fence=fence, now=3.0)
     assert (moved.release, moved.previous, moved.version, moved.fence) == (first, BASE, 2, fence)
     assert get(store, first).status == "released"
@@ -109,9 +56,9 @@ def test_a_move_names_what_it_replaces_and_only_the_first_of_two_wins(tmp_path: 
 
 
 def test_of_eight_movers_at_once_exactly_one_wins(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    names = [_sealed(store, tmp_path, BASE, f"w{i}") for i in range(8)]
+    names = [sealed(store, tmp_path, BASE, f"w{i}") for i in range(8)]
     results: list[str] = []
 
     def move(name: str) -> None:
@@ -130,11 +77,11 @@ def test_of_eight_movers_at_once_exactly_one_wins(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_lost_its_lease_moves_nothing(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     old = acquire(store, "support", "worker 1", 10.0, 0.0)
     new = acquire(store, "support", "worker 2", 10.0, 20.0)
     assert new > old
-    name = _sealed(store, tmp_path, BASE, "one")
+    name = sealed(store, tmp_path, BASE, "one")
     with pytest.raises(ConflictError, match="not the newest"):
         move_alias(store, "support", expected=BASE, to=name, fence=old, now=21.0)
     with pytest.raises(ConflictError, match="without a lease"):
@@ -144,8 +91,8 @@ def test_a_worker_that_lost_its_lease_moves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", ["held", "rejected", "deleted"])
 def test_what_the_gate_did_not_promote_never_serves(tmp_path: Path, status: str) -> None:
-    store = _store(tmp_path)
-    name = _sealed(store, tmp_path, BASE, "one")
+    store = new_store(tmp_path)
+    name = sealed(store, tmp_path, BASE, "one")
     set_status(store, name, status, now=3.0)
     with pytest.raises(ConflictError, match=f"{status} and cannot become released"):
         move_alias(store, "support", expected=BASE, to=name, fence=None, now=3.0, is_human=True)
@@ -154,8 +101,8 @@ def test_what_the_gate_did_not_promote_never_serves(tmp_path: Path, status: str)
 
 @pytest.mark.parametrize("verdict", ["hold", "reject", "error"])
 def test_a_written_verdict_binds_even_a_human(tmp_path: Path, verdict: str) -> None:
-    store = _store(tmp_path)
-    name = _sealed(store, tmp_path, BASE, "one")
+    store = new_store(tmp_path)
+    name = sealed(store, tmp_path, BASE, "one")
     with store.write() as connection:
         connection.execute(
             insert(updates).values(
@@ -168,9 +115,9 @@ def test_a_written_verdict_binds_even_a_human(tmp_path: Path, verdict: str) -> N
 
 
 def test_frozen_learning_promotes_nothing_until_it_is_unfrozen(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    name = _sealed(store, tmp_path, BASE, "one")
+    name = sealed(store, tmp_path, BASE, "one")
     freeze(store, "support", now=2.0, reason="holiday")
     assert frozen_reason(store, "support") == "holiday"
     with pytest.raises(ConflictError, match=r"frozen \(holiday\)"):
@@ -184,16 +131,16 @@ def test_frozen_learning_promotes_nothing_until_it_is_unfrozen(tmp_path: Path) -
 def test_an_update_that_a_freeze_interrupted_never_promotes_even_once_it_is_lifted(
     tmp_path: Path, ends_with: str
 ) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    _promoted(store, tmp_path, "one", fence)
+    promoted(store, tmp_path, "one", fence)
     began_before = read_alias(store, "support")
     freeze(store, "support", now=2.0, reason="something is wrong")
     began_while_frozen = read_alias(store, "support")
     if "rollback" in ends_with:
         rollback(store, "support", now=2.0, reason="it was the last update")
     unfreeze(store, "support", now=3.0)
-    candidate = _sealed(store, tmp_path, began_before.release, "two")
+    candidate = sealed(store, tmp_path, began_before.release, "two")
     for started_from in (began_before, began_while_frozen):
         with pytest.raises(ConflictError, match=r"no longer|frozen since"):
             move_alias(store, "support", expected=started_from, to=candidate, fence=fence, now=4.0)
@@ -203,24 +150,24 @@ def test_an_update_that_a_freeze_interrupted_never_promotes_even_once_it_is_lift
 
 
 def test_unfreezing_what_is_not_frozen_disturbs_no_update(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
     started_from = read_alias(store, "support")
     unfreeze(store, "support", now=2.0)
-    name = _sealed(store, tmp_path, BASE, "one")
+    name = sealed(store, tmp_path, BASE, "one")
     assert move_alias(store, "support", expected=started_from, to=name, fence=fence, now=3.0).release == name
 
 
 def test_rollback_undoes_the_release_quarantines_its_window_and_freezes(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    first = _promoted(store, tmp_path, "one", fence)
-    second = _promoted(store, tmp_path, "two", fence)
+    first = promoted(store, tmp_path, "one", fence)
+    second = promoted(store, tmp_path, "two", fence)
     done = rollback(store, "support", now=5.0, reason="refunds everything")
     assert (done.undone, done.alias.release, done.rolled_back, done.num_quarantined) == (second, first, (second,), 2)
     assert get(store, second).status == "rolled_back"
     assert get(store, first).status == "released"
-    assert _statuses(store) == {
+    assert statuses(store) == {
         "one-waiting": "waiting",
         "one-replay": "replay",
         "one-unusable": "unusable",
@@ -242,47 +189,47 @@ def _rehearsed(store: Store, record: str, update: str | None, changed_at: float)
 
 
 def test_rollback_quarantines_what_came_into_replay_after_its_target_was_made(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
     _rehearsed(store, "before", "held-0", 1.5)
-    first = _promoted(store, tmp_path, "one", fence)  # sealed at 2.0
+    first = promoted(store, tmp_path, "one", fence)  # sealed at 2.0
     _rehearsed(store, "between", "held-1", 3.5)
     _rehearsed(store, "between, of no update", None, 3.5)
     with store.write() as connection:  # approved by a human long after it was sealed: its records are filed then
         late = update(screenings).where(screenings.c.record == "one-replay").values(changed_at=3.6)
         connection.execute(late)
-    _promoted(store, tmp_path, "two", fence)
+    promoted(store, tmp_path, "two", fence)
     _rehearsed(store, "after", "held-2", 4.5)
     done = rollback(store, "support", now=5.0, reason="refunds everything")
     assert (done.alias.release, done.num_quarantined) == (first, 5)
-    replayed = {record for record, status in _statuses(store).items() if status == "replay"}
+    replayed = {record for record, status in statuses(store).items() if status == "replay"}
     assert replayed == {"before", "one-replay"}
 
 
 def test_rollback_to_the_bare_base_leaves_nothing_to_rehearse(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
     _rehearsed(store, "found harmless beside the base", "held-0", 1.5)
-    _promoted(store, tmp_path, "one", fence)
+    promoted(store, tmp_path, "one", fence)
     rollback(store, "support", now=5.0, reason="bad")
-    assert "replay" not in _statuses(store).values()
+    assert "replay" not in statuses(store).values()
 
 
 def test_rollback_of_one_agent_leaves_the_records_of_another(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    _promoted(store, tmp_path, "one", fence)
+    promoted(store, tmp_path, "one", fence)
     with store.write() as connection:
         values = {"record": "theirs", "agent": "other", "status": "replay", "update": None, "changed_at": 4.0}
         connection.execute(insert(screenings).values(values))
     rollback(store, "support", now=5.0, reason="bad")
-    assert _statuses(store)["theirs"] == "replay"
+    assert statuses(store)["theirs"] == "replay"
 
 
 def test_rollbacks_in_a_row_walk_back_to_the_bare_base_and_stop_there(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    names = [_promoted(store, tmp_path, f"w{i}", fence) for i in range(4)]
+    names = [promoted(store, tmp_path, f"w{i}", fence) for i in range(4)]
     seen = [rollback(store, "support", now=5.0, reason="bad", freeze=False).alias.release for _ in names]
     assert seen == [names[2], names[1], names[0], BASE]
     with pytest.raises(ConflictError, match="nothing to roll back to"):
@@ -293,21 +240,21 @@ def test_rollbacks_in_a_row_walk_back_to_the_bare_base_and_stop_there(tmp_path: 
 
 
 def test_a_rolled_back_release_is_skipped_by_later_rollbacks(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    first = _promoted(store, tmp_path, "one", fence)
-    _promoted(store, tmp_path, "two", fence)
+    first = promoted(store, tmp_path, "one", fence)
+    promoted(store, tmp_path, "two", fence)
     rollback(store, "support", now=5.0, reason="bad", freeze=False)
-    third = _promoted(store, tmp_path, "three", fence)
+    third = promoted(store, tmp_path, "three", fence)
     assert get(store, third).parent == first
     assert rollback(store, "support", now=6.0, reason="bad").alias.release == first
     assert rollback(store, "support", now=6.0, reason="bad").alias.release == BASE
 
 
 def test_rollback_to_a_named_release_undoes_everything_since(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    names = [_promoted(store, tmp_path, f"w{i}", fence) for i in range(4)]
+    names = [promoted(store, tmp_path, f"w{i}", fence) for i in range(4)]
     done = rollback(store, "support", to=names[0], now=5.0, reason="bad")
     assert done.rolled_back == (names[3], names[2], names[1])
     assert done.num_quarantined == 6
@@ -319,11 +266,11 @@ def test_rollback_to_a_named_release_undoes_everything_since(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("is_named_only", [True, False])
 def test_a_rollback_during_an_update_discards_that_update(tmp_path: Path, is_named_only: bool) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    _promoted(store, tmp_path, "one", fence)
+    promoted(store, tmp_path, "one", fence)
     started_from = read_alias(store, "support")
-    candidate = _sealed(store, tmp_path, started_from.release, "two")
+    candidate = sealed(store, tmp_path, started_from.release, "two")
     rollback(store, "support", now=5.0, reason="bad", freeze=False)
     expected = started_from.release if is_named_only else started_from
     with pytest.raises(ConflictError):
@@ -332,11 +279,11 @@ def test_a_rollback_during_an_update_discards_that_update(tmp_path: Path, is_nam
 
 
 def test_an_alias_that_went_away_and_came_back_does_not_fool_the_swap(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
     started_from = read_alias(store, "support")
-    candidate = _sealed(store, tmp_path, BASE, "slow")
-    _promoted(store, tmp_path, "one", fence)
+    candidate = sealed(store, tmp_path, BASE, "slow")
+    promoted(store, tmp_path, "one", fence)
     rollback(store, "support", now=5.0, reason="bad", freeze=False)
     assert read_alias(store, "support").release == started_from.release
     with pytest.raises(ConflictError, match="version 3"):
@@ -344,11 +291,11 @@ def test_an_alias_that_went_away_and_came_back_does_not_fool_the_swap(tmp_path: 
 
 
 def test_high_water_and_anchor_go_back_with_a_rollback(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    first = _promoted(store, tmp_path, "one", fence, raises_high_water=True)
-    second = _promoted(store, tmp_path, "two", fence)
-    third = _promoted(store, tmp_path, "three", fence, raises_high_water=True)
+    first = promoted(store, tmp_path, "one", fence, raises_high_water=True)
+    second = promoted(store, tmp_path, "two", fence)
+    third = promoted(store, tmp_path, "three", fence, raises_high_water=True)
     move_alias(store, "support", expected=third, to=third, fence=None, now=4.0, is_human=True)
     assert read_alias(store, "support").previous == second
     references = read_references(store, "support")
@@ -359,9 +306,9 @@ def test_high_water_and_anchor_go_back_with_a_rollback(tmp_path: Path) -> None:
 
 
 def test_only_a_human_promotes_what_was_rolled_back(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    name = _promoted(store, tmp_path, "one", fence)
+    name = promoted(store, tmp_path, "one", fence)
     rollback(store, "support", now=5.0, reason="mistake")
     unfreeze(store, "support", now=5.0)
     with pytest.raises(ConflictError, match="only a human"):
@@ -387,9 +334,9 @@ print(json.dumps({"seconds": time.process_time(), "heavy": heavy}))
 
 def test_rollback_and_freeze_take_under_a_second_in_a_new_process_without_torch(tmp_path: Path) -> None:
     """A second of the process's own time, interpreter included: how busy the machine is does not count."""
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    _promoted(store, tmp_path, "one", fence)
+    promoted(store, tmp_path, "one", fence)
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "state")]
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1], timeout=60)
     report = json.loads(out.stdout)
@@ -400,9 +347,9 @@ def test_rollback_and_freeze_take_under_a_second_in_a_new_process_without_torch(
 
 
 def test_a_rollback_waits_for_no_reader(tmp_path: Path) -> None:
-    store = _store(tmp_path)
+    store = new_store(tmp_path)
     fence = acquire(store, "support", "worker", 60.0, 1.0)
-    _promoted(store, tmp_path, "one", fence)
+    promoted(store, tmp_path, "one", fence)
     with store.read() as connection:
         connection.execute(select(updates)).all()
         start = time.monotonic()
