@@ -83,7 +83,7 @@ def _pair(tokenizer: Any, context: int, example: Example) -> TokenRow:
     assert example.rejected is not None
     assert len(example.targets) == 1
     (turn,) = example.targets
-    other = replace(example, messages=(*example.messages[:turn], example.rejected))
+    other = replace(example, messages=(*example.messages[:turn], example.rejected), objective="sft")
     return replace(render_example(tokenizer, context, example), partner=render_example(tokenizer, context, other))
 
 
@@ -103,7 +103,7 @@ def _hinted(tokenizer: Any, context: int, example: Example) -> TokenRow:
         raise DataError(
             f"record {example.record} has {len(ids)} tokens with its hint; the base takes {context} (base.context)"
         )
-    teacher = replace(row, ids=ids, weights=(0.0,) * len(prompt) + row.weights[num_prompt:])
+    teacher = replace(row, objective="sft", ids=ids, weights=(0.0,) * len(prompt) + row.weights[num_prompt:])
     return replace(row, partner=teacher)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cltrain.config import BoundsConfig
 from cltrain.errors import DataError
@@ -71,22 +72,32 @@ class Ruler:
         self.of_incumbent = self.of_base if incumbent is None else Reference(base, self.incumbent_model, anchors)
         self._model = attach(base, shape)
         self._live: Factors = parameters_of(self._model, shape)
+        self._seen: OnAnchors | None = None  # with the live factors
         self._stops = torch.tensor(sorted(stop_ids(base)), device=base.device)
 
-    def on_anchors(self, adapter: AdapterFile | None) -> OnAnchors:
-        """One pass over the anchors with this adapter (None: the bare base)."""
-        if adapter is not None:
+    def on_anchors(self, adapter: AdapterFile) -> OnAnchors:
+        """One pass over the anchors with this adapter; asked again for the same factors, the same answer at once."""
+        if self._seen is None or not _are_equal(self._live, adapter.factors):
             set_factors(self._live, adapter.factors)
-        model = self.base.model if adapter is None else self._model
+            self._seen = self._over_anchors(
+                lambda group: next_log_probs(self.base, self._model, [self.of_base.rows[i] for i in group])
+            )
+        return self._seen
+
+    def base_on_anchors(self) -> OnAnchors:
+        """The same for the bare base, from what is kept of it."""
+        return self._over_anchors(self.of_base.log_probs)
+
+    def _over_anchors(self, log_probs: Callable[[Sequence[int]], Tensor]) -> OnAnchors:
         step = drift = entropy = ending = 0.0
         num_open = 0
         for group in self.of_base.groups:
-            rows = [self.of_base.rows[i] for i in group]
-            logq_MV = next_log_probs(self.base, model, rows)
+            logq_MV = log_probs(group)
             drift += float(token_kl(self.of_base.log_probs(group), logq_MV).double().sum())
             step += float(token_kl(self.of_incumbent.log_probs(group), logq_MV).double().sum())
             probabilities_MV = logq_MV.exp()
             entropy -= float((probabilities_MV * logq_MV).sum(-1).double().sum())
+            rows = [self.of_base.rows[i] for i in group]
             targets_M = torch.tensor([row.ids[t] for row in rows for t in predicted(row)], device=logq_MV.device)
             goes_on_M = ~torch.isin(targets_M, self._stops)
             ending += float(probabilities_MV[goes_on_M][:, self._stops].sum().double())
@@ -123,6 +134,11 @@ class Ruler:
             num_steps_limit=bounds.max_steps,
             shrink=shrink,
         )
+
+
+def _are_equal(live: Factors, factors: Factors) -> bool:
+    pairs = zip(live.values(), factors.values(), strict=True)
+    return all(torch.equal(a.detach().cpu(), b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
 def shrink_to_bounds(
