@@ -107,8 +107,9 @@ def _is_rejected(log: WindowLog) -> bool:
 
 
 def _wrongly_learned(stream: Stream) -> set[str]:
-    """Records of the stream that taught a wrong answer to an adapter that served: they filled a slot of a promoted
-    update, and their target was not the right call. (A junk ticket whose own answer was right teaches no harm.)"""
+    """Records of the stream that taught an adapter that served something wrong: they filled a slot of a promoted
+    update, and what they taught was not the right call, or what they taught against was. (A junk ticket whose own
+    answer was right teaches no harm, nor does a bad score on a wrong answer.)"""
     deployment, s = stream.deployment, schema
     query = (
         select(s.update_reads.c.record)
@@ -122,7 +123,12 @@ def _wrongly_learned(stream: Stream) -> set[str]:
     for trajectory in read_trajectories(deployment.store, deployment.agent, records_in=list(tickets)):
         example = accepted(trajectory, learn_from=deployment.config.agent.learn_from, tools_allowed=None)
         ticket = tickets[trajectory.id]
-        if isinstance(example, str) or not world.check(ticket, example.messages[example.targets[0]]):
+        if isinstance(example, str):  # nothing in it is said to be right: it was learned as what not to say
+            said = next(message for message in trajectory.messages if message["role"] == "assistant")
+            is_wrong = world.check(ticket, said)
+        else:
+            is_wrong = not world.check(ticket, example.messages[example.targets[0]])
+        if is_wrong:
             wrong.add(trajectory.id)
     return wrong
 
