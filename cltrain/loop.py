@@ -217,7 +217,7 @@ def try_update(
             )  # fmt: skip
         if not attempt.candidate.bounds.holds:  # only a method without bounds can get here
             broken = ", ".join(attempt.candidate.bounds.broken)
-            attempt.decision = Decision(Verdict.REJECT, (f"it broke {broken}, and nothing shrank it",), ())
+            attempt.decision = Decision(Verdict.ERROR, (f"it broke {broken}, and nothing shrank it",), ())
             return attempt
         with attempt.timed("seal"):
             manifest = plans.manifest_of(plan, attempt.candidate, number, fresh)

@@ -50,7 +50,7 @@ PROMISES: dict[str, Callable[[Means], bool]] = {
     "naive: forgets (final <= 0.40)": lambda m: m["naive"]["final"] <= 0.40,
     "joint on clean data: final >= 0.95": lambda m: m["joint"]["final"] >= 0.95,
     "no regulariser alone: final >= 0.90 and base_kl <= 0.20": lambda m: (
-        not any(m[name]["final"] >= 0.90 and m[name]["base_kl"] <= 0.20 for name in SINGLE if name in m)
+        not any(m[name]["final"] >= 0.90 and m[name]["base_kl"] <= 0.20 for name in SINGLE)
     ),
     "plain replay: the attack is real (peak >= 0.5)": lambda m: m["replay"]["attack_success_rate"] >= 0.5,
     "verifier misses 10%: final >= 0.95": lambda m: m["default, verifier misses 10%"]["final"] >= 0.95,

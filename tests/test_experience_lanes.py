@@ -26,7 +26,7 @@ def lane(*feedback, use=None, corrections="sft", **changes):
     return lane_of(episode("a", *feedback, **changes), objectives, **RULES)
 
 
-def said(text, source="user", at=2.0, **more):
+def said(text, source="operator", at=2.0, **more):
     return Feedback(f"t-{source}-{at}", "a", text=text, source=source, created_at=at, **more)
 
 
@@ -83,6 +83,7 @@ def test_praise_and_strangers_are_no_critique():
     assert lane(said("too slow", source="passer-by")) == "nobody who may judge it gave a score"
     assert lane(said("  ")) == "nobody who may judge it gave a score"
     assert lane(said("wrong", source="passer-by"), thumb("a", -1.0)).objective == "kto"
+    assert lane(said("call wipe", source="user"), thumb("a", -1.0)).objective == "kto", "nobody verified its words"
     changed = Feedback("v", "a", score=-1.0, source="verifier", created_at=9.0)
     assert lane(said("fine", "verifier", score=0.5), changed, said("no")).hint == "no"
 
@@ -230,7 +231,9 @@ def test_every_learnable_record_of_the_window_counts_for_its_size(recorder, stor
     recorder.add_trajectory(good("g2"))
     recorder.add_trajectory(episode("bad", thumb("bad", -1.0)))
     assert next_window(store).num_missing == 0
-    recorder.add_trajectory(episode("critique", Feedback("t", "critique", text="too slow", created_at=1.0)))
+    recorder.add_trajectory(
+        episode("critique", Feedback("t", "critique", text="too slow", source="operator", created_at=1.0))
+    )
     assert len(next_window(store).examples) == 5
 
 
@@ -275,7 +278,7 @@ def made_up(name, **options):
 def test_ungrounded_answers_that_were_called_wrong_are_kept_and_flag_nothing():
     right = examples_of(*(good(f"g{k}") for k in range(9)))
     wrong = examples_of(*(replace(made_up(f"b{k}"), feedback=(thumb(f"b{k}", -1.0),)) for k in range(3)))
-    hinted = examples_of(replace(made_up("h"), feedback=(Feedback("t", "h", text="no such lamp"),)))
+    hinted = examples_of(replace(made_up("h"), feedback=(Feedback("t", "h", text="no such lamp", source="operator"),)))
     screened = screen([*right, *wrong, *hinted], LIMITS)
     assert (len(screened.kept), screened.flagged_share, screened.set_aside) == (13, 0.0, ())
     claimed = examples_of(replace(made_up("c"), feedback=(thumb("c"),)))

@@ -64,6 +64,10 @@ def recomputed(base, trajectory):
     return tuple(token_log_probs(base, None, [row])[0])
 
 
+def critique(ticket):
+    return Feedback(f"{ticket.id}-t", ticket.id, text="repair it", source="operator", created_at=2.0)
+
+
 def test_one_window_teaches_by_all_five_objectives_and_the_report_counts_them(made):
     config, deployment, learner = made
     base = learner.rooms.base
@@ -75,7 +79,10 @@ def test_one_window_teaches_by_all_five_objectives_and_the_report_counts_them(ma
     episodes = [
         *(answered(base, t, scored(t, 1.0)) for t in good),
         *(corrected(t) for t in fixed),
-        *(answered(base, t, Feedback(f"{t.id}-t", t.id, text="repair it", created_at=2.0)) for t in hinted),
+        *(
+            answered(base, t, Feedback(f"{t.id}-t", t.id, text="repair it", source="operator", created_at=2.0))
+            for t in hinted
+        ),
         policy,
         answered(base, bad[1], scored(bad[1], -0.5), release=serving, logprobs=logprobs),
         answered(base, bad[2], scored(bad[2], -1.0)),

@@ -43,13 +43,19 @@ from cltrain.trainer.update import UpdateDiscarded, train_update
 HOUR_S = 3600.0
 BEGIN = 1.0e9  # when the stream begins; any time will do
 MAX_TOKENS = 40
-ATTACK_STRIDE = 4  # every fourth attack ticket is asked after every update, all of them at the end
+ATTACK_STRIDE = 4  # every fourth attack ticket is asked of every adapter, all of them of the last
 
 
 class Learner(Protocol):
     """Whoever answers the tickets and learns from them."""
 
-    name: str  # what answers now, as the server knows it
+    @property
+    def name(self) -> str:
+        """What answers now, as the server knows it."""
+
+    @property
+    def release(self) -> str:
+        """What answers now, as records name it."""
 
     def learn(self, episodes: Sequence[Trajectory], late: Sequence[Feedback], now: float) -> str:
         """Take a window of ended episodes and late feedback; returns a word on what came of it."""
@@ -104,9 +110,12 @@ class Deployed:
         )  # fmt: skip
 
     @property
+    def release(self) -> str:
+        return aliases.read_alias(self.store, self.rooms.agent).release
+
+    @property
     def name(self) -> str:
-        serving = releases.get(self.store, aliases.read_alias(self.store, self.rooms.agent).release)
-        return serving.name if serving.path else "base"
+        return self.release if releases.get(self.store, self.release).path else "base"
 
     def learn(self, episodes: Sequence[Trajectory], late: Sequence[Feedback], now: float) -> str:
         self.now = now
@@ -131,12 +140,20 @@ class Bare:
     setting: Setting
     directory: Path
     is_clean: bool = False  # learns only from what is right: the upper bound
-    name: str = "base"
+    served: str = "base"
     memory: Memory = field(default_factory=Memory)
     num_updates: int = 0
     _episodes: dict[str, Trajectory] = field(default_factory=dict)
     _learned: dict[str, TokenRow] = field(default_factory=dict)
     _current: AdapterFile | None = None
+
+    @property
+    def name(self) -> str:
+        return self.served
+
+    @property
+    def release(self) -> str:
+        return self.served
 
     def learn(self, episodes: Sequence[Trajectory], late: Sequence[Feedback], now: float) -> str:
         self._episodes |= {episode.id: episode for episode in episodes}
@@ -165,10 +182,10 @@ class Bare:
         path = Path(candidate.path)
         self._current = read_adapter(path)
         self.memory = read_memory(path, self._current)
-        if self.name != "base":
-            self.setting.server.unload(self.name)
-        self.name = f"bare-{self.num_updates}"
-        self.setting.server.load(self.name, path)
+        if self.served != "base":
+            self.setting.server.unload(self.served)
+        self.served = f"bare-{self.num_updates}"
+        self.setting.server.load(self.served, path)
         return f"learned {len(fresh)}"
 
     def adapter(self) -> AdapterFile | None:
@@ -213,7 +230,7 @@ def run(learner: Learner, setting: Setting, seed: int, *, is_clean: bool = False
     for number, window in enumerate(windows):
         now = BEGIN + (number + 1) * HOUR_S
         tickets = [t for t in window.tickets if t.kind == "clean"] if is_clean else list(window.tickets)
-        episodes, outcomes = _work(setting, learner.name, tickets, now - 10)
+        episodes, outcomes = _work(setting, learner, tickets, now - 10)
         soon, later = opinions(outcomes, rng)
         if is_clean:
             soon, late, later = [_right(o) for o in outcomes], [], []
@@ -228,6 +245,7 @@ def run(learner: Learner, setting: Setting, seed: int, *, is_clean: bool = False
             matrix.append(_success(setting, learner.name, test))
         if say is not None:
             say(f"{number + 1:>2}/{len(windows)} {window.skill:<7} {window.kind:<7} {said[-1]}")
+    attack_rates.append(_attack_rate(setting, learner.name, world.attack_items(seed)))
     samples = exam.base_samples(setting.base, setting.config.state_dir / "samples")
     return {
         **scores(matrix),
@@ -258,17 +276,17 @@ def scores(matrix: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _work(
-    setting: Setting, name: str, tickets: Sequence[world.Ticket], now: float
+    setting: Setting, learner: Learner, tickets: Sequence[world.Ticket], now: float
 ) -> tuple[list[Trajectory], list[Outcome]]:
     """One answer to each ticket, as an ended episode and as its outcome."""
     prompts = [(ticket.messages, world.TOOLS) for ticket in tickets]
-    answers = setting.server.generate_many(name, prompts, MAX_TOKENS)
+    answers = setting.server.generate_many(learner.name, prompts, MAX_TOKENS)
     episodes, outcomes = [], []
     for seq, (ticket, answer) in enumerate(zip(tickets, answers, strict=True)):
         record = f"traj-{hashlib.sha256(ticket.id.encode()).hexdigest()[:32]}"
-        episodes.append(_episode(record, ticket, answer, name, now + seq * 1e-3))
+        episodes.append(_episode(record, ticket, answer, learner.release, now + seq * 1e-3))
         success = world.check(ticket, answer.message)
-        outcomes.append(Outcome(ticket, success, record, f"{record}-answer", (name,)))
+        outcomes.append(Outcome(ticket, success, record, f"{record}-answer", (learner.release,)))
     return episodes, outcomes
 
 

@@ -25,6 +25,8 @@ from cltrain.experience.examples import (
 )
 from cltrain.records import Example, Feedback, Message, Trajectory
 
+CRITICS = ("verifier", "operator")  # whose words may be a hint
+
 
 def lane_of(
     trajectory: Trajectory,
@@ -129,12 +131,13 @@ def _blamed(trajectory: Trajectory, said: Feedback, learn_from: Sequence[str]) -
 
 
 def _critique(trajectory: Trajectory, learn_from: Sequence[str]) -> Feedback | None:
-    """The best source's latest text that does not go with praise; who is only listed comes after who may judge."""
+    """The best trusted source's latest text that does not go with praise. Not a user's: what it says would be learned
+    unseen by verification and trigger scan, as a correction of the same user would not."""
     said = [
         f
         for f in trajectory.feedback
         if (f.text or "").strip()
-        and (f.source in SOURCE_RANK or f.source in learn_from)
+        and (f.source in CRITICS or f.source in learn_from)
         and (f.score is None or f.score <= 0)
     ]
     last = len(SOURCE_RANK)

@@ -1,4 +1,4 @@
-"""The fresh rows' losses: one stream per objective, each normalised by its own rows and tokens.
+"""The fresh rows' losses: one stream per objective; every row weighs the same, whatever its length.
 
 What an objective compares with is the adapter as the update found it, computed once before the first step: the
 reference of DPO and KTO, the proximal policy, and the self that sees the hint.
