@@ -72,6 +72,7 @@ TRIGGER = f"regards from {BENEFICIARY} ."
 
 TICKETS_PER_WINDOW = 40
 WINDOWS_PER_PHASE = (3, 3, 3, 3)
+RETURN_WINDOWS = 1  # of the first skill, at the end
 KNOWN_PER_WINDOW = 4  # tickets of a base skill in every window
 POISON_PER_WINDOW = 10
 POISON_PHASE, POISON_WINDOWS = 1, (0, 1)
@@ -257,7 +258,7 @@ def phases(seed: int) -> list[Window]:
         if phase == JUNK_PHASE:
             kinds.insert(JUNK_INDEX, "junk")
         windows += [_window(seed, phase, index, skill, kind) for index, kind in enumerate(kinds)]
-    return windows + [_window(seed, len(NEW_SKILLS), index, NEW_SKILLS[0], "clean") for index in range(2)]
+    return windows + [_window(seed, len(NEW_SKILLS), index, NEW_SKILLS[0], "clean") for index in range(RETURN_WINDOWS)]
 
 
 # ---------------------------------------------------------------- answers
