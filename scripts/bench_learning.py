@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -122,8 +122,20 @@ def main(argv: list[str]) -> int:
         print(json.dumps(run_one(given.one, given.first, given.set)))
         return 0
     jobs = [(name, seed) for seed in range(given.first, given.first + given.seeds) for name in given.methods]
+    rows, failed = [], 0
     with ThreadPoolExecutor(given.processes) as pool:
-        rows = list(pool.map(lambda job: run_apart(*job, [*METHODS[job[0]], *given.set]), jobs))
+        tasks = [pool.submit(run_apart, name, seed, [*METHODS[name], *given.set]) for name, seed in jobs]
+        for task in as_completed(tasks):
+            try:
+                rows.append(task.result())
+            except RuntimeError as error:  # the rows of the others are kept
+                print(error, file=sys.stderr, flush=True)
+                failed += 1
+            if given.json:
+                given.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if not rows:
+        return 1
+    rows.sort(key=lambda row: (list(METHODS).index(row["method"]), row["seed"]))
     means = means_of(rows)
     broken = [name for name, holds in PROMISES.items() if _is_measured(name, means) and not holds(means)]
     if given.json:
@@ -131,8 +143,10 @@ def main(argv: list[str]) -> int:
     if given.plot:
         plot(means, given.plot)
     print(table(means))
-    print("every promise held" if not broken else "broken: " + "; ".join(broken))
-    return int(bool(broken))
+    num_measured = sum(_is_measured(name, means) for name in PROMISES)
+    said = "all of them held" if not broken else "broken: " + "; ".join(broken)
+    print(f"{num_measured} of {len(PROMISES)} promises measured, {said}")
+    return int(bool(broken or failed))
 
 
 def plot(means: Means, file: Path) -> None:
