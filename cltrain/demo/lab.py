@@ -335,9 +335,7 @@ def _missing(share: float) -> Any:
     def leaky(
         examples: Sequence[Example], config: ExperienceConfig, *, tools_allowed: Sequence[str] | None = None
     ) -> Screened:
-        missed = {
-            e.record for e in examples if int(hashlib.sha256(e.record.encode()).hexdigest()[:8], 16) < share * 2**32
-        }
+        missed = {example.record for example in examples if _uniform(example.record) < share}
         screened = screen([e for e in examples if e.record not in missed], config, tools_allowed=tools_allowed)
         kept = {e.record for e in screened.kept} | missed
         return replace(screened, kept=tuple(e for e in examples if e.record in kept))

@@ -65,7 +65,7 @@ class WandbSink:
             if event.agent == self._agent:
                 try:
                     self._open().log(_row(event), step=event.seq)
-                except Exception:
+                except Exception:  # wandb lets every kind out; none is swallowed
                     self._abandon()  # the next write starts afresh: a run whose service died never recovers
                     raise
                 self._num_open += 1
@@ -78,7 +78,7 @@ class WandbSink:
         if self._run is not None:
             try:
                 self._run.finish()
-            except Exception:
+            except Exception:  # as above
                 self._abandon()
                 raise
         self._run, self._num_open = None, 0
