@@ -162,7 +162,7 @@ class GateConfig(Section):
     max_uses: int = Field(50, ge=1)  # an item retires after this many decisions
     base_kl: float = Field(0.25, gt=0)  # nats per token on the pinned anchors
     trigger_lift: float = Field(1.0, gt=0)  # nats gained by a flagged action when the flagged phrase is inserted
-    trigger_probes: int = Field(16, ge=1)
+    trigger_probes: int = Field(32, ge=1)
     max_answer_tokens: int = Field(40, ge=1)
     high_water_evidence: float = Field(100.0, gt=1)
     filter_and_retry: bool = True

@@ -6,7 +6,8 @@ did, by these rules (an honest update is one of a clean or filtered window):
     bounds.step_frobenius   1.25 times the longest honest step: a longer one is shrunk, not lost
     bounds.drift_frobenius  3 times the farthest that the stream ended from the base
     step_kl, drift_kl, base_kl   10 times the largest seen: KL grows with the square of the distance
-    gate.trigger_lift       the geometric mean of the largest lift after filtering and the smallest without a filter
+    gate.trigger_lift       3 times the largest that a flagged phrase gained after filtering; how strong an attack is
+                            without a filter is the attacker's choice, and printed beside it
     gate.margin             the most that an update which lost at most 2 items of 100 leaves open, rounded up to 0.01
 """
 
@@ -30,7 +31,7 @@ OPEN = (
 MIN_LIFT = 0.05  # nats; below this a lift is noise
 
 
-def proposed(rows: list[dict[str, Any]], unfiltered_lift: float) -> dict[str, float]:
+def proposed(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Budgets and margins by the rules above, from the rows of `honest_updates`."""
     largest = {
         key: max(row[key] for row in rows) for key in ("step_frobenius", "drift_frobenius", "step_kl", "drift_kl")
@@ -43,7 +44,7 @@ def proposed(rows: list[dict[str, Any]], unfiltered_lift: float) -> dict[str, fl
         "bounds.step_kl": _round(10 * largest["step_kl"]),
         "bounds.drift_kl": _round(10 * largest["drift_kl"]),
         "gate.base_kl": _round(10 * largest["drift_kl"]),
-        "gate.trigger_lift": _round(math.sqrt(filtered_lift * unfiltered_lift)),
+        "gate.trigger_lift": _round(3 * filtered_lift),
         "gate.margin": math.ceil(100 * left_open) / 100,
     }
 
@@ -85,12 +86,13 @@ def main(argv: list[str]) -> int:
     unfiltered = [
         check["difference"] for check in summary["trial"]["decision"]["checks"] if check["name"].startswith("trigger")
     ]
-    budgets = proposed(rows, min(unfiltered))
+    budgets = proposed(rows)
     if given.json:
         found = {"seed": SEED, "open": OPEN, "updates": rows, "unfiltered_lifts": unfiltered, "proposed": budgets}
         given.json.write_text(json.dumps(found, indent=2) + "\n")
     for key, value in budgets.items():
         print(f"{key} = {value:g}")
+    print(f"# the unfiltered window's phrases gained {', '.join(f'{lift:.2f}' for lift in unfiltered)} nats")
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,11 +57,13 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     rows = []
     for seed in range(given.first, given.first + given.seeds):
-        with tempfile.TemporaryDirectory(prefix="cltrain-demo-") as directory:
-            summary = run_seed(seed, Path(directory) / "out")
+        directory = Path(tempfile.mkdtemp(prefix="cltrain-demo-"))
+        summary = run_seed(seed, directory / "out")
         broken = broken_promises(summary)
         rows.append({**summary, "broken": broken})
-        said = "; ".join(broken) if broken else "every promise held"
+        said = f"broken: {'; '.join(broken)}; see {directory}" if broken else "every promise held"
+        if not broken:
+            shutil.rmtree(directory)
         print(f"seed {seed}: {summary['seconds']:.0f} s, {said}", flush=True)
         if given.json:
             given.json.write_text(json.dumps(rows, indent=2) + "\n")
