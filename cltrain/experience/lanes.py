@@ -16,8 +16,8 @@ from cltrain.experience.examples import (
     decisive,
     decisive_of_turn,
     example_of,
-    first_tool,
     is_whole,
+    of_turns,
     score_of,
     sole_generation,
     unfit,
@@ -128,20 +128,7 @@ def _blamed(trajectory: Trajectory, said: Feedback, learn_from: Sequence[str]) -
     targets = tuple(k for k in listed if is_whole(trajectory, k) and k not in good)
     if not targets:
         return "judged a failure, but every answer was cut short, empty or judged good by itself"
-    messages = trajectory.messages[: targets[-1] + 1]
-    generation = sole_generation(trajectory, targets)
-    has_ids = generation is not None and generation.prompt_ids and generation.completion_ids
-    return Example(
-        record=trajectory.id,
-        principal=trajectory.principal,
-        stratum=f"{first_tool(messages[k] for k in targets)}/bad",
-        messages=messages,
-        targets=targets,
-        tools=trajectory.tools,
-        kind="failure",
-        prompt_ids=generation.prompt_ids if generation and has_ids else None,
-        completion_ids=generation.completion_ids if generation and has_ids else None,
-    )
+    return replace(of_turns(trajectory, targets, "bad"), kind="failure")
 
 
 def _critique(trajectory: Trajectory, learn_from: Sequence[str]) -> Feedback | None:
