@@ -30,6 +30,7 @@ from cltrain.gate.decision import moves_high_water
 from cltrain.models.adapter import AdapterFile, read_adapter
 from cltrain.models.base import Base
 from cltrain.models.chat import render_rows
+from cltrain.models.forward import check_row
 from cltrain.models.scoring import last_answer, token_log_probs
 from cltrain.plans import Plan
 from cltrain.records import Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict, is_claim
@@ -336,7 +337,10 @@ def render(base: Base, examples: Sequence[Example]) -> tuple[list[TokenRow], lis
     unusable: list[tuple[str, str]] = []
     for example in examples:
         try:
-            rows += render_rows(base.tokenizer, base.context, example)
+            rendered = render_rows(base.tokenizer, base.context, example)
+            for row in rendered:
+                check_row(base, row)
+            rows += rendered
         except DataError as error:
             unusable.append((example.record, f"unusable: {error}"))
     return rows, unusable

@@ -101,7 +101,7 @@ class Example:
     prompt_ids: tuple[int, ...] | None = None  # recorded ids, when one untouched generation is the whole target
     completion_ids: tuple[int, ...] | None = None
     objective: Objective = "sft"
-    value: float = 1.0  # kto: +1 or -1; policy: the score, and once measured against the usual one the advantage
+    value: float = 1.0  # kto: +1 or -1; policy: the score, then the advantage; hindsight: -1 if also scored as bad
     rejected: Message | None = None  # dpo: the answer that the target replaces
     hint: str | None = None  # hindsight: what was said of the target
     behaviour: tuple[float, ...] | None = None  # policy: recorded log-probs of completion_ids

@@ -1,6 +1,8 @@
-"""Whose log-probs a lone bad score is weighed by: recorded ones while they are fresh, else the archived adapter's.
+"""What each example is learned by once base and incumbent are known. Whose log-probs a lone bad score is weighed by:
+recorded ones while they are fresh, else the archived adapter's.
 
-What is too old, or cannot be recomputed, is learned by its mark alone (kto), and a note says why.
+What is too old, or cannot be recomputed, is learned by its mark alone (kto); what has a partner that the base cannot
+take, without it; and a note says why.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from pathlib import Path
 from cltrain.config import Config
 from cltrain.errors import DataError
 from cltrain.experience.baselines import usual_scores
-from cltrain.experience.lanes import as_undesired
+from cltrain.experience.lanes import as_undesired, without_partner
 from cltrain.models.adapter import read_adapter
 from cltrain.models.base import Base
-from cltrain.models.chat import render_example
+from cltrain.models.chat import UnfitPartner, render_example, render_rows
+from cltrain.models.forward import check_row
 from cltrain.models.scoring import token_log_probs
 from cltrain.records import Example
 from cltrain.registry import aliases, releases
@@ -29,16 +32,17 @@ def settle(store: Store, config: Config, base: Base, incumbent: str, examples: S
     its behaviour known, or turned into a kto one with a note. And (record, reason) of those that teach nothing now.
 
     A score no worse than usual is no advantage that may be followed: it would make an answer likelier that somebody
-    called wrong and nobody verified.
+    called wrong and nobody verified. A pair or a critique whose partner does not fit the base becomes what is left of
+    it, also with a note.
     """
     policy = [example.record for example in examples if example.objective == "policy"]
-    if not policy:
-        return list(examples), []
     objectives, agent = config.trainer.objectives, config.agent
-    usual = usual_scores(
-        store, agent.name, policy, learn_from=agent.learn_from, decay=objectives.baseline_decay
-    )  # fmt: skip
-    lineage = aliases.ancestry(store, incumbent)
+    usual = (
+        usual_scores(store, agent.name, policy, learn_from=agent.learn_from, decay=objectives.baseline_decay)
+        if policy
+        else {}
+    )
+    lineage = aliases.ancestry(store, incumbent) if policy else []
     settled: list[Example] = []
     aside: list[tuple[str, str]] = []
     for example in examples:
@@ -52,6 +56,8 @@ def settle(store: Store, config: Config, base: Base, incumbent: str, examples: S
                 found = f"no worse than usual: its score is {example.value:g}, the mean {usual[example.record]:.3g}"
             else:
                 found = _with_behaviour(store, config, base, replace(example, value=advantage))
+        elif example.objective in ("dpo", "hindsight"):
+            found = _with_partner(config, base, example)
         if isinstance(found, str):
             aside.append((example.record, found))
         else:
@@ -72,12 +78,20 @@ def _too_old(store: Store, lineage: Sequence[str], example: Example, max_lag: in
     return f"its adapter is too old: {name} is {lag} promotions behind" if lag > max_lag else None
 
 
+def _with_partner(config: Config, base: Base, example: Example) -> Example | str:
+    try:
+        render_rows(base.tokenizer, base.context, example)
+    except UnfitPartner as error:
+        return without_partner(example, config.trainer.objectives, str(error))
+    except DataError:
+        pass  # the row itself: rendered once more with all others, set aside with its reason
+    return example
+
+
 def _with_behaviour(store: Store, config: Config, base: Base, example: Example) -> Example | str:
     assert example.prompt_ids is not None
     assert example.completion_ids is not None
     assert example.release is not None
-    if max(*example.prompt_ids, *example.completion_ids) >= base.model.config.vocab_size:
-        return "unusable: its recorded token ids are not the base's"
     if example.behaviour is not None and len(example.behaviour) == len(example.completion_ids):
         return example
     try:
@@ -88,12 +102,13 @@ def _with_behaviour(store: Store, config: Config, base: Base, example: Example) 
         return _by_its_mark(example, config, f"its adapter is gone: {example.release}")
     try:
         return replace(example, behaviour=_recomputed(base, directory, example))
-    except DataError as error:  # too long for the base, or no adapter that it can read
+    except DataError as error:  # too long for the base, not its ids, or no adapter that it can read
         return f"unusable: {error}"
 
 
 def _recomputed(base: Base, directory: Path | None, example: Example) -> tuple[float, ...]:
-    row = render_example(base.tokenizer, base.context, example)
+    row = render_example(base.tokenizer, base.context, replace(example, objective="sft"))
+    check_row(base, row)
     return tuple(token_log_probs(base, read_adapter(directory) if directory else None, [row])[0])
 
 

@@ -78,6 +78,23 @@ def test_a_critique_is_learned_as_hindsight_of_the_agents_own_answer(feedback):
     assert (example.messages[example.targets[0]], example.stratum) == (MEND, "mend/bad")
 
 
+def test_a_critique_knows_whether_a_score_called_all_of_its_answers_wrong_too():
+    first, second = (
+        Generation(f"g{turn}", "a", turn, "r", finish_reason="stop") for turn in (1, 3)
+    )  # fmt: skip
+    two = {
+        "messages": ({"role": "user", "content": "lamp"}, MEND, {"role": "tool", "content": "no"}, PAY),
+        "producers": ("user", "agent", "tool", "agent"), "generations": (first, second),
+    }  # fmt: skip
+    whole, late = said("too slow"), replace(said("too slow"), target="g3")
+    assert lane(whole).value == 1.0
+    assert lane(whole, thumb("a", 0.0)).value == -1.0
+    assert lane(late, thumb("a", -1.0), **two).value == -1.0
+    assert lane(late, thumb("g3", -1.0), **two).value == -1.0
+    assert lane(late, thumb("g1", -1.0), **two).value == 1.0
+    assert lane(whole, thumb("g1", -1.0), **two).value == 1.0, "the other answer was not scored"
+
+
 def test_praise_and_strangers_are_no_critique():
     assert lane(said("well done", score=1.0)).objective == "sft"
     assert lane(said("too slow", source="passer-by")) == "nobody who may judge it gave a score"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import insert, select
 
-from cltrain import plans, staleness
+from cltrain import loop, plans, staleness
 from cltrain.api import Deployment
 from cltrain.demo import world
 from cltrain.experience import window
@@ -144,6 +144,58 @@ def settled(deployment, config, base, *trajectories, **objectives):
     examples = [lane_of(t, config.trainer.objectives, **rules) for t in trajectories]
     serving = aliases.read_alias(deployment.store, "support").release
     return staleness.settle(deployment.store, config, base, serving, examples)
+
+
+def test_ids_of_another_tokenizer_set_a_record_aside_alone(made):
+    """Where log-probs were recorded as well, rendering finds it; where they must be recomputed, already settling."""
+    config, deployment, learner = made
+    base = learner.rooms.base
+    serving = aliases.read_alias(deployment.store, "support").release
+    pool = tickets("repair", 4)
+    given = [answered(base, t, scored(t, -1.0), release=serving) for t in pool]
+    strange = {1: (base.model.config.vocab_size,), 2: (-1,), 3: (-1,)}
+    for i, ids in strange.items():
+        (generation,) = given[i].generations
+        logprobs = (-0.5,) * (len(generation.completion_ids) + 1) if i == 3 else None
+        generation = replace(generation, completion_ids=generation.completion_ids + ids, logprobs=logprobs)
+        given[i] = replace(given[i], generations=(generation,))
+    examples, aside = settled(deployment, config, base, *given)
+    rows, unusable = loop.render(base, examples)
+    assert [row.record for row in rows] == [pool[0].id]
+    for found, ticket in zip((*aside, *unusable), pool[1:], strict=True):
+        assert ticket.id in str(found)
+        assert "outside the base's vocabulary" in str(found)
+
+
+def test_what_is_left_of_a_pair_or_critique_whose_partner_does_not_fit_is_learned_and_says_so(made):
+    config, deployment, learner = made
+    base = learner.rooms.base
+
+    def settle(seed, **objectives):
+        fixed, marked, unmarked, short = tickets("repair", 4, seed)
+        pair = corrected(fixed)
+        turn = pair.producers.index("agent")
+        long = {"role": "assistant", "content": "word " * base.context}
+        pair = replace(pair, messages=(*pair.messages[:turn], long, *pair.messages[turn + 1 :]))
+        much = Feedback(f"{marked.id}-t", marked.id, text="word " * base.context, source="operator", created_at=2.0)
+        critic = replace(much, id=f"{unmarked.id}-t", target=unmarked.id)
+        given = [pair, answered(base, marked, much, scored(marked, -1.0)), answered(base, unmarked, critic)]
+        examples, aside = settled(deployment, config, base, *given, corrected(short), **objectives)
+        rows, unusable = loop.render(base, examples)
+        assert [row.record for row in rows] == [e.record for e in examples]
+        assert unusable == []
+        return [(e.objective, e.value) for e in examples], [note for e in examples for note in e.notes], aside
+
+    found, notes, aside = settle(5)
+    assert found == [("sft", 1.0), ("kto", -1.0), ("dpo", 1.0)]
+    assert notes[0].startswith("sft and no dpo, its rejected answer does not fit: ")
+    assert notes[1].startswith("kto and no hindsight, its hinted self does not fit: ")
+    assert [f"base takes {base.context}" in note for note in notes] == [True, True]
+    assert len(aside) == 1
+    assert "unusable: its hinted self does not fit" in str(aside)
+    found, _, aside = settle(6, use=("dpo", "hindsight"))
+    assert found == [("dpo", 1.0)]
+    assert len(aside) == 3
 
 
 def test_missing_log_probs_are_recomputed_under_the_adapter_that_answered(made):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from cltrain.errors import DataError
-from cltrain.models.chat import HINT, render_prompt, render_rows
+from cltrain.models.chat import HINT, UnfitPartner, render_prompt, render_rows
 from cltrain.models.forward import predicted
 from cltrain.records import Example
 from tests.tiny import CHAT_TEMPLATE, TOOLS, make_tokenizer, ticket, tool_call
@@ -86,8 +86,17 @@ def test_a_template_that_wants_turns_to_alternate_takes_a_hint():
 
 def test_a_hint_that_does_not_fit_the_base_is_an_error_with_both_numbers(tokenizer):
     hinted = example(ticket("A17")[:2], objective="hindsight", hint="late " * 600)
-    with pytest.raises(DataError, match=r"with its hint; the base takes 512"):
+    with pytest.raises(UnfitPartner, match=r"with its hint; the base takes 512"):
         render_rows(tokenizer, 512, hinted)
+
+
+def test_only_a_partner_that_cannot_be_rendered_is_an_unfit_one(tokenizer):
+    broken = {**WRONG, "tool_calls": [{**WRONG["tool_calls"][0], "function": {"name": "x", "arguments": "{order: A"}}]}
+    asked = ticket("A17")[0]
+    with pytest.raises(UnfitPartner, match=r"rejected answer does not fit: .*no JSON"):
+        render_rows(tokenizer, 512, example((asked, RIGHT), objective="dpo", rejected=broken))
+    with pytest.raises(DataError, match=r"^a tool call's arguments"):
+        render_rows(tokenizer, 512, example((asked, broken), objective="dpo", rejected=WRONG))
 
 
 def test_value_and_behaviour_reach_the_row(tokenizer):

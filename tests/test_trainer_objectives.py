@@ -5,13 +5,20 @@ import dataclasses
 import math
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cltrain.config import ObjectivesConfig
 from cltrain.errors import DataError
+from cltrain.models import forward
+from cltrain.models.adapter import attach, new_factors, parameters_of
 from cltrain.models.anchors import mean_kl
 from cltrain.models.scoring import token_log_probs
 from cltrain.records import TokenRow
-from tests.trainer_parts import Tiny, make_tiny, skill_rows
+from cltrain.trainer import reference
+from cltrain.trainer.streams import Streams
+from cltrain.trainer.update import UpdateDiscarded
+from tests.trainer_parts import LOOSE, Tiny, make_tiny, skill_rows
 
 OBJECTIVES = ("sft", "dpo", "kto", "policy", "hindsight")
 NAIVE = {"method": "naive", "kl_beta": 0.0}
@@ -202,7 +209,7 @@ def test_replay_never_says_again_what_was_marked_bad_or_needed_a_hint(tiny):
     replay = [dataclasses.replace(row, record=f"{row.objective}-{row.value:+g}-{row.record}") for row in replay]
     made = tiny.update("again", skill_rows(0, 4), replay, trainer={"num_steps": 8})
     said = {read.record.rsplit("-s1", 1)[0] for read in made.candidate.reads if not read.record.startswith("s0")}
-    assert said == {"sft-+1", "dpo-+1", "kto-+1", "policy-+1"}
+    assert said == {"sft-+1", "dpo-+1", "kto-+1"}, "what only a score speaks for was never verified"
 
 
 def test_a_row_without_what_its_objective_needs_is_refused_by_name(tiny):
@@ -216,3 +223,84 @@ def test_a_row_without_what_its_objective_needs_is_refused_by_name(tiny):
     longer = dataclasses.replace(row, ids=(*row.ids, 5), weights=(*row.weights, 1.0))
     with pytest.raises(DataError, match="same number of targets"):
         tiny.update("refused", [dataclasses.replace(row, objective="hindsight", partner=longer)])
+
+
+def weighing(row, weight):
+    """The row and its partner with every weight times `weight`."""
+    partner = weighing(row.partner, weight) if row.partner else None
+    return dataclasses.replace(row, weights=tuple(w * weight for w in row.weights), partner=partner)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_row_of_half_the_weight_counts_half_whatever_its_objective(tiny, objective):
+    fresh = rows_of(tiny, objective, 3)
+    whole, half = (
+        measure(tiny, f"weight-{objective}-{w}", [weighing(row, w) for row in fresh], num_steps=1, batch_size=3)[0][0]
+        for w in (1.0, 0.5)
+    )
+    name = "nll_fresh" if objective == "sft" else f"loss_{objective}"
+    assert half[name] == pytest.approx(whole[name] / 2, rel=1e-5)
+    assert half["grad_norm_fresh"] == pytest.approx(whole["grad_norm_fresh"] / 2, rel=1e-4)
+
+
+class Widest(TorchDispatchMode):
+    """The most rows of any tensor of one number per id of the vocabulary, also of those made for the gradient."""
+
+    def __init__(self, num_vocabulary):
+        super().__init__()
+        self.num_vocabulary, self.num_rows = num_vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.shape[-1:] == (self.num_vocabulary,) and made.is_contiguous():
+            self.num_rows = max(self.num_rows, made.shape.numel() // self.num_vocabulary)
+        return made
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_objective_holds_more_logits_at_once_than_it_may(tiny, objective, monkeypatch):
+    """Five rows of four targets: whole, and two tokens at a time."""
+    fresh = rows_of(tiny, objective)
+    num_vocabulary = tiny.base.model.config.vocab_size
+    found = []
+    for limit in (forward.MAX_LOGITS, 2 * num_vocabulary):
+        monkeypatch.setattr(forward, "MAX_LOGITS", limit)
+        adapter = new_factors(tiny.base, 4, 8.0, ("q_proj", "up_proj"), seed=1)
+        model = attach(tiny.base, adapter)
+        parameters = [factor for pair in parameters_of(model, adapter).values() for factor in pair]
+        with Widest(num_vocabulary) as widest:
+            streams = Streams(tiny.base, model, tiny.base.model, fresh, ObjectivesConfig())
+            with torch.no_grad():
+                for factor in parameters:
+                    factor += 0.02
+            z = streams.reference_point(range(5) if objective == "kto" else (), 5)
+            loss = streams.loss(objective, range(5), [0.2] * 5, z)
+            loss.backward()
+        found.append((widest.num_rows, float(loss.detach()), [factor.grad for factor in parameters]))
+    (num_whole, whole, gradients), (num_pieces, pieces, others) = found
+    assert num_whole >= 20
+    assert num_pieces == 2
+    assert pieces == pytest.approx(whole, rel=1e-5)
+    for one, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
+
+
+def test_hinted_selves_that_do_not_fit_in_memory_are_asked_again_and_say_the_same(tiny, monkeypatch):
+    before, fresh = tiny.update("kept-before", skill_rows(0, 4)), rows_of(tiny, "hindsight")
+    seen, kept = measure(tiny, "kept", fresh, (), before)
+    monkeypatch.setattr(reference, "MAX_KEPT", 0)
+    again, asked = measure(tiny, "asked", fresh, (), before)
+    assert Streams(tiny.base, tiny.base.model, tiny.base.model, fresh, ObjectivesConfig())._hinted._kept is None
+    assert [step["loss_hindsight"] for step in again] == pytest.approx([s["loss_hindsight"] for s in seen], rel=1e-3)
+    assert mean_kl(tiny.base, fresh, kept.adapter, asked.adapter) < 1e-6
+
+
+def test_a_rejected_answer_counts_as_tokens_and_a_hinted_self_does_not(tiny):
+    """Four slots a step; every answer has four tokens."""
+    for objective, per_step in (("dpo", 32), ("hindsight", 16), ("kto", 16)):
+        fresh = rows_of(tiny, objective)
+        bounds = LOOSE.model_copy(update={"max_tokens": 2 * per_step + 1})
+        made = tiny.update(f"count-{objective}", fresh, trainer=NAIVE, bounds=bounds)
+        assert (made.candidate.num_steps, made.candidate.bounds.num_tokens) == (2, 2 * per_step)
+    with pytest.raises(UpdateDiscarded, match="max_tokens = 31"):
+        tiny.update("count", rows_of(tiny, "dpo"), bounds=LOOSE.model_copy(update={"max_tokens": 31}))

@@ -16,6 +16,7 @@ from cltrain.models.chat import render_example
 from cltrain.models.digest import adapter_digest
 from cltrain.models.shapes import FAMILIES
 from cltrain.records import Example, TokenRow
+from cltrain.trainer import fingerprint
 from cltrain.trainer.shrink import Spent
 from cltrain.trainer.update import UpdateDiscarded, train_update, verify_bounds
 from tests.tiny import TOOLS, make_tiny_base, ticket
@@ -110,6 +111,21 @@ def test_a_checkpoint_of_other_inputs_is_not_continued(world, tmp_path):
     again = world.update(tmp_path / "work", seed=8, on_step=lambda step, measured: steps.append(step))
     assert steps == list(range(6))
     assert adapter_digest(Path(again.path)) == adapter_digest(Path(world.update(tmp_path / "new", seed=8).path))
+
+
+@pytest.mark.parametrize("other", ["context", "dtype", "version"])
+def test_a_checkpoint_of_another_context_dtype_or_version_is_not_continued(world, tmp_path, other, monkeypatch):
+    world.update(tmp_path / "work")
+    base = world.base
+    if other == "context":
+        base = dataclasses.replace(base, context=base.context - 1)
+    elif other == "dtype":
+        base = load_base(base.path, dtype="bfloat16")
+    else:
+        monkeypatch.setattr(fingerprint, "__version__", "0.0.0")
+    steps = []
+    dataclasses.replace(world, base=base).update(tmp_path / "work", on_step=lambda step, measured: steps.append(step))
+    assert steps == list(range(6))
 
 
 def test_the_base_is_never_written_to_and_the_candidate_learned(world, tmp_path):

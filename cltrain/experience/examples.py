@@ -141,17 +141,23 @@ def _successful(trajectory: Trajectory, learn_from: Sequence[str]) -> Example | 
     targets = tuple(k for k in listed if is_whole(trajectory, k) and k not in bad)
     if not targets:
         return "every answer was cut short, empty or judged a failure"
+    return of_turns(trajectory, targets, "good")
+
+
+def of_turns(trajectory: Trajectory, targets: tuple[int, ...], feedback_class: str) -> Example:
+    """The Example of these answers, with the ids recorded of them where one generation is all of it."""
     messages = trajectory.messages[: targets[-1] + 1]
     generation = sole_generation(trajectory, targets)
+    has_ids = generation is not None and generation.prompt_ids and generation.completion_ids
     return Example(
         record=trajectory.id,
         principal=trajectory.principal,
-        stratum=f"{first_tool(messages[k] for k in targets)}/good",
+        stratum=f"{first_tool(messages[k] for k in targets)}/{feedback_class}",
         messages=messages,
         targets=targets,
         tools=trajectory.tools,
-        prompt_ids=generation.prompt_ids if generation and generation.completion_ids else None,
-        completion_ids=generation.completion_ids if generation and generation.prompt_ids else None,
+        prompt_ids=generation.prompt_ids if generation and has_ids else None,
+        completion_ids=generation.completion_ids if generation and has_ids else None,
     )
 
 

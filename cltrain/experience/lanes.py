@@ -16,8 +16,8 @@ from cltrain.experience.examples import (
     decisive,
     decisive_of_turn,
     example_of,
-    first_tool,
     is_whole,
+    of_turns,
     score_of,
     sole_generation,
     unfit,
@@ -75,24 +75,26 @@ def _failure(
     is_corrected = any(f.correction is not None for f in trajectory.feedback)
     if trajectory.split != "train" or unfit(trajectory) or is_corrected or is_good:
         return reason
+    marked = reason if verdict is None else _blamed(trajectory, verdict, learn_from)
     critique = _critique(trajectory, learn_from) if "hindsight" in objectives.use else None
     if critique is not None:
         example = _blamed(trajectory, critique, learn_from)
         if isinstance(example, str):
             return example
-        return replace(example, kind="critique", objective="hindsight", hint=critique.text)
+        is_marked = isinstance(marked, Example) and set(example.targets) <= set(marked.targets)
+        value = -1.0 if is_marked else 1.0
+        return replace(example, kind="critique", objective="hindsight", hint=critique.text, value=value)
     if verdict is None or not {"policy", "kto"} & set(objectives.use):
         return reason
-    example = _blamed(trajectory, verdict, learn_from)
-    if isinstance(example, str):
-        return example
-    generation = sole_generation(trajectory, example.targets)
-    if "policy" in objectives.use and generation and example.completion_ids:
+    if isinstance(marked, str):
+        return marked
+    generation = sole_generation(trajectory, marked.targets)
+    if "policy" in objectives.use and generation and marked.completion_ids:
         return replace(
-            example, objective="policy", value=score_of(verdict), behaviour=generation.logprobs,
+            marked, objective="policy", value=score_of(verdict), behaviour=generation.logprobs,
             release=generation.release,
         )  # fmt: skip
-    return as_undesired(example, objectives, "its token ids were not recorded")
+    return as_undesired(marked, objectives, "its token ids were not recorded")
 
 
 def as_undesired(example: Example, objectives: ObjectivesConfig, because: str) -> Example | str:
@@ -100,6 +102,18 @@ def as_undesired(example: Example, objectives: ObjectivesConfig, because: str) -
     if "kto" not in objectives.use:
         return f"judged a failure, and no policy gradient: {because}"
     return replace(example, objective="kto", value=-1.0, behaviour=None, release=None)
+
+
+def without_partner(example: Example, objectives: ObjectivesConfig, because: str) -> Example | str:
+    """What a pair or a critique is learned by when the base cannot take the rejected answer or the hinted self: the
+    correction alone, the bad score that came with the critique; as far as that is in use."""
+    if example.objective == "dpo" and "sft" in objectives.use:
+        found = replace(example, objective="sft", rejected=None)
+    elif example.objective == "hindsight" and example.value < 0 and "kto" in objectives.use:
+        found = replace(example, kind="failure", objective="kto", hint=None)
+    else:
+        return f"unusable: {because}"
+    return replace(found, notes=(*found.notes, f"{found.objective} and no {example.objective}, {because}"))
 
 
 def _blamed(trajectory: Trajectory, said: Feedback, learn_from: Sequence[str]) -> Example | str:
@@ -114,20 +128,7 @@ def _blamed(trajectory: Trajectory, said: Feedback, learn_from: Sequence[str]) -
     targets = tuple(k for k in listed if is_whole(trajectory, k) and k not in good)
     if not targets:
         return "judged a failure, but every answer was cut short, empty or judged good by itself"
-    messages = trajectory.messages[: targets[-1] + 1]
-    generation = sole_generation(trajectory, targets)
-    has_ids = generation is not None and generation.prompt_ids and generation.completion_ids
-    return Example(
-        record=trajectory.id,
-        principal=trajectory.principal,
-        stratum=f"{first_tool(messages[k] for k in targets)}/bad",
-        messages=messages,
-        targets=targets,
-        tools=trajectory.tools,
-        kind="failure",
-        prompt_ids=generation.prompt_ids if generation and has_ids else None,
-        completion_ids=generation.completion_ids if generation and has_ids else None,
-    )
+    return replace(of_turns(trajectory, targets, "bad"), kind="failure")
 
 
 def _critique(trajectory: Trajectory, learn_from: Sequence[str]) -> Feedback | None:

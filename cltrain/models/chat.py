@@ -50,12 +50,11 @@ def render_example(tokenizer: Any, context: int, example: Example) -> TokenRow:
 def render_rows(tokenizer: Any, context: int, example: Example) -> tuple[TokenRow, ...]:
     """As `render_example`, but where the template rewrites earlier turns (Qwen3 drops old thoughts): one row per
     target, weights divided by their number so that the episode counts the same. A `dpo` row has the rejected answer as
-    its partner; a `hindsight` row, always of one target, its own answer behind the prompt that holds the hint.
+    its partner; a `hindsight` row, always of one target, its own answer behind the prompt that holds the hint. Raises
+    UnfitPartner where only that cannot be rendered.
     """
-    if example.objective == "dpo":
-        return (_pair(tokenizer, context, example),)
-    if example.objective == "hindsight":
-        return tuple(_hinted(tokenizer, context, part) for part in _parts(example))
+    if example.objective in ("dpo", "hindsight"):
+        return tuple(_with_partner(tokenizer, context, part) for part in _parts(example))
     try:
         return (render_example(tokenizer, context, example),)
     except RewrittenTurns:
@@ -64,6 +63,10 @@ def render_rows(tokenizer: Any, context: int, example: Example) -> tuple[TokenRo
 
 class RewrittenTurns(DataError):
     """The template renders an earlier turn differently once later turns follow."""
+
+
+class UnfitPartner(DataError):
+    """What a row is to be compared with is too long for the base or cannot be rendered; the row itself is neither."""
 
 
 def _parts(example: Example) -> list[Example]:
@@ -79,21 +82,28 @@ def _parts(example: Example) -> list[Example]:
     ]  # fmt: skip
 
 
-def _pair(tokenizer: Any, context: int, example: Example) -> TokenRow:
+def _with_partner(tokenizer: Any, context: int, example: Example) -> TokenRow:
+    row = render_example(tokenizer, context, example)
+    make, name = (_rejected, "rejected answer") if example.objective == "dpo" else (_hinted, "hinted self")
+    try:
+        return replace(row, partner=make(tokenizer, context, example, row))
+    except DataError as error:
+        raise UnfitPartner(f"its {name} does not fit: {error}") from None
+
+
+def _rejected(tokenizer: Any, context: int, example: Example, row: TokenRow) -> TokenRow:
     assert example.rejected is not None
-    assert len(example.targets) == 1
     (turn,) = example.targets
     other = replace(example, messages=(*example.messages[:turn], example.rejected), objective="sft")
-    return replace(render_example(tokenizer, context, example), partner=render_example(tokenizer, context, other))
+    return render_example(tokenizer, context, other)
 
 
-def _hinted(tokenizer: Any, context: int, example: Example) -> TokenRow:
+def _hinted(tokenizer: Any, context: int, example: Example, row: TokenRow) -> TokenRow:
     """The student's answer ids behind both prompts, so that teacher and student speak of the same tokens.
 
     The hint ends the last message of the user: templates that want turns to alternate refuse another one.
     """
     assert example.hint is not None
-    row = render_example(tokenizer, context, example)
     (turn,) = example.targets
     num_prompt = next(t for t, weight in enumerate(row.weights) if weight)
     messages = _with_hint(example.messages[:turn], HINT.format(hint=example.hint.strip()))
@@ -103,8 +113,7 @@ def _hinted(tokenizer: Any, context: int, example: Example) -> TokenRow:
         raise DataError(
             f"record {example.record} has {len(ids)} tokens with its hint; the base takes {context} (base.context)"
         )
-    teacher = replace(row, objective="sft", ids=ids, weights=(0.0,) * len(prompt) + row.weights[num_prompt:])
-    return replace(row, partner=teacher)
+    return replace(row, objective="sft", ids=ids, weights=(0.0,) * len(prompt) + row.weights[num_prompt:])
 
 
 def _with_hint(messages: Sequence[Message], hint: str) -> list[Message]:

@@ -8,7 +8,7 @@ import torch
 
 from cltrain.models.adapter import AdapterFile, attach
 from cltrain.models.base import Base
-from cltrain.models.forward import batches_of, next_log_probs, predicted
+from cltrain.models.forward import batches_of, hidden_at, predicted, target_nll
 from cltrain.records import TokenRow
 
 
@@ -17,9 +17,9 @@ def token_log_probs(base: Base, adapter: AdapterFile | None, rows: Sequence[Toke
     model = base.model if adapter is None else attach(base, adapter)
     found: list[list[float]] = [[] for _ in rows]
     for batch in batches_of(base, rows):
-        logp_MV = next_log_probs(base, model, [rows[i] for i in batch])
-        targets_M = torch.tensor([rows[i].ids[t] for i in batch for t in predicted(rows[i])], device=logp_MV.device)
-        values = logp_MV.gather(1, targets_M[:, None])[:, 0].tolist()
+        chosen = [rows[i] for i in batch]
+        with torch.no_grad():
+            values = (-target_nll(base, hidden_at(base, model, chosen), chosen)).tolist()
         for i in batch:
             count = len(predicted(rows[i]))
             found[i], values = values[:count], values[count:]

@@ -1,4 +1,5 @@
-"""The two terms of `bounded_replay`: likelihood of the agent's own tokens, and KL to the base on the anchors.
+"""Likelihood of the agent's own tokens, and distance from what a teacher says at the same places, such as the base on
+the anchors.
 
 Both return gradients' sources, not averages of averages: the caller hands in the denominators, so that splitting a
 batch into micro-batches changes nothing.
@@ -11,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from cltrain.models.base import Base
-from cltrain.models.forward import MAX_LOGITS, logits_of, predicted, token_kl
+from cltrain.models.forward import in_pieces, logits_of, predicted, target_nll
+from cltrain.objectives.distill import Kind, divergence
 from cltrain.records import TokenRow
 
 
@@ -31,34 +32,26 @@ def token_weights(rows: Sequence[TokenRow], row_weights: Sequence[float]) -> Ten
     return torch.tensor(weights)
 
 
+def answer_weights(rows: Sequence[TokenRow], row_weights: Sequence[float]) -> Tensor:
+    """weights_B for a loss of whole answers: the same with the mean of a row's token weights, so that a row counts as
+    much as it would by its tokens. Within an answer judged as a whole, weights only say which tokens are its own."""
+    means = [sum(row.weights[t] for t in predicted(row)) / len(predicted(row)) for row in rows]
+    return torch.tensor([weight * mean for weight, mean in zip(row_weights, means, strict=True)])
+
+
 def weighted_nll(base: Base, hidden_MD: Tensor, rows: Sequence[TokenRow], weights_M: Tensor) -> Tensor:
-    """sum_m weights_m * -log p(target_m), natural log; logits are made in pieces when M x V is large."""
-    targets_M = torch.tensor([row.ids[t] for row in rows for t in predicted(row)], device=hidden_MD.device)
-    weights_M = weights_M.to(hidden_MD.device)
-
-    def piece(hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        return (F.cross_entropy(logits_of(base, hidden), targets, reduction="none") * weights).sum()
-
-    return _in_pieces(base, piece, hidden_MD, targets_M, weights_M)
+    """sum_m weights_m * -log p(target_m), natural log."""
+    return (target_nll(base, hidden_MD, rows) * weights_M.to(hidden_MD.device)).sum()
 
 
-def forward_kl(base: Base, hidden_MD: Tensor, logp_MV: Tensor, weights_M: Tensor | None = None) -> Tensor:
-    """sum_m weights_m * KL(p_m || q_m) in nats over the full vocabulary, q from hidden states, p given as log-probs."""
-    weights_M = torch.ones(len(hidden_MD)) if weights_M is None else weights_M
-    weights_M = weights_M.to(hidden_MD.device)
+def weighted_divergence(
+    base: Base, hidden_MD: Tensor, teacher_MD: Tensor, weights_M: Tensor, kind: Kind = "forward"
+) -> Tensor:
+    """sum_m weights_m * divergence_m of `kind` (see `distill`) in nats over the full vocabulary, from the final hidden
+    states of student and teacher. Only the student gets a gradient."""
 
-    def piece(hidden: Tensor, logp: Tensor, weights: Tensor) -> Tensor:
-        return (token_kl(logp, F.log_softmax(logits_of(base, hidden), dim=-1)) * weights).sum()
+    def function(logits_MV: Tensor, teacher: Tensor) -> Tensor:
+        logp_MV = F.log_softmax(logits_of(base, teacher), dim=-1)
+        return divergence(logp_MV, F.log_softmax(logits_MV, dim=-1), kind)
 
-    return _in_pieces(base, piece, hidden_MD, logp_MV, weights_M)
-
-
-def _in_pieces(base: Base, function, hidden_MD: Tensor, *others: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    size = max(1, MAX_LOGITS // int(base.model.config.vocab_size))
-    if hidden_MD.shape[0] <= size:
-        return function(hidden_MD, *others)
-    total = hidden_MD.new_zeros((), dtype=torch.float32)
-    for i in range(0, hidden_MD.shape[0], size):
-        parts = [tensor[i : i + size] for tensor in (hidden_MD, *others)]
-        total = total + checkpoint(function, *parts, use_reentrant=False)
-    return total
+    return (in_pieces(base, function, hidden_MD, teacher_MD) * weights_M.to(hidden_MD.device)).sum()

@@ -38,19 +38,13 @@ class Draws:
         """The draws of one step: fresh slots first, then replay slots, a stratum each in turn while it lasts."""
         num_replay = min(round(batch_size * replay_share), batch_size - 1) if self.replay else 0
         num_fresh = batch_size - num_replay
-        draws = [
-            Draw(slot, "fresh", self._pick("fresh", range(len(self.fresh)), step * num_fresh + slot))
-            for slot in range(num_fresh)
-        ]
+        draws = [Draw(slot, "fresh", self._pick("fresh", step * num_fresh + slot)) for slot in range(num_fresh)]
         return draws + [Draw(num_fresh + i, "replay", self._replayed(step * num_replay + i)) for i in range(num_replay)]
 
     def anchors(self, step: int, num_rows: int) -> list[int]:
         """Anchor rows of one step, without repeats inside it when there are enough."""
         num_rows = min(num_rows, self.num_anchors)
-        return [self._pick("anchor", range(self.num_anchors), step * num_rows + slot) for slot in range(num_rows)]
-
-    def record_of(self, draw: Draw) -> str:
-        return (self.fresh if draw.pool == "fresh" else self.replay)[draw.index].record
+        return [self._pick("anchor", step * num_rows + slot) for slot in range(num_rows)]
 
     def _replayed(self, count: int) -> int:
         """Strata take turns while they last: a stratum of one record, often a mislabelled one, is heard once a pass and
@@ -68,14 +62,14 @@ class Draws:
             order = self._orders[("replay", again)] = [i for _, _, i in sorted(ranked)]
         return order[place]
 
-    def _pick(self, pool: str, members: Sequence[int], count: int, part: str = "") -> int:
-        """The `count`-th draw from `members`: a new hashed order after each pass through all of them."""
-        again, place = divmod(count, len(members))
-        order = self._orders.get((f"{pool}\0{part}", again))
+    def _pick(self, pool: str, count: int) -> int:
+        """The `count`-th draw from a pool: a new hashed order after each pass through all of it."""
+        keys = self._keys[pool]
+        again, place = divmod(count, len(keys))
+        order = self._orders.get((pool, again))
         if order is None:
-            keys = self._keys[pool]
-            order = sorted(members, key=lambda i: _hash(self.seed, f"{pool}\0{part}", again, keys[i]))
-            self._orders[(f"{pool}\0{part}", again)] = order
+            order = sorted(range(len(keys)), key=lambda i: _hash(self.seed, f"{pool}\0", again, keys[i]))
+            self._orders[(pool, again)] = order
         return order[place]
 
 

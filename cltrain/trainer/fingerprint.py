@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from cltrain import __version__
 from cltrain.config import TrainerConfig
 from cltrain.models.adapter import AdapterFile, Factors, snapshot
 from cltrain.models.base import Base
@@ -28,12 +29,14 @@ def fingerprint_of(
     num_steps: int,
     seed: int,
 ) -> str:
-    """Hex digest over base, rows, settings, seed, where it starts, the incumbent, the Fisher, torch and its threads."""
+    """Hex digest over base, rows, settings, seed, where it starts, the incumbent, the Fisher, the versions of this code
+    and of torch, and its threads."""
     whole = hashlib.sha256()
     settings = trainer.model_dump(mode="json", exclude={"checkpoint_every", "anchors", "num_anchors", "anchor_tokens"})
     numbers = [start.rank, start.alpha, start.targets, settings, num_steps, seed]
-    machine = [torch.__version__, torch.get_num_threads()]
-    whole.update(json.dumps([base.digest, base.device, numbers, machine], sort_keys=True).encode())
+    machine = [__version__, torch.__version__, torch.get_num_threads()]
+    loaded = [base.digest, base.device, str(base.model.dtype), base.context]
+    whole.update(json.dumps([loaded, numbers, machine], sort_keys=True).encode())
     for rows in (fresh, replay, anchors):
         for row in rows:
             whole.update(repr(row).encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from cltrain.objectives.fisher import relative_to_base
 from cltrain.objectives.geometry import base_norms
 from cltrain.objectives.penalties import ewc, l2sp
 from cltrain.objectives.projections import agem, keep_out, top_subspaces
-from cltrain.records import Read
+from cltrain.records import Read, TokenRow
 from cltrain.trainer.draws import Draws
 from cltrain.trainer.memory import Memory
 from cltrain.trainer.methods import Method
@@ -36,17 +37,23 @@ class Recipe:
     fresh: Batching
     old: Batching
 
+    def drawn(self, step: int) -> tuple[list[TokenRow], list[TokenRow]]:
+        """The fresh and the replayed rows of a step, one for each slot and in order."""
+        fresh, old = (
+            self.draws.batch(step, batching.batch_size, batching.replay_share) for batching in (self.fresh, self.old)
+        )
+        return (
+            [self.draws.fresh[draw.index] for draw in fresh if draw.pool == "fresh"],
+            [self.draws.replay[draw.index] for draw in old if draw.pool == "replay"],
+        )
+
     def reads(self, num_steps: int) -> list[Read]:
         """Which record filled which slot of which step, in order."""
-        found = []
-        for step in range(num_steps):
-            slot = 0
-            for batching, pool in ((self.fresh, "fresh"), (self.old, "replay")):
-                for draw in self.draws.batch(step, batching.batch_size, batching.replay_share):
-                    if draw.pool == pool:
-                        found.append(Read(step, slot, self.draws.record_of(draw)))
-                        slot += 1
-        return found
+        return [
+            Read(step, slot, row.record)
+            for step in range(num_steps)
+            for slot, row in enumerate(chain(*self.drawn(step)))
+        ]
 
 
 def make_recipe(
@@ -77,7 +84,7 @@ def make_recipe(
     old = (
         batching if rehearses or not guards else Batching(trainer.batch_size, trainer.micro_batch, trainer.replay_share)
     )
-    terms: list[Term] = [Fresh(draws, Streams(base, model, draws.fresh, trainer.objectives), batching)]
+    terms: list[Term] = [Fresh(draws, Streams(base, model, frozen, draws.fresh, trainer.objectives), batching)]
     if rehearses:
         soft = Reference(base, frozen, draws.replay) if "distill" in remember else None
         terms.append(Replay(base, model, draws, batching, soft))

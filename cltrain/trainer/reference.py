@@ -34,14 +34,16 @@ class Reference:
                 parts = self._hidden(chosen).split([len(predicted(row)) for row in chosen])
                 self._kept.update(zip(group, parts, strict=True))
 
+    def hidden(self, indices: Sequence[int]) -> Tensor:
+        """hidden_MD from which the predicted tokens of these rows, in order, are predicted."""
+        if self._kept is None:
+            return self._hidden([self.rows[i] for i in indices])
+        return torch.cat([self._kept[i] for i in indices])
+
     def log_probs(self, indices: Sequence[int]) -> Tensor:
         """logp_MV at the predicted tokens of these rows, in order."""
-        if self._kept is None:
-            hidden_MD = self._hidden([self.rows[i] for i in indices])
-        else:
-            hidden_MD = torch.cat([self._kept[i] for i in indices])
         with torch.no_grad():
-            return F.log_softmax(logits_of(self.base, hidden_MD), dim=-1)
+            return F.log_softmax(logits_of(self.base, self.hidden(indices)), dim=-1)
 
     def _hidden(self, rows: Sequence[TokenRow]) -> Tensor:
         with torch.no_grad():

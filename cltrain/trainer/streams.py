@@ -1,7 +1,7 @@
 """The fresh rows' losses: one stream per objective; every row weighs the same, whatever its length.
 
-What an objective compares with is the adapter as the update found it, computed once before the first step: the
-reference of DPO and KTO, the proximal policy, and the self that sees the hint.
+What an objective compares with is the adapter as the update found it: the reference of DPO and KTO and the proximal
+policy, computed once before the first step, and the incumbent that sees the hint.
 """
 
 from __future__ import annotations
@@ -11,59 +11,52 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cltrain.config import ObjectivesConfig
 from cltrain.models.base import Base
-from cltrain.models.forward import hidden_at, logits_of, predicted
+from cltrain.models.forward import hidden_at, predicted, target_nll
 from cltrain.models.scoring import last_answer
-from cltrain.objectives.distill import divergence
-from cltrain.objectives.losses import token_weights, weighted_nll
+from cltrain.objectives.losses import answer_weights, token_weights, weighted_divergence, weighted_nll
 from cltrain.objectives.policy import clipped
 from cltrain.objectives.preference import dpo, kto, mismatched_divergence, no_divergence
 from cltrain.records import Objective, TokenRow
+from cltrain.trainer.reference import Reference
 
 
 class Streams:
-    """Losses of rows by their objective. `model` must hold the incumbent's weights when this is made."""
+    """Losses of rows by their objective. `model` must hold the weights that the update begins with when this is made;
+    `frozen` holds the incumbent's for good."""
 
-    def __init__(self, base: Base, model: Any, rows: Sequence[TokenRow], config: ObjectivesConfig) -> None:
+    def __init__(self, base: Base, model: Any, frozen: Any, rows: Sequence[TokenRow], config: ObjectivesConfig) -> None:
         self.base, self.model, self.rows, self.config = base, model, rows, config
-        self._before: dict[int, Tensor] = {}  # log-probs of a row's own tokens under the incumbent
+        self._before: dict[int, Tensor] = {}  # log-probs of a row's own tokens before the first step
         self._partner_before: dict[int, Tensor] = {}
-        self._hinted: dict[int, Tensor] = {}  # hidden_MD of the hinted row under the incumbent
         for i, row in enumerate(rows):
             if row.objective in ("dpo", "kto", "policy"):
                 self._before[i] = self._frozen(row)
             if row.objective == "dpo":
                 self._partner_before[i] = self._frozen(_partner(row))
-            if row.objective == "hindsight":
-                with torch.no_grad():
-                    self._hinted[i] = self._hidden([_partner(row)])
+        hinted = [i for i, row in enumerate(rows) if row.objective == "hindsight"]
+        self._hinted = Reference(base, frozen, [_partner(rows[i]) for i in hinted])
+        self._places = {i: place for place, i in enumerate(hinted)}  # of a row in it
         self._swapped = self._with_answers_of_others()
 
     def loss(self, objective: Objective, indices: Sequence[int], weights: Sequence[float], z: Tensor) -> Tensor:
         """sum_i weights_i * loss_i of rows that share one objective; each row's loss is a mean over its own tokens, or
-        one number for its whole answer where the objective compares answers. `z`: see `reference_point`."""
+        one number for its whole answer, times the mean weight of its tokens, where the objective compares answers (dpo,
+        kto). `z`: see `reference_point`."""
         rows = [self.rows[i] for i in indices]
-        weights_B = torch.tensor(weights, device=self.base.device)
         if objective == "sft":
             return weighted_nll(self.base, self._hidden(rows), rows, token_weights(rows, weights))
-        if objective == "dpo":
-            both = [*rows, *(_partner(row) for row in rows)]
-            chosen, rejected = self._answers(both).split(len(rows))
-            before, partner_before = (
-                torch.stack([kept[i].sum() for i in indices]) for kept in (self._before, self._partner_before)
-            )
-            return (dpo(chosen, rejected, before, partner_before, self.config.dpo_beta) * weights_B).sum()
-        if objective == "kto":
-            return (self._kto(rows, indices, z) * weights_B).sum()
+        if objective in ("dpo", "kto"):
+            loss_B = self._dpo(rows, indices) if objective == "dpo" else self._kto(rows, indices, z)
+            return (loss_B * answer_weights(rows, weights).to(self.base.device)).sum()
         if objective == "policy":
             return (self._policy(rows, indices) * token_weights(rows, weights).to(self.base.device)).sum()
-        logq_MV = F.log_softmax(logits_of(self.base, self._hidden(rows)), dim=-1)
-        logp_MV = F.log_softmax(logits_of(self.base, torch.cat([self._hinted[i] for i in indices])), dim=-1)
-        per_token_M = divergence(logp_MV, logq_MV, self.config.hindsight_kind)
-        return (per_token_M * token_weights(rows, weights).to(self.base.device)).sum()
+        hinted_MD = self._hinted.hidden([self._places[i] for i in indices])
+        return weighted_divergence(
+            self.base, self._hidden(rows), hinted_MD, token_weights(rows, weights), self.config.hindsight_kind
+        )
 
     def reference_point(self, indices: Sequence[int], size: int) -> Tensor:
         """KTO's z0 in nats, from all of a step's kto rows (`size` of them a forward): it is one number for the step, so
@@ -74,6 +67,14 @@ class Streams:
         with torch.no_grad():
             now = [self._answers([row for row, _ in swapped[i : i + size]]) for i in range(0, len(swapped), size)]
         return mismatched_divergence(torch.cat(now), torch.stack([before for _, before in swapped]))
+
+    def _dpo(self, rows: Sequence[TokenRow], indices: Sequence[int]) -> Tensor:
+        both = [*rows, *(_partner(row) for row in rows)]
+        chosen, rejected = self._answers(both).split(len(rows))
+        before, partner_before = (
+            torch.stack([kept[i].sum() for i in indices]) for kept in (self._before, self._partner_before)
+        )
+        return dpo(chosen, rejected, before, partner_before, self.config.dpo_beta)
 
     def _kto(self, rows: Sequence[TokenRow], indices: Sequence[int], z: Tensor) -> Tensor:
         reference_B = torch.stack([self._before[i].sum() for i in indices])
@@ -116,8 +117,7 @@ class Streams:
         return torch.stack([part.sum() for part in parts])
 
     def _token_log_probs(self, rows: Sequence[TokenRow]) -> Tensor:
-        targets_M = torch.tensor([row.ids[t] for row in rows for t in predicted(row)], device=self.base.device)
-        return -F.cross_entropy(logits_of(self.base, self._hidden(rows)), targets_M, reduction="none")
+        return -target_nll(self.base, self._hidden(rows), rows)
 
     def _hidden(self, rows: Sequence[TokenRow]) -> Tensor:
         return hidden_at(self.base, self.model, rows)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cltrain.models.base import Base
 from cltrain.models.forward import hidden_at, predicted
-from cltrain.objectives.losses import forward_kl, token_weights, weighted_nll
+from cltrain.objectives.losses import token_weights, weighted_divergence, weighted_nll
 from cltrain.records import Objective
 from cltrain.trainer.draws import Draws
 from cltrain.trainer.reference import Reference
@@ -80,7 +80,7 @@ class Replay:
             if self.soft is None:
                 loss = weighted_nll(self.base, hidden_MD, rows, weights_M)
             else:
-                loss = forward_kl(self.base, hidden_MD, self.soft.log_probs(part), weights_M)
+                loss = weighted_divergence(self.base, hidden_MD, self.soft.hidden(part), weights_M)
             loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
             total += float(loss.detach())
         return {"kl_replay" if self.soft else "nll_replay": total / sum(weights.values())} if weights else {}
@@ -103,7 +103,8 @@ class Divergence:
         total = 0.0
         for part in _parts(chosen, self.micro_batch):
             hidden_MD = hidden_at(self.base, self.model, [self.reference.rows[i] for i in part])
-            kl = forward_kl(self.base, hidden_MD, self.reference.log_probs(part)) / num_tokens
+            weights_M = torch.ones(len(hidden_MD))
+            kl = weighted_divergence(self.base, hidden_MD, self.reference.hidden(part), weights_M) / num_tokens
             (self.beta * kl).backward()  # type: ignore[no-untyped-call, unused-ignore]
             total += float(kl.detach())
         return {self.name: total}

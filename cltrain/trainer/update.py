@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cltrain.config import AdapterConfig, BoundsConfig, HealthConfig, TrainerConfig
-from cltrain.errors import ConfigError, DataError
+from cltrain.errors import ConfigError
 from cltrain.models.adapter import (
     AdapterFile,
     attach,
@@ -28,10 +28,10 @@ from cltrain.models.adapter import (
     write_adapter,
 )
 from cltrain.models.base import Base
-from cltrain.models.forward import predicted
+from cltrain.models.forward import check_row, predicted
 from cltrain.objectives.fisher import decayed, measure_fisher
 from cltrain.objectives.geometry import combine
-from cltrain.records import BoundReport, Candidate, TokenRow
+from cltrain.records import BoundReport, Candidate, TokenRow, is_claim
 from cltrain.trainer.draws import Draws
 from cltrain.trainer.fingerprint import fingerprint_of
 from cltrain.trainer.health import collapse, vital_signs
@@ -75,8 +75,8 @@ def train_update(
     to learn from, collapse (HealthConfig), bounds that only a fraction below bounds.min_shrink would meet. ConfigError:
     targets differ from the incumbent's. DataError: rows that the base cannot take, another base's adapter, a full disk.
     """
-    for name, rows in (("fresh", fresh), ("replay", replay), ("anchor", anchors)):
-        _check_rows(base, name, rows)
+    for row in (*fresh, *replay, *anchors):
+        check_row(base, row)
     update = _Update(
         base, incumbent, adapter, trainer, bounds, health or HealthConfig(), memory or Memory(), seed, spent_today
     )
@@ -150,7 +150,7 @@ class _Update:
         if self.method.is_joint:
             fresh, replay = [*fresh, *replay], []
         uses_replay = self.method.remember & {"replay", "distill", "agem"}
-        replay = [row for row in replay if uses_replay and _is_worth_saying_again(row)]
+        replay = [row for row in replay if uses_replay and is_claim(row)]
         anchors = [row for row in anchors if predicted(row)]
         start = self._start()
         ruler = Ruler(self.base, self.incumbent, start, anchors, of_base)
@@ -274,11 +274,6 @@ def _merged(base: Base, adapter: AdapterFile) -> Base:
     return dataclasses.replace(base, model=model)
 
 
-def _is_worth_saying_again(row: TokenRow) -> bool:
-    """Whether the row's own tokens are what was to be learned: not an answer that was marked bad or needed a hint."""
-    return row.objective in ("sft", "dpo") or (row.objective in ("kto", "policy") and row.value > 0)
-
-
 def _affordable_steps(recipe: Recipe, num_steps: int, max_tokens: int) -> int:
     """How many of the first `num_steps` steps stay within `max_tokens` together."""
     spent = 0
@@ -290,42 +285,14 @@ def _affordable_steps(recipe: Recipe, num_steps: int, max_tokens: int) -> int:
 
 
 def _num_tokens(recipe: Recipe, steps: Iterable[int]) -> int:
-    """Supervised tokens of these steps, a row counted as often as it fills a slot."""
+    """Supervised tokens of these steps, a row counted as often as it fills a slot: its own and those of the answer that
+    a pair rejects. What is only compared with (a hinted self, KTO's exchanged answers) gets no gradient."""
     total = 0
     for step in steps:
-        for batching, pool in ((recipe.fresh, "fresh"), (recipe.old, "replay")):
-            rows = recipe.draws.fresh if pool == "fresh" else recipe.draws.replay
-            for draw in recipe.draws.batch(step, batching.batch_size, batching.replay_share):
-                total += len(predicted(rows[draw.index])) if draw.pool == pool else 0
+        fresh, old = recipe.drawn(step)
+        rejected = [row.partner for row in fresh if row.objective == "dpo" and row.partner is not None]
+        total += sum(len(predicted(row)) for row in (*fresh, *old, *rejected))
     return total
-
-
-def _check_rows(base: Base, name: str, rows: Sequence[TokenRow]) -> None:
-    vocabulary = base.model.config.vocab_size
-    for row in rows:
-        if len(row.ids) != len(row.weights):
-            raise DataError(f"{name} row {row.record}: {len(row.ids)} ids but {len(row.weights)} weights")
-        if len(row.ids) > base.context:
-            raise DataError(
-                f"{name} row {row.record} has {len(row.ids)} tokens; the base takes {base.context} (base.context)"
-            )
-        if row.ids and not 0 <= min(row.ids) <= max(row.ids) < vocabulary:
-            raise DataError(f"{name} row {row.record} has token ids outside the base's vocabulary of {vocabulary}")
-        if row.partner is not None:
-            _check_rows(base, name, [row.partner])
-        num_targets = len(predicted(row))
-        if (
-            row.objective in ("dpo", "hindsight")
-            and num_targets
-            and (row.partner is None or not predicted(row.partner))
-        ):
-            raise DataError(f"{name} row {row.record} is learned by {row.objective}, but has no partner with an answer")
-        if row.objective == "hindsight" and row.partner is not None and len(predicted(row.partner)) != num_targets:
-            raise DataError(f"{name} row {row.record} and its hinted self do not have the same number of targets")
-        if row.objective == "policy" and (row.behaviour is None or len(row.behaviour) != num_targets):
-            raise DataError(
-                f"{name} row {row.record} is learned by policy, but lacks a log-prob for each of its targets"
-            )
 
 
 def _summary(history: Sequence[Measured], fresh: Sequence[TokenRow], replay: Sequence[TokenRow]) -> dict[str, float]:
