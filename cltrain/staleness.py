@@ -17,16 +17,16 @@ from cltrain.models.adapter import read_adapter
 from cltrain.models.base import Base
 from cltrain.models.chat import render_example
 from cltrain.models.scoring import token_log_probs
-from cltrain.records import Example
+from cltrain.records import Aside, Example
 from cltrain.registry import aliases, releases
 from cltrain.store.database import Store
 
-Sorted = tuple[list[Example], list[tuple[str, str]]]
 
-
-def settle(store: Store, config: Config, base: Base, incumbent: str, examples: Sequence[Example]) -> Sorted:
+def settle(
+    store: Store, config: Config, base: Base, incumbent: str, examples: Sequence[Example]
+) -> tuple[list[Example], list[Aside]]:
     """The same examples, oldest first, with every policy one settled: its value the advantage over the usual score and
-    its behaviour known, or turned into a kto one with a note. And (record, reason) of those that teach nothing now.
+    its behaviour known, or turned into a kto one with a note. And those that teach nothing now: unusable.
 
     A score no worse than usual is no advantage that may be followed: it would make an answer likelier that somebody
     called wrong and nobody verified.
@@ -40,7 +40,7 @@ def settle(store: Store, config: Config, base: Base, incumbent: str, examples: S
     )  # fmt: skip
     lineage = aliases.ancestry(store, incumbent)
     settled: list[Example] = []
-    aside: list[tuple[str, str]] = []
+    aside: list[Aside] = []
     for example in examples:
         found: Example | str = example
         if example.objective == "policy":
@@ -53,7 +53,7 @@ def settle(store: Store, config: Config, base: Base, incumbent: str, examples: S
             else:
                 found = _with_behaviour(store, config, base, replace(example, value=advantage))
         if isinstance(found, str):
-            aside.append((example.record, found))
+            aside.append(Aside(example.record, "unusable", found))
         else:
             settled.append(found)
     return settled, aside

@@ -20,6 +20,11 @@ OURS = frozenset(
 )  # producers that no sender may claim to be
 
 
+def rank_of(source: str | None) -> int:
+    """0 is believed before 1, and so on; who may not judge comes last."""
+    return SOURCE_RANK.get(source or "", len(SOURCE_RANK))
+
+
 def example_of(
     trajectory: Trajectory, *, learn_from: Sequence[str], tools_allowed: Sequence[str] | None
 ) -> Example | str:
@@ -124,6 +129,7 @@ def _corrected(
         targets=(turn,),
         tools=trajectory.tools,
         kind="correction",
+        source=latest.source,
     )
 
 
@@ -152,6 +158,7 @@ def _successful(trajectory: Trajectory, learn_from: Sequence[str]) -> Example | 
         tools=trajectory.tools,
         prompt_ids=generation.prompt_ids if generation and generation.completion_ids else None,
         completion_ids=generation.completion_ids if generation and generation.prompt_ids else None,
+        source=verdict.source,
     )
 
 

@@ -18,6 +18,7 @@ from cltrain.experience.examples import (
     example_of,
     first_tool,
     is_whole,
+    rank_of,
     score_of,
     sole_generation,
     unfit,
@@ -127,6 +128,7 @@ def _blamed(trajectory: Trajectory, said: Feedback, learn_from: Sequence[str]) -
         kind="failure",
         prompt_ids=generation.prompt_ids if generation and has_ids else None,
         completion_ids=generation.completion_ids if generation and has_ids else None,
+        source=said.source,
     )
 
 
@@ -140,8 +142,7 @@ def _critique(trajectory: Trajectory, learn_from: Sequence[str]) -> Feedback | N
         and (f.source in CRITICS or f.source in learn_from)
         and (f.score is None or f.score <= 0)
     ]
-    last = len(SOURCE_RANK)
-    return max(said, key=lambda f: (-SOURCE_RANK.get(f.source, last), f.created_at, f.id), default=None)
+    return max(said, key=lambda f: (-rank_of(f.source), f.created_at, f.id), default=None)
 
 
 def _contradictions(trajectory: Trajectory, example: Example, learn_from: Sequence[str]) -> tuple[str, ...]:
