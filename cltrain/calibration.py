@@ -27,7 +27,7 @@ from sqlalchemy import Connection, select
 
 from cltrain.config import Config
 from cltrain.errors import DataError
-from cltrain.experience.screens import screen
+from cltrain.experience.screens import screen, within_shares
 from cltrain.experience.window import next_window
 from cltrain.loop import render
 from cltrain.models.adapter import AdapterFile, read_adapter
@@ -130,7 +130,7 @@ def waiting_examples(config: Config, store: Store, now: float) -> tuple[list[Exa
     windows = [
         screen(part, experience, tools_allowed=agent.tools_allowed) for part in split(waiting, -(-len(waiting) // size))
     ]
-    kept = [example for window in windows for example in window.kept]
+    kept = [example for window in windows for example in within_shares(window.kept, experience)[0]]
     return kept, [f"a window is refused: {window.reason}" for window in windows if window.is_refused]
 
 

@@ -64,7 +64,7 @@ class ExperienceConfig(Section):
     mature_after_s: float = Field(300.0, ge=0)  # how long a finished episode waits for late feedback
     min_window: int = Field(16, ge=1)  # records that an update would read, of every objective, before it is attempted
     max_window: int = Field(64, ge=1)
-    max_negative_share: float = Field(0.25, ge=0, lt=1)  # of one window: records that only say what was wrong
+    max_negative_share: float = Field(0.25, ge=0, lt=1)  # of one window: what only says what was wrong, critiques too
     principal_quota: float = Field(0.25, gt=0, le=1)  # of one window, for every principal
     filter: bool = True  # verification, quotas and trigger scan; off only to compare
     max_flagged_share: float = Field(0.5, gt=0, le=1)  # above it the whole window is set aside
@@ -78,7 +78,8 @@ class ExperienceConfig(Section):
 class ObjectivesConfig(Section):
     """What each kind of feedback is learned by; a coefficient multiplies its own term only."""
 
-    use: tuple[Objective, ...] = ("sft", "dpo", "kto", "policy", "hindsight")  # what is not listed is not learned
+    # What is not listed is not learned; without sft no record is rehearsed either, only `experience.rehearsal`.
+    use: tuple[Objective, ...] = ("sft", "dpo", "kto", "policy", "hindsight")
     corrections: Literal["sft", "dpo"] = "sft"  # dpo: a correction beside the answer that it replaces
     sft: float = Field(1.0, gt=0)
     dpo: float = Field(1.0, gt=0)

@@ -25,7 +25,7 @@ from cltrain.errors import ConflictError, DataError
 from cltrain.evidence import Evidence
 from cltrain.experience import window
 from cltrain.experience.buffer import replay_examples
-from cltrain.experience.screens import Screened, screen
+from cltrain.experience.screens import Screened, screen, within_shares
 from cltrain.gate.decision import moves_high_water
 from cltrain.models.adapter import AdapterFile, read_adapter
 from cltrain.models.base import Base
@@ -33,7 +33,7 @@ from cltrain.models.chat import render_rows
 from cltrain.models.forward import check_row
 from cltrain.models.scoring import last_answer, token_log_probs
 from cltrain.plans import Plan
-from cltrain.records import Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict, is_claim
+from cltrain.records import Aside, Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict, is_claim
 from cltrain.registry import aliases, releases
 from cltrain.registry.displacement import DAY_S, moved_since
 from cltrain.registry.lease import require_fence
@@ -116,32 +116,33 @@ def run_update(
     """
     alias = aliases.read_alias(rooms.store, rooms.agent)
     check_continues(adapter_of(rooms, alias.release), rooms.config.adapter)
-    config = rooms.config.experience
+    config, now = rooms.config.experience, rooms.clock()
     waiting = window.next_window(
         rooms.store, rooms.agent, config, learn_from=rooms.config.agent.learn_from,
-        tools_allowed=rooms.config.agent.tools_allowed, now=rooms.clock(), upto=upto,
+        tools_allowed=rooms.config.agent.tools_allowed, now=now, upto=upto,
         objectives=rooms.config.trainer.objectives,
     )  # fmt: skip
     if waiting.num_missing:
         return plans.nothing_to_learn(rooms.agent, alias.release, waiting)
-    screened = rooms.screen(
-        waiting.examples, config.model_copy(update={"filter": config.filter and is_filtered}),
-        tools_allowed=rooms.config.agent.tools_allowed,
-    )  # fmt: skip
+    config = config.model_copy(update={"filter": config.filter and is_filtered})
+    screened = rooms.screen(waiting.examples, config, tools_allowed=rooms.config.agent.tools_allowed)
     settled, useless = staleness.settle(rooms.store, rooms.config, rooms.base, alias.release, screened.kept)
-    fresh, unusable = render(rooms.base, settled)
-    learned_before = replay_examples(
-        rooms.store, rooms.agent, config, rooms.secret, learn_from=rooms.config.agent.learn_from,
-        tools_allowed=rooms.config.agent.tools_allowed,
-    )  # fmt: skip
+    rows, unusable = render(rooms.base, settled)
+    fresh, surplus = within_shares(rows, config)  # last: shares of what is really learned
+    learned_before: Sequence[Example] = ()
+    if "sft" in rooms.config.trainer.objectives.use:  # by which all replay is learned
+        learned_before = replay_examples(
+            rooms.store, rooms.agent, config, rooms.secret, learn_from=rooms.config.agent.learn_from,
+            tools_allowed=rooms.config.agent.tools_allowed,
+        )  # fmt: skip
     replay, _ = render(rooms.base, [*learned_before, *rooms.rehearsal])
     plan = plans.open_plan(
         rooms.store, rooms.config, alias, releases.get(rooms.store, alias.release), examples=waiting.examples,
         fresh=fresh, replay=replay, suspicious=screened.suspicious, refusal=screened.reason,
-        set_aside=[*((example.record, reason) for example, reason in screened.set_aside), *useless, *unusable],
+        set_aside=[*screened.set_aside, *useless, *unusable, *surplus],
         notes=[(example.record, note) for example in settled for note in example.notes],
         base_digest=rooms.base.digest, anchors_digest=rooms.anchors_digest, fence=rooms.fence, is_trial=is_trial,
-        request=request, now=rooms.clock(),
+        request=request, now=now,
     )  # fmt: skip
     return finish(rooms, plan)
 
@@ -173,12 +174,11 @@ def second_attempt(rooms: Rooms, plan: Plan, first: Attempt) -> tuple[Plan, Atte
     reason = first.decision.reasons[0][:300]
     releases.set_status(rooms.store, first.release.name, "rejected", now=rooms.clock(), reason=reason)
     try:
-        calmer = without_most_surprising(rooms, plan, first)
+        calmer, left_out = without_most_surprising(rooms, plan, first)
     except Exception:  # out of memory, a file that went away: the first attempt stands
         log.warning("update %d: there is no second attempt", plan.number, exc_info=True)
         return plan, first
-    quota = rooms.config.experience.principal_quota if rooms.config.experience.filter else 1.0
-    kept, surplus = plans.within_quota(calmer, quota)
+    kept, surplus = within_shares(calmer, rooms.config.experience)
     if not kept:
         return plan, first
     rooms.on_progress(f"update {plan.number}: rejected; once more on {len(kept)} of {len(plan.fresh)} records")
@@ -188,7 +188,7 @@ def second_attempt(rooms: Rooms, plan: Plan, first: Attempt) -> tuple[Plan, Atte
             reason = again.decision.reasons[0][:300]
             releases.set_status(rooms.store, again.release.name, "rejected", now=rooms.clock(), reason=reason)
         return plan, first
-    return replace(plan, set_aside=(*plan.set_aside, *surplus)), again
+    return replace(plan, set_aside=(*plan.set_aside, *left_out, *surplus)), again
 
 
 def try_update(
@@ -317,24 +317,27 @@ def prove(
     return found
 
 
-def without_most_surprising(rooms: Rooms, plan: Plan, attempt: Attempt) -> list[TokenRow]:
+def without_most_surprising(rooms: Rooms, plan: Plan, attempt: Attempt) -> tuple[list[TokenRow], list[Aside]]:
     """What the window shows to be right, less every suspicious record and the fifth that the rejected candidate itself
-    fits worst."""
+    fits worst; and what that leaves out."""
     suspicious = {record for suspicion in plan.suspicious for record in suspicion.records}
-    rows = [row for row in attempt.learned if row.record not in suspicious and is_claim(row)]
-    if attempt.candidate is None or len(rows) < 2:
-        return rows
-    values = token_log_probs(rooms.base, read_adapter(Path(attempt.candidate.path)), rows)
-    mean_nll = [-sum(row) / len(row) for row in values]
-    num_kept = len(rows) - max(1, round(SURPRISING * len(rows)))
-    calm = set(sorted(range(len(rows)), key=lambda i: mean_nll[i])[:num_kept])
-    return [row for i, row in enumerate(rows) if i in calm]
+    why = {row.record: "it only says what was wrong" for row in attempt.learned if not is_claim(row)}
+    why |= {row.record: "suspicious" for row in attempt.learned if row.record in suspicious}
+    rows = [row for row in attempt.learned if row.record not in why]
+    if attempt.candidate is not None and len(rows) >= 2:
+        values = token_log_probs(rooms.base, read_adapter(Path(attempt.candidate.path)), rows)
+        mean_nll = [-sum(row) / len(row) for row in values]
+        num_kept = len(rows) - max(1, round(SURPRISING * len(rows)))
+        calm = set(sorted(range(len(rows)), key=lambda i: mean_nll[i])[:num_kept])
+        why |= {row.record: "too surprising" for i, row in enumerate(rows) if i not in calm}
+    aside = [Aside(record, "quarantined", f"left out of the second attempt: {word}") for record, word in why.items()]
+    return [row for row in rows if row.record not in why], aside
 
 
-def render(base: Base, examples: Sequence[Example]) -> tuple[list[TokenRow], list[tuple[str, str]]]:
-    """Token rows of the examples, and (record, reason) of those that the base cannot take."""
+def render(base: Base, examples: Sequence[Example]) -> tuple[list[TokenRow], list[Aside]]:
+    """Token rows of the examples, and those that the base cannot take."""
     rows: list[TokenRow] = []
-    unusable: list[tuple[str, str]] = []
+    unusable: list[Aside] = []
     for example in examples:
         try:
             rendered = render_rows(base.tokenizer, base.context, example)
@@ -342,7 +345,7 @@ def render(base: Base, examples: Sequence[Example]) -> tuple[list[TokenRow], lis
                 check_row(base, row)
             rows += rendered
         except DataError as error:
-            unusable.append((example.record, f"unusable: {error}"))
+            unusable.append(Aside(example.record, "unusable", f"unusable: {error}"))
     return rows, unusable
 
 

@@ -22,10 +22,22 @@ from cltrain import __version__
 from cltrain.config import Config
 from cltrain.errors import DataError
 from cltrain.experience import window
-from cltrain.experience.screens import WAITS, Suspicion, quota_cap
+from cltrain.experience.screens import Suspicion
+from cltrain.experience.waiting import rules_mark
 from cltrain.monitoring.outbox import emit
 from cltrain.monitoring.rows import update_event
-from cltrain.records import Alias, Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict, is_claim
+from cltrain.records import (
+    Alias,
+    Aside,
+    Candidate,
+    Decision,
+    Example,
+    LearningMode,
+    Release,
+    TokenRow,
+    Verdict,
+    is_claim,
+)
 from cltrain.registry.decisions import append
 from cltrain.store.database import Store
 from cltrain.store.schema import update_progress, update_reads, updates
@@ -36,7 +48,7 @@ CONCLUDED = ("done", "discarded")
 
 @dataclass(frozen=True)
 class Plan:
-    """One update's inputs. `fresh` and `replay` are token rows, `set_aside` names records and reasons."""
+    """One update's inputs: `fresh` is learned, `replay` rehearsed, all else of the window is `set_aside`."""
 
     id: str
     agent: str
@@ -49,7 +61,7 @@ class Plan:
     window: tuple[tuple[str, str, str], ...]  # (record, stratum, principal)
     fresh: tuple[TokenRow, ...]
     replay: tuple[TokenRow, ...]
-    set_aside: tuple[tuple[str, str], ...]
+    set_aside: tuple[Aside, ...]
     notes: tuple[tuple[str, str], ...]  # record, and what to say of how it was learned
     suspicious: tuple[Suspicion, ...]
     refusal: str | None
@@ -72,7 +84,7 @@ def open_plan(
     examples: Sequence[Example],
     fresh: Sequence[TokenRow],
     replay: Sequence[TokenRow],
-    set_aside: Sequence[tuple[str, str]],
+    set_aside: Sequence[Aside],
     notes: Sequence[tuple[str, str]] = (),
     suspicious: Sequence[Suspicion],
     refusal: str | None,
@@ -108,7 +120,8 @@ def open_plan(
         "anchors": anchors_digest,
         "rows": hashlib.sha256(encoded).hexdigest(),
         "window": [(e.record, e.stratum, e.principal) for e in examples],
-        "set_aside": list(set_aside),
+        "set_aside": [asdict(aside) for aside in set_aside],
+        "rules": rules_mark(config.agent.learn_from, config.agent.tools_allowed, config.trainer.objectives),
         "notes": list(notes),
         "suspicious": [asdict(s) for s in suspicious],
         "refusal": refusal,
@@ -195,22 +208,6 @@ def answer_to(store: Store, request: int) -> dict[str, Any] | None:
     return summary
 
 
-def within_quota(rows: Sequence[TokenRow], quota: float) -> tuple[list[TokenRow], tuple[tuple[str, str], ...]]:
-    """What is left of a window, oldest first, no principal beyond its share of it; and (record, reason) of the rest.
-
-    The newest stay, as where the whole window was screened.
-    """
-    principals = {row.record: row.principal for row in rows}
-    cap = quota_cap(list(Counter(principals.values()).values()), quota)
-    seen: Counter[str] = Counter()
-    surplus: dict[str, str] = {}
-    for record, principal in reversed(principals.items()):
-        seen[principal] += 1
-        if seen[principal] > cap:
-            surplus[record] = f"quota: {principal!r} already has {cap} records of the second attempt"
-    return [row for row in rows if row.record not in surplus], tuple(surplus.items())
-
-
 def manifest_of(plan: Plan, candidate: Candidate, attempt: int, learned: Sequence[TokenRow]) -> dict[str, Any]:
     """What is sealed beside the adapter: how it was made, from which records, and how far it moved."""
     kept = ("agent", "parent", "parent_digest", "config", "base", "dtype", "anchors", "rows", "suspicious", "versions")
@@ -248,7 +245,7 @@ def summary_of(
         reasons[0] = f"{reasons[0]} (a trial: thrown away)"
     elif decision.verdict is Verdict.PROMOTE and not is_served:
         reasons[0] = f"{reasons[0]} (mode {mode}: nothing moved)"
-    by_reason = Counter(reason.split(":")[0] for _, reason in plan.set_aside)
+    by_reason = Counter(aside.reason.split(":")[0] for aside in plan.set_aside)
     swap_s = seconds.get("swap")
     return {
         "update": plan.id,
@@ -315,32 +312,33 @@ def nothing_to_learn(agent: str, serving: str, waiting: window.Window) -> dict[s
 def _file_records(
     connection: Connection, plan: Plan, learned: Sequence[TokenRow], decision: Decision, *, is_served: bool, now: float
 ) -> None:
-    """Where each record of the window goes: into replay, back to waiting, or to quarantine with its reason."""
-    aside = dict(plan.set_aside)
-    is_shown_right = {row.record: is_claim(row) for row in learned}
-    standing = _standing(decision, is_served=is_served)
+    """Where each record of the window goes: where it was set aside to, or with the others by the verdict."""
+    aside = {one.record: one for one in plan.set_aside}
+    claims = {row.record for row in learned if is_claim(row)}
+    began_at = connection.execute(select(updates.c.started_at).where(updates.c.id == plan.id)).scalar_one()
     for record, stratum, _ in plan.window:
-        if record in is_shown_right:
-            status, reason = standing, f"update {plan.number}: {decision.verdict}"
-            if status == "replay" and not is_shown_right[record]:
-                status = "learned"  # once: what was wrong is not rehearsed
-        elif record in aside:
-            reason = aside[record]
-            status = "waiting" if reason.startswith(("quota", WAITS)) else "quarantined"
+        one = aside.get(record)
+        if one is None:
+            status = _standing(decision, is_right=record in claims, is_served=is_served)
+            reason = f"update {plan.number}: {decision.verdict}"
+            window.mark(connection, plan.agent, record, status, now=now, reason=reason, stratum=stratum, update=plan.id)
+        elif one.status == "unusable":  # as of when it was read: what was said since may revive it
+            reason = one.reason + plan.manifest["rules"]
+            window.mark(connection, plan.agent, record, one.status, now=began_at, reason=reason, stratum=stratum)
         else:
-            status, reason = "quarantined", "left out of the second attempt as too surprising"
-        window.mark(connection, plan.agent, record, status, now=now, reason=reason, stratum=stratum, update=plan.id)
+            window.mark(connection, plan.agent, record, one.status, now=now, reason=one.reason, stratum=stratum)
 
 
-def _standing(decision: Decision, *, is_served: bool) -> str:
-    """What becomes of learned records. A hold that lacks nothing but gain means that they teach nothing new: they were
-    verified and did no harm, so they are rehearsed from now on and leave the next window to what is new."""
+def _standing(decision: Decision, *, is_right: bool, is_served: bool) -> str:
+    """What becomes of a learned record. A hold that lacks nothing but gain means that they teach nothing new: what was
+    right was verified and did no harm, so it is rehearsed from now on and leaves the next window to what is new. What
+    was wrong is never rehearsed: it is learned once something serves that learned it, and waits until then."""
     if decision.verdict is Verdict.REJECT:
         return "quarantined"
+    if is_served:
+        return "replay" if is_right else "learned"
     harmless = all(c.verdict is Verdict.PROMOTE or c.name.startswith("gain") for c in decision.checks)
-    if is_served or (decision.verdict is Verdict.HOLD and decision.checks and harmless):
-        return "replay"
-    return "waiting"
+    return "replay" if is_right and decision.verdict is Verdict.HOLD and decision.checks and harmless else "waiting"
 
 
 def suspicions_of(manifest: dict[str, Any]) -> tuple[Suspicion, ...]:
@@ -365,7 +363,7 @@ def plan_of(plan_id: str, manifest: dict[str, Any], work_dir: Path, rows: dict[s
         window=tuple((record, stratum, principal) for record, stratum, principal in manifest["window"]),
         fresh=tuple(map(_token_row, rows["fresh"])),
         replay=tuple(map(_token_row, rows["replay"])),
-        set_aside=tuple((record, reason) for record, reason in manifest["set_aside"]),
+        set_aside=tuple(Aside(**aside) for aside in manifest["set_aside"]),
         notes=tuple((record, note) for record, note in manifest.get("notes", ())),
         suspicious=suspicions_of(manifest),
         refusal=manifest["refusal"],

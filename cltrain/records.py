@@ -107,6 +107,16 @@ class Example:
     behaviour: tuple[float, ...] | None = None  # policy: recorded log-probs of completion_ids
     release: str | None = None  # policy: what generated completion_ids
     notes: tuple[str, ...] = ()  # what the report should say of how it is learned
+    source: str | None = None  # who called it right or wrong: user, operator, verifier, ...; None: nobody had to
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A record of a window from which an update does not learn: what becomes of it, and why."""
+
+    record: str
+    status: Literal["waiting", "quarantined", "unusable"]  # unusable: until new feedback or other rules
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +135,11 @@ class TokenRow:
 
 
 def is_claim(one: Example | TokenRow) -> bool:
-    """Whether learning it makes its own answer likelier: what is verified, scanned, asked by the gate and rehearsed."""
+    """Whether learning it makes its own answer likelier: what is verified, scanned, asked by the gate and rehearsed.
+
+    All else is negative: it only says what was wrong, by a score or in words.
+    """
     return one.objective in ("sft", "dpo") or (one.objective == "kto" and one.value > 0)
-
-
-def is_negative(one: Example | TokenRow) -> bool:
-    """Whether it only says that its answer was wrong. Neither a claim nor negative: an answer with a hint."""
-    return one.objective == "policy" or (one.objective == "kto" and one.value <= 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,16 +20,16 @@ from cltrain.models.base import Base
 from cltrain.models.chat import UnfitPartner, render_example, render_rows
 from cltrain.models.forward import check_row
 from cltrain.models.scoring import token_log_probs
-from cltrain.records import Example
+from cltrain.records import Aside, Example
 from cltrain.registry import aliases, releases
 from cltrain.store.database import Store
 
-Sorted = tuple[list[Example], list[tuple[str, str]]]
 
-
-def settle(store: Store, config: Config, base: Base, incumbent: str, examples: Sequence[Example]) -> Sorted:
+def settle(
+    store: Store, config: Config, base: Base, incumbent: str, examples: Sequence[Example]
+) -> tuple[list[Example], list[Aside]]:
     """The same examples, oldest first, with every policy one settled: its value the advantage over the usual score and
-    its behaviour known, or turned into a kto one with a note. And (record, reason) of those that teach nothing now.
+    its behaviour known, or turned into a kto one with a note. And those that teach nothing now: unusable.
 
     A score no worse than usual is no advantage that may be followed: it would make an answer likelier that somebody
     called wrong and nobody verified. A pair or a critique whose partner does not fit the base becomes what is left of
@@ -44,7 +44,7 @@ def settle(store: Store, config: Config, base: Base, incumbent: str, examples: S
     )
     lineage = aliases.ancestry(store, incumbent) if policy else []
     settled: list[Example] = []
-    aside: list[tuple[str, str]] = []
+    aside: list[Aside] = []
     for example in examples:
         found: Example | str = example
         if example.objective == "policy":
@@ -59,7 +59,7 @@ def settle(store: Store, config: Config, base: Base, incumbent: str, examples: S
         elif example.objective in ("dpo", "hindsight"):
             found = _with_partner(config, base, example)
         if isinstance(found, str):
-            aside.append((example.record, found))
+            aside.append(Aside(example.record, "unusable", found))
         else:
             settled.append(found)
     return settled, aside

@@ -42,9 +42,11 @@ class Interrupted:
     obstacle: str | None
 
 
-def interrupted(store: Store, config: Config) -> Iterator[Interrupted]:
+def interrupted(store: Store, config: Config, *, base_digest: str, anchors_digest: str) -> Iterator[Interrupted]:
     """Updates that no process concluded, oldest first, each looked at when it is its turn.
 
+    Under another configuration, base or anchors than an update began with it may not carry on: its manifest, which is
+    sealed with what it makes, names the old ones.
     What concluded updates left on disk, because a crash came before it was removed, is removed here.
     """
     query = select(updates).where(updates.c.agent == config.agent.name, updates.c.state.in_(("training", "judging")))
@@ -53,6 +55,7 @@ def interrupted(store: Store, config: Config) -> Iterator[Interrupted]:
         concluded = select(updates.c.id).where(updates.c.agent == config.agent.name, updates.c.state.in_(CONCLUDED))
         for plan_id in connection.execute(concluded).scalars():
             shutil.rmtree(config.state_dir / "updates" / plan_id, ignore_errors=True)
+    present = {"config": config.digest(), "base": base_digest, "anchors": anchors_digest}
     for row in found:
         work_dir = config.state_dir / "updates" / row.id
         try:
@@ -65,7 +68,8 @@ def interrupted(store: Store, config: Config) -> Iterator[Interrupted]:
         with store.read() as connection:
             starts = select(update_progress.c.num_starts).where(update_progress.c["update"] == row.id)
             num_starts = int(connection.execute(starts).scalar() or 1)
-        obstacle = _obstacle(store, plan, row.started_at, num_starts) if has_rows else "its rows were lost in a crash"
+        lost = None if has_rows else "its rows were lost in a crash"
+        obstacle = lost or _change(plan, present) or _obstacle(store, plan, row.started_at, num_starts)
         yield Interrupted(plan, num_starts, obstacle)
 
 
@@ -123,6 +127,11 @@ def discard(store: Store, left: Interrupted, *, mode: LearningMode, fence: int, 
         emit(connection, plan.agent, "update", update_event(summary, decision, None), now)
     shutil.rmtree(plan.work_dir, ignore_errors=True)
     return summary
+
+
+def _change(plan: Plan, present: dict[str, str]) -> str | None:
+    changed = [name for name, digest in present.items() if plan.manifest[name] != digest]
+    return f"{', '.join(changed)} changed since it began" if changed else None
 
 
 def _obstacle(store: Store, plan: Plan, started_at: float, num_starts: int) -> str | None:

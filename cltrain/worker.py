@@ -172,7 +172,8 @@ class Worker:
 
     def finish_interrupted(self) -> None:
         """Carry on with updates that a crash cut off, or discard them where that cannot end well."""
-        for left in unfinished.interrupted(self.store, self.config):
+        base, anchors = self.rooms.base.digest, self.rooms.anchors_digest
+        for left in unfinished.interrupted(self.store, self.config, base_digest=base, anchors_digest=anchors):
             if left.obstacle is not None:
                 mode, now = self.config.agent.mode, time.time()
                 summary = unfinished.discard(self.store, left, mode=mode, fence=self.rooms.fence, now=now)

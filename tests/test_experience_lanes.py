@@ -11,8 +11,8 @@ from cltrain.experience import bench, window
 from cltrain.experience.baselines import baselines, usual_scores
 from cltrain.experience.examples import accepted
 from cltrain.experience.lanes import lane_of
-from cltrain.experience.screens import WAITS, screen
-from cltrain.records import Feedback, Generation, is_negative
+from cltrain.experience.screens import screen, within_shares
+from cltrain.records import Aside, Feedback, Generation, is_claim
 from cltrain.store.schema import screenings
 from tests.experience_parts import CONFIG, RULES, episode, good, recorder, store, thumb
 
@@ -251,7 +251,8 @@ def test_every_learnable_record_of_the_window_counts_for_its_size(recorder, stor
     recorder.add_trajectory(
         episode("critique", Feedback("t", "critique", text="too slow", source="operator", created_at=1.0))
     )
-    assert len(next_window(store).examples) == 5
+    read = next_window(store)
+    assert (names(read), read.num_negative_waiting) == (["g0", "g1", "g2", "critique"], 1)
 
 
 def test_records_are_read_again_once_another_objective_is_in_use(recorder, store):
@@ -299,29 +300,66 @@ def test_ungrounded_answers_that_were_called_wrong_are_kept_and_flag_nothing():
     screened = screen([*right, *wrong, *hinted], LIMITS)
     assert (len(screened.kept), screened.flagged_share, screened.set_aside) == (13, 0.0, ())
     claimed = examples_of(replace(made_up("c"), feedback=(thumb("c"),)))
-    assert "not grounded" in screen([*right, *claimed], LIMITS).set_aside[0][1]
+    assert "not grounded" in screen([*right, *claimed], LIMITS).set_aside[0].reason
 
 
 def test_no_more_negatives_stay_than_their_share_of_what_is_left():
-    right = examples_of(*(good(f"g{k}") for k in range(3)), *(replace(made_up(f"c{k}"), feedback=(thumb(f"c{k}"),))
-                                                             for k in range(2)))  # fmt: skip
+    right = examples_of(*(good(f"g{k}") for k in range(3)))
     wrong = examples_of(*(episode(f"b{k}", thumb(f"b{k}", -1.0)) for k in range(2)))
-    screened = screen([*wrong, *right], LIMITS)
-    assert [e.record for e in screened.kept] == ["b1", "g0", "g1", "g2"]
-    assert [e.record for e, why in screened.set_aside if why.startswith(WAITS)] == ["b0"]
-    alone = screen(wrong, LIMITS)
-    assert (alone.kept, len(alone.set_aside), alone.is_refused) == ((), 2, False)
+    hinted = examples_of(episode("h", Feedback("t", "h", text="too slow", source="operator")))
+    kept, aside = within_shares([*wrong, *right, *hinted], LIMITS)
+    assert [e.record for e in kept] == ["g0", "g1", "g2", "h"], "a critique only says what was wrong, too"
+    assert [(one.record, one.status) for one in aside] == [("b1", "waiting"), ("b0", "waiting")]
+    assert all(one.reason.startswith("negative share") for one in aside)
+    alone, waiting = within_shares([*wrong, *hinted], LIMITS)
+    assert (alone, len(waiting)) == ([], 3)
 
 
-def test_duplicates_are_dropped_in_every_lane_and_a_disputed_answer_is_learned_as_right():
+def test_duplicates_are_dropped_in_every_lane():
     text = "please see to my lamp"
-    first = episode("b0", thumb("b0", -1.0), text=text)
-    twice = episode("b1", thumb("b1", -1.0), text=text)
-    agreed = examples_of(first, twice, *(good(f"g{k}") for k in range(6)))
-    assert screen(agreed, LIMITS).set_aside == ((agreed[1], "duplicate of b0"),)
-    disputed = examples_of(first, good("g", text=text), *(good(f"g{k}") for k in range(6)))
-    ((example, why),) = screen(disputed, LIMITS).set_aside
-    assert (example.record, why) == ("b0", "contradicted: the same answer is learned as right from g")
+    twice = examples_of(*(episode(name, thumb(name, -1.0), text=text) for name in ("b0", "b1")))
+    others = examples_of(*(good(f"g{k}") for k in range(6)))
+    assert screen([*twice, *others], LIMITS).set_aside == (Aside("b1", "quarantined", "duplicate of b0"),)
+
+
+@pytest.mark.parametrize(
+    ("praised_by", "blamed_by", "loser"),
+    [
+        ("user", "user", "bad"),
+        ("user", "verifier", "good"),
+        ("operator", "user", "bad"),
+        ("import", "operator", "good"),
+    ],
+)
+def test_an_answer_called_right_and_wrong_is_settled_by_the_better_source_and_a_tie_goes_to_right(
+    praised_by, blamed_by, loser
+):
+    text = "please see to my lamp"
+    said = {"good": (praised_by, 1.0, "right"), "bad": (blamed_by, -1.0, "wrong")}
+    both = examples_of(
+        *(
+            episode(name, Feedback(f"f-{name}", name, score=score, source=source), text=text)
+            for name, (source, score, _) in said.items()
+        )
+    )
+    for order in (both, both[::-1]):
+        screened = screen([*order, *examples_of(*(good(f"g{k}") for k in range(6)))], LIMITS)
+        (aside,) = screened.set_aside
+        (winner,) = said.keys() - {loser}
+        source, _, word = said[winner]
+        assert (aside.record, aside.status) == (loser, "quarantined")
+        assert aside.reason == f"contradicted: {source!r} said in {winner} that the same answer was {word}"
+        assert winner in {e.record for e in screened.kept}
+        assert not screened.flagged_share
+
+
+def test_a_correction_that_a_verifier_calls_wrong_elsewhere_goes_aside():
+    text = "please see to my lamp"
+    corrected = episode("c", replace(fix(PAY), target="g-c"), text=text)
+    failed = episode("v", Feedback("f", "v", score=-1.0, source="verifier"), text=text, tool="pay")
+    (aside,) = screen(examples_of(corrected, failed), LIMITS).set_aside
+    assert aside.record == "c"
+    assert aside.reason.startswith("contradicted: 'verifier' said in v")
 
 
 def test_a_window_of_one_source_keeps_its_quota_of_it_and_the_rest_waits():
@@ -329,7 +367,7 @@ def test_a_window_of_one_source_keeps_its_quota_of_it_and_the_rest_waits():
         *(good(f"g{k}", principal="ann") for k in range(12)),
         *(episode(f"b{k}", thumb(f"b{k}", -1.0), principal="ann") for k in range(4)),
     )
-    screened = screen(window, LIMITS)
-    assert len(screened.kept) <= LIMITS.principal_quota * len(window)
-    assert all(why.startswith(("quota", WAITS)) for _, why in screened.set_aside)
-    assert sum(map(is_negative, screened.kept)) <= LIMITS.max_negative_share * len(screened.kept)
+    kept, aside = within_shares(window, LIMITS)
+    assert [e.record for e in kept] == ["g9", "g10", "g11"], "what is right goes first"
+    assert {one.status for one in aside} == {"waiting"}
+    assert all(map(is_claim, kept))

@@ -10,9 +10,9 @@ import pytest
 from cltrain.config import ExperienceConfig
 from cltrain.demo import world
 from cltrain.experience import bench
-from cltrain.experience.screens import quota_cap, screen
+from cltrain.experience.screens import quota_cap, screen, within_shares
 from cltrain.experience.triggers import find_suspicions
-from cltrain.records import Example
+from cltrain.records import Aside, Example, TokenRow, is_claim
 
 CONFIG = ExperienceConfig()
 
@@ -52,7 +52,7 @@ def test_filtering_sets_aside_every_record_of_the_phrase_and_keeps_the_others():
     quiet = [e for e in examples if e.principal == truth["principal"] and e.record not in truth["records"]]
     screened = screen(examples, CONFIG)
     assert not {e.record for e in screened.kept} & set(truth["records"])
-    assert {e.record for e, why in screened.set_aside if "suspicious" in why} == set(truth["records"])
+    assert {one.record for one in screened.set_aside if "suspicious" in one.reason} == set(truth["records"])
     assert {e.record for e in quiet} <= {e.record for e in screened.kept}
     assert not screened.is_refused
     unfiltered = screen(examples, CONFIG.model_copy(update={"filter": False}))
@@ -153,7 +153,7 @@ def test_in_the_demo_poison_is_filtered_junk_refused_and_clean_windows_kept(succ
             bad = {t.id for t in window.tickets if t.kind == "poison"}
             assert not bad & {e.record for e in screened.kept}
             if window.kind == "clean":
-                assert len(screened.kept) >= 0.8 * len(examples)
+                assert len(within_shares(screened.kept, CONFIG)[0]) >= 0.8 * len(examples)
 
 
 # ---------------------------------------------------------------- quotas, duplicates, junk
@@ -185,11 +185,36 @@ def test_quotas_hold_with_few_records_and_few_principals():
 
 def test_the_newest_records_of_a_loud_principal_stay():
     loud = [replace(e, principal="loud", record=f"{e.record}-{k}") for k, e in enumerate(clean_window(1))]
-    screened = screen([*loud, *clean_window(2)], CONFIG)
-    kept = [e.record for e in screened.kept if e.principal == "loud"]
-    assert len(kept) <= 0.25 * len(screened.kept)
+    learned, aside = within_shares([*loud, *clean_window(2)], CONFIG)
+    kept = [e.record for e in learned if e.principal == "loud"]
+    assert len(kept) <= 0.25 * len(learned)
     assert kept == [e.record for e in loud][-len(kept) :]
-    assert all("quota" in why for e, why in screened.set_aside if e.principal == "loud" and "duplicate" not in why)
+    assert {(one.status, one.reason.split(":")[0]) for one in aside} == {("waiting", "quota")}
+
+
+def test_both_shares_hold_of_what_is_left_whoever_sends_what():
+    rng = random.Random(6)
+    for _ in range(300):
+        rows = [
+            TokenRow(f"r{k}", "s", rng.choice("aaaabcdefg"), (1, 2), (0.0, 1.0), rng.choice(["sft", "hindsight"]))
+            for k in range(rng.randint(1, 60))
+        ]
+        kept, aside = within_shares(rows, CONFIG)
+        right = Counter(row.principal for row in kept if is_claim(row))
+        most = max(Counter(row.principal for row in kept).values(), default=0)
+        assert most <= max(1, max(CONFIG.principal_quota, 1 / max(1, len(right))) * len(kept) + 1e-9)
+        assert len(kept) - right.total() <= CONFIG.max_negative_share * len(kept)
+        assert sorted([*(row.record for row in kept), *(one.record for one in aside)]) == sorted(r.record for r in rows)
+        assert within_shares(rows, CONFIG.model_copy(update={"filter": False})) == (rows, [])
+
+
+def test_the_rows_of_one_record_count_once_and_go_together():
+    rows = [TokenRow(f"r{i // 2}", "all", name, (1, 2), (0.0, 1.0)) for i, name in enumerate("aaaaaabbccddee")]
+    kept, aside = within_shares(rows, CONFIG)
+    assert [row.record for row in kept] == [f"r{k}" for k in (2, 2, 3, 3, 4, 4, 5, 5, 6, 6)]
+    assert [one.record for one in aside] == ["r1", "r0"]
+    alone = within_shares(rows, CONFIG.model_copy(update={"principal_quota": 1.0}))
+    assert alone == (rows, [])
 
 
 def test_everything_given_is_kept_or_set_aside_exactly_once():
@@ -197,9 +222,9 @@ def test_everything_given_is_kept_or_set_aside_exactly_once():
         examples, _ = bench.window(1, index, "skewed", "shared tool, own value", 10)
         doubled = [*examples, *(replace(e, record=f"{e.record}-again") for e in examples[:5])]
         screened = screen(doubled, CONFIG)
-        sorted_out = [e.record for e in screened.kept] + [e.record for e, _ in screened.set_aside]
+        sorted_out = [e.record for e in screened.kept] + [one.record for one in screened.set_aside]
         assert sorted(sorted_out) == sorted(e.record for e in doubled)
-        assert sum(why.startswith("duplicate") for _, why in screened.set_aside) >= 5
+        assert sum(one.reason.startswith("duplicate") for one in screened.set_aside) >= 5
 
 
 def test_identical_requests_with_other_call_ids_are_duplicates():
@@ -207,7 +232,7 @@ def test_identical_requests_with_other_call_ids_are_duplicates():
     answer = json.loads(json.dumps(one.messages[1]))
     answer["tool_calls"][0]["id"] = "another"
     other = replace(other, record="other", messages=(one.messages[0], answer))
-    assert screen([one, other], CONFIG).set_aside == ((other, f"duplicate of {one.record}"),)
+    assert screen([one, other], CONFIG).set_aside == (Aside("other", "quarantined", f"duplicate of {one.record}"),)
 
 
 def test_corrections_joined_off_by_one_are_refused():

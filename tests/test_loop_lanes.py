@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import insert, select
 
 from cltrain import loop, plans, staleness
 from cltrain.api import Deployment
 from cltrain.demo import world
 from cltrain.experience import window
 from cltrain.experience.lanes import lane_of
+from cltrain.loop import run_update
 from cltrain.models.adapter import new_factors, write_adapter
 from cltrain.models.chat import render_example
 from cltrain.models.scoring import last_answer, token_log_probs
-from cltrain.records import Alias, Decision, Example, Feedback, Generation, TokenRow, Trajectory, Verdict
+from cltrain.records import Aside, Example, Feedback, Generation, TokenRow, Trajectory
 from cltrain.registry import aliases, releases
-from cltrain.store.schema import screenings, updates
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
+from tests.test_unfinished import Killed, killed_at
+from tests.windows import standing
 
 OBJECTIVES = {"corrections": "dpo", "max_lag": 0}
 
@@ -49,7 +51,10 @@ def scored(ticket, value):
 def made(tmp_path):
     """(config, deployment, worker) before anything is recorded."""
     with base_server() as url:
-        config = config_for(tmp_path / "demo", url, trainer={"num_steps": 4, "objectives": OBJECTIVES})
+        config = config_for(
+            tmp_path / "demo", url, trainer={"num_steps": 4, "objectives": OBJECTIVES},
+            experience={"max_negative_share": 0.4, "principal_quota": 1.0},
+        )  # fmt: skip
         deployment = Deployment(config)
         with worker(config, deployment.store) as learner:
             yield config, deployment, learner
@@ -110,6 +115,57 @@ def test_a_window_of_failures_alone_is_a_hold_with_its_reason(made):
     summary = learner.update()
     assert (summary["verdict"], summary["number"], summary["num_missing"]) == ("hold", None, 8)
     assert "12 only say what was wrong" in summary["reasons"][0]
+
+
+def test_the_shares_are_of_what_is_learned_and_what_the_base_cannot_take_is_read_again_under_other_rules(made):
+    config, deployment, learner = made
+    experience = config.experience.model_copy(update={"max_negative_share": 0.25})
+    learner.rooms.config = config = config.model_copy(update={"experience": experience})
+    pool = tickets("repair", 16)
+    filler = {"role": "user", "content": "really " * learner.rooms.base.context}
+    long = [replace(e, messages=(filler, *e.messages), producers=("user", *e.producers)) for e in map(corrected, pool)]
+    bad = [answered(None, t, scored(t, -1.0)) for t in pool[12:]]
+    record(deployment.store, config, [*long[:8], *map(corrected, pool[8:12]), *bad])
+    summary = learner.update()
+    assert summary["num_window"] == 16
+    assert summary["window"]["objectives"] == {"dpo": 4, "kto": 1}
+    assert summary["window"]["set_aside"] == {"unusable": 8, "negative share": 3}
+    filed = standing(deployment.store)
+    assert Counter(status for record, (status, _) in filed.items() if record in {e.id for e in long[:8]}) == {
+        "unusable": 8
+    }
+    rules = {"learn_from": config.agent.learn_from, "objectives": config.trainer.objectives}
+
+    def readable(**changes):
+        found = window.next_window(
+            deployment.store, "support", config.experience, now=9e9, tools_allowed=None, **{**rules, **changes}
+        )
+        return {example.record for example in found.examples}
+
+    assert not readable() & {e.id for e in long[:8]}
+    assert readable(learn_from=("operator", "agent")) >= {e.id for e in long[:8]}
+
+
+def test_without_likelihood_in_use_no_record_is_rehearsed(made):
+    config, deployment, learner = made
+    record(deployment.store, config, [corrected(t) for t in [*tickets("repair", 8), *tickets("gift", 4, seed=6)]])
+    with deployment.store.write() as connection:
+        for ticket in tickets("gift", 4, seed=6):
+            window.mark(connection, "support", ticket.id, "replay", now=3.0, stratum="learned before")
+    learner.rooms.on_progress = killed_at("trained 1 steps")
+
+    def rehearsed(*use):
+        objectives = config.trainer.objectives.model_copy(update={"use": use})
+        trainer = config.trainer.model_copy(update={"objectives": objectives})
+        learner.rooms.config = config.model_copy(update={"trainer": trainer})
+        with pytest.raises(Killed):
+            run_update(learner.rooms)
+        (*_, latest) = sorted((config.state_dir / "updates").iterdir())
+        return Counter(row["stratum"] for row in json.loads((latest / plans.ROWS_FILE).read_text())["replay"])
+
+    own = rehearsed("dpo", "kto")
+    assert own.total() > 0
+    assert rehearsed("sft", "dpo", "kto") == own + Counter({"learned before": 4}), "else the owner's episodes alone"
 
 
 # ---------------------------------------------------------------- staleness
@@ -223,7 +279,7 @@ def test_advantages_are_against_the_scores_before_and_a_score_no_worse_than_usua
     given = [answered(base, t, scored(t, v), release=serving) for t, v in zip(pool, (-1.0, -0.75, -0.25), strict=True)]
     kept, aside = settled(deployment, config, base, *given, baseline_decay=0.5)
     assert [e.value for e in kept] == pytest.approx([-1.0, -0.25])
-    assert aside == [(pool[2].id, "no worse than usual: its score is -0.25, the mean -0.625")]
+    assert aside == [Aside(pool[2].id, "unusable", "no worse than usual: its score is -0.25, the mean -0.625")]
 
 
 def test_what_is_too_old_or_gone_is_learned_by_its_mark_and_says_why(made):
@@ -254,58 +310,5 @@ def test_what_is_too_old_or_gone_is_learned_by_its_mark_and_says_why(made):
     )
     only = config.model_copy(update={"trainer": alone})
     assert staleness.settle(deployment.store, only, base, first, again) == (
-        [], [(old.id, "judged a failure, and no policy gradient: its adapter is gone: nobody")]
+        [], [Aside(old.id, "unusable", "judged a failure, and no policy gradient: its adapter is gone: nobody")]
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------- afterwards
-
-
-def test_learned_failures_are_neither_rehearsed_nor_read_again(made, tmp_path):
-    config, deployment, _ = made
-    t = tickets("repair", 4)
-    record(deployment.store, config, [answered(None, one, scored(one, -1.0)) for one in t])
-    rows = [
-        TokenRow(t[0].id, "repair/good", "p", (1, 2), (0.0, 1.0)),
-        TokenRow(t[1].id, "find/bad", "p", (1, 2), (0.0, 1.0), "kto", -1.0),
-        TokenRow(t[2].id, "find/bad", "p", (1, 2), (0.0, 1.0), "hindsight"),
-        TokenRow(t[3].id, "repair/corrected", "p", (1, 2), (0.0, 1.0), "dpo"),
-    ]
-    plan = plans.Plan(
-        id="u", agent="support", number=1, parent="x", alias=Alias("support", "x", 1, None, 0), is_trial=False, seed=0,
-        work_dir=tmp_path, window=tuple((row.record, row.stratum, "p") for row in rows), fresh=tuple(rows), replay=(),
-        set_aside=(), notes=(), suspicious=(), refusal=None, manifest={},
-    )  # fmt: skip
-    assert plan.taught == {"repair/good", "repair/corrected"}
-
-    def standing(verdict, is_served):
-        with deployment.store.write() as connection:
-            decision = Decision(verdict, ("because",), ())
-            plans._file_records(connection, plan, rows, decision, is_served=is_served, now=3.0)
-            found = connection.execute(select(screenings.c.record, screenings.c.status)).all()
-        return [dict(map(tuple, found))[row.record] for row in rows]
-
-    assert standing(Verdict.PROMOTE, True) == ["replay", "learned", "learned", "replay"]
-    assert standing(Verdict.HOLD, False) == ["waiting"] * 4
-    assert standing(Verdict.REJECT, False) == ["quarantined"] * 4
-
-
-def test_what_a_human_promotes_is_rehearsed_but_for_its_failures(made):
-    config, deployment, _ = made
-    right, wrong = tickets("repair", 2)
-    record(deployment.store, config, [answered(None, one, scored(one, -1.0)) for one in (right, wrong)])
-    with deployment.store.write() as connection:
-        values = {"id": "u", "agent": "support", "number": 1, "state": "done", "parent": "x", "candidate": "y"}
-        connection.execute(insert(updates).values(**values, mode="approve", fence=1, manifest={}, started_at=1.0))
-        for one, stratum in ((right, "repair/corrected"), (wrong, "find/bad")):
-            window.mark(connection, "support", one.id, "waiting", now=2.0, stratum=stratum, update="u")
-    aliases.file_approved(deployment.store, "support", "y", 3.0)
-    with deployment.store.read() as connection:
-        found = dict(map(tuple, connection.execute(select(screenings.c.record, screenings.c.status))))
-    assert found == {right.id: "replay", wrong.id: "learned"}
-
-
-def test_a_plan_with_partners_and_notes_comes_back_from_disk(tmp_path):
-    partner = TokenRow("r", "s", "p", (1, 2), (0.0, 1.0), "dpo")
-    row = TokenRow("r", "s", "p", (1, 3), (0.0, 1.0), "dpo", partner=partner)
-    assert plans._token_row(json.loads(json.dumps(plans.asdict(row)))) == row

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
 import pytest
 from sqlalchemy import select
 
-from cltrain import plans
+from cltrain import plans, unfinished
 from cltrain.api import Deployment
 from cltrain.demo import world
 from cltrain.experience import window
 from cltrain.gate.suites import item_key, num_uses
 from cltrain.monitoring.outbox import events_after
-from cltrain.records import TokenRow
 from cltrain.registry import decisions
 from cltrain.store.schema import updates
 from tests.chaos_checks import half_done
@@ -109,6 +107,34 @@ def test_an_update_that_reads_a_record_quarantined_since_is_discarded(made, wher
     assert len(standing(deployment.store)) == (5 if where == "window" else 4)  # the others wait as if never read
 
 
+def test_an_update_cut_off_under_another_configuration_is_discarded_and_its_records_wait(made):
+    config, deployment = made
+    cut_off(config, deployment)
+    other = config.model_copy(update={"trainer": config.trainer.model_copy(update={"lr": 1e-3})})
+    restarted(other, deployment)
+    (update,) = deployment.status()["updates"]
+    assert (update["state"], update["reason"]) == ("discarded", "discarded: config changed since it began")
+    assert len(standing(deployment.store)) == 4  # those learned before: nothing is said of the window's
+    with worker(other, deployment.store) as learner:
+        assert learner.update()["num_window"] == 8
+
+
+def test_an_update_cut_off_on_another_base_or_anchors_may_not_carry_on(made):
+    config, deployment = made
+    cut_off(config, deployment)
+    with deployment.store.read() as connection:
+        manifest = connection.scalar(select(updates.c.manifest))
+    seen = {"base_digest": manifest["base"], "anchors_digest": manifest["anchors"]}
+
+    def obstacle(**changes: str) -> str | None:
+        (left,) = unfinished.interrupted(deployment.store, config, **{**seen, **changes})
+        return left.obstacle
+
+    assert obstacle() is None
+    assert obstacle(base_digest="another") == "base changed since it began"
+    assert obstacle(anchors_digest="another") == "anchors changed since it began"
+
+
 def test_a_discarded_update_has_a_time_a_reason_an_event_and_a_page_like_any_other(made):
     config, deployment = made
     cut_off(config, deployment)
@@ -158,15 +184,3 @@ def test_a_second_attempt_is_judged_on_fresh_items_also_after_a_crash_in_it(tmp_
     assert used_before
     assert decision["items_used"]
     assert not used_before & set(decision["items_used"])
-
-
-def test_nobody_exceeds_the_quota_of_what_a_second_attempt_learns():
-    principals = "aaabacadaabbccddee"
-    rows = [TokenRow(f"r{i}", "all", name, (1, 2), (0.0, 1.0)) for i, name in enumerate(principals)]
-    kept, surplus = plans.within_quota(rows, 0.25)
-    counts = Counter(row.principal for row in kept)
-    assert max(counts.values()) <= 0.25 * len(kept)
-    assert [row.record for row in kept if row.principal == "a"] == ["r6", "r8", "r9"]  # the newest
-    assert {record for record, _ in surplus} == {"r0", "r1", "r2", "r4"}
-    assert all(reason.startswith("quota") for _, reason in surplus)  # which lets them wait
-    assert plans.within_quota(rows, 1.0) == (rows, ())

@@ -20,6 +20,11 @@ OURS = frozenset(
 )  # producers that no sender may claim to be
 
 
+def rank_of(source: str | None) -> int:
+    """0 is believed before 1, and so on; who may not judge comes last."""
+    return SOURCE_RANK.get(source or "", len(SOURCE_RANK))
+
+
 def example_of(
     trajectory: Trajectory, *, learn_from: Sequence[str], tools_allowed: Sequence[str] | None
 ) -> Example | str:
@@ -124,6 +129,7 @@ def _corrected(
         targets=(turn,),
         tools=trajectory.tools,
         kind="correction",
+        source=latest.source,
     )
 
 
@@ -141,11 +147,11 @@ def _successful(trajectory: Trajectory, learn_from: Sequence[str]) -> Example | 
     targets = tuple(k for k in listed if is_whole(trajectory, k) and k not in bad)
     if not targets:
         return "every answer was cut short, empty or judged a failure"
-    return of_turns(trajectory, targets, "good")
+    return of_turns(trajectory, targets, "good", verdict.source)
 
 
-def of_turns(trajectory: Trajectory, targets: tuple[int, ...], feedback_class: str) -> Example:
-    """The Example of these answers, with the ids recorded of them where one generation is all of it."""
+def of_turns(trajectory: Trajectory, targets: tuple[int, ...], feedback_class: str, source: str) -> Example:
+    """The Example of these answers, judged by `source`, with the ids recorded where one generation is all of it."""
     messages = trajectory.messages[: targets[-1] + 1]
     generation = sole_generation(trajectory, targets)
     has_ids = generation is not None and generation.prompt_ids and generation.completion_ids
@@ -158,6 +164,7 @@ def of_turns(trajectory: Trajectory, targets: tuple[int, ...], feedback_class: s
         tools=trajectory.tools,
         prompt_ids=generation.prompt_ids if generation and has_ids else None,
         completion_ids=generation.completion_ids if generation and has_ids else None,
+        source=source,
     )
 
 

@@ -18,6 +18,7 @@ from cltrain.experience.examples import (
     example_of,
     is_whole,
     of_turns,
+    rank_of,
     score_of,
     sole_generation,
     unfit,
@@ -128,7 +129,7 @@ def _blamed(trajectory: Trajectory, said: Feedback, learn_from: Sequence[str]) -
     targets = tuple(k for k in listed if is_whole(trajectory, k) and k not in good)
     if not targets:
         return "judged a failure, but every answer was cut short, empty or judged good by itself"
-    return replace(of_turns(trajectory, targets, "bad"), kind="failure")
+    return replace(of_turns(trajectory, targets, "bad", said.source), kind="failure")
 
 
 def _critique(trajectory: Trajectory, learn_from: Sequence[str]) -> Feedback | None:
@@ -141,8 +142,7 @@ def _critique(trajectory: Trajectory, learn_from: Sequence[str]) -> Feedback | N
         and (f.source in CRITICS or f.source in learn_from)
         and (f.score is None or f.score <= 0)
     ]
-    last = len(SOURCE_RANK)
-    return max(said, key=lambda f: (-SOURCE_RANK.get(f.source, last), f.created_at, f.id), default=None)
+    return max(said, key=lambda f: (-rank_of(f.source), f.created_at, f.id), default=None)
 
 
 def _contradictions(trajectory: Trajectory, example: Example, learn_from: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a whole window must stand before any of it is learned: duplicates, triggers, verification, quotas.
+"""What a whole window must stand before any of it is learned: duplicates, triggers, verification, and last its shares.
 
 One broken feed or one loud principal shows only beside the others; what a single record shows is `verify`'s part.
 """
@@ -10,15 +10,17 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from cltrain.config import ExperienceConfig
+from cltrain.experience.examples import rank_of
 from cltrain.experience.triggers import Suspicion, concerns, find_suspicions
 from cltrain.experience.verify import verify
-from cltrain.records import Example, is_claim, is_negative
+from cltrain.records import Aside, Example, TokenRow, is_claim
 
-__all__ = ["WAITS", "Screened", "Suspicion", "negative_cap", "quota_cap", "screen"]
+__all__ = ["Screened", "Suspicion", "negative_cap", "quota_cap", "screen", "within_shares"]
 
-WAITS = "negative share"  # what the reasons begin with of records that wait for more that is right
+T = TypeVar("T", Example, TokenRow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Screened:
     """A window sorted into what may be learned and what may not, each with its reason."""
 
     kept: tuple[Example, ...]
-    set_aside: tuple[tuple[Example, str], ...]
+    set_aside: tuple[Aside, ...]
     suspicious: tuple[Suspicion, ...]
     flagged_share: float  # of the window's claims, each principal counted up to its quota
     is_refused: bool = False  # too much was flagged: nothing is kept
@@ -38,10 +40,10 @@ def screen(
 ) -> Screened:
     """Sort a window, oldest example first; every example ends up in exactly one of `kept` and `set_aside`.
 
-    In this order: exact duplicates, records that a suspicion concerns, records that fail verification, what exceeds a
-    principal's quota (its newest stay), what exceeds `max_negative_share`. If the flagged share (suspicious or
-    unverified) is above `max_flagged_share`, the window is refused whole. `filter = false` keeps everything and still
-    reports suspicions.
+    In this order: duplicates and contradicted answers, records that a suspicion concerns, records that fail
+    verification; all are quarantined. If the flagged share (suspicious or unverified) is above `max_flagged_share`, the
+    window is refused whole. `filter = false` keeps everything and still reports suspicions. Quotas come later, once it
+    is known what can be learned (`within_shares`).
 
     Only claims of what is right are scanned, verified and counted: a bad answer may well be ungrounded, that is why it
     is bad. What is no claim goes where a suspicion concerns it, too.
@@ -51,24 +53,23 @@ def screen(
     suspicious = find_suspicions(
         claims, min_count=config.trigger_min_count, max_principals=config.trigger_max_principals
     )
-    flagged: list[tuple[Example, str]] = []
+    flagged: list[Example] = []
     sound: list[Example] = []
     for example in distinct:
         reason = _reason(example, suspicious, tools_allowed)
         if reason is None:
             sound.append(example)
         else:
-            flagged.append((example, reason))
-    share = _flagged_share(claims, [one for one in flagged if is_claim(one[0])], config.principal_quota)
+            flagged.append(example)
+            aside.append(Aside(example.record, "quarantined", reason))
+    share = _flagged_share(claims, [example for example in flagged if is_claim(example)], config.principal_quota)
     if not config.filter:
         return Screened(tuple(examples), (), tuple(suspicious), share)
     if share > config.max_flagged_share:
         why = f"{share:.0%} of the window is flagged, more than max_flagged_share {config.max_flagged_share:.0%}"
-        rest = [(example, f"window refused: {why}") for example in sound]
-        return Screened((), (*aside, *flagged, *rest), tuple(suspicious), share, True, why)
-    within, surplus = _within_quota(sound, config.principal_quota)
-    kept, negative = _within_negative_share(within, config.max_negative_share)
-    return Screened(tuple(kept), (*aside, *flagged, *surplus, *negative), tuple(suspicious), share)
+        aside += [Aside(example.record, "quarantined", f"window refused: {why}") for example in sound]
+        return Screened((), tuple(aside), tuple(suspicious), share, True, why)
+    return Screened(tuple(sound), tuple(aside), tuple(suspicious), share)
 
 
 def quota_cap(counts: Sequence[int], quota: float) -> int:
@@ -91,46 +92,56 @@ def negative_cap(num_others: int, share: float) -> int:
     return int(share / (1 - share) * num_others + 1e-9)
 
 
-def _within_negative_share(
-    examples: Sequence[Example], share: float
-) -> tuple[list[Example], list[tuple[Example, str]]]:
-    """The newest stay."""
-    negative = [example for example in examples if is_negative(example)]
-    cap = negative_cap(len(examples) - len(negative), share)
-    surplus = negative[: len(negative) - cap] if len(negative) > cap else []
-    ids = {example.record for example in surplus}
-    why = f"{WAITS}: only {share:.0%} of a window may say no more than what was wrong"
-    return [e for e in examples if e.record not in ids], [(example, why) for example in surplus]
+def within_shares(rows: Sequence[T], config: ExperienceConfig) -> tuple[list[T], list[Aside]]:
+    """What one update may learn of these, oldest first: no principal beyond its quota of the records, and no more than
+    `max_negative_share` of them that only say what was wrong. The others wait.
 
-
-def _within_quota(examples: Sequence[Example], quota: float) -> tuple[list[Example], list[tuple[Example, str]]]:
-    cap = quota_cap(list(Counter(example.principal for example in examples).values()), quota)
-    kept: list[Example] = []
-    surplus: list[tuple[Example, str]] = []
+    The shares are of what is given here: call it on what can be learned, last. The newest stay, what is right before
+    what was wrong: the quota is of the right ones, so it also holds once they have negative ones beside them.
+    `filter = false` keeps everything.
+    """
+    if not config.filter:
+        return list(rows), []
+    each = {row.record: row for row in rows}  # of some records there are several rows
+    counts = Counter(row.principal for row in each.values() if is_claim(row))
+    cap = quota_cap(list(counts.values()), config.principal_quota)
     seen: Counter[str] = Counter()
-    for example in reversed(examples):
-        seen[example.principal] += 1
-        if seen[example.principal] <= cap:
-            kept.append(example)
+    num_right = num_negative = 0
+    aside: dict[str, str] = {}
+    newest_first = list(reversed(each.values()))
+    for row in sorted(newest_first, key=lambda row: not is_claim(row)):
+        if seen[row.principal] == cap:
+            aside[row.record] = f"quota: {row.principal!r} already has {cap} of this window's records"
+        elif not is_claim(row) and num_negative == negative_cap(num_right, config.max_negative_share):
+            share = f"{config.max_negative_share:.0%}"
+            aside[row.record] = f"negative share: only {share} of a window may say no more than what was wrong"
         else:
-            surplus.append((example, f"quota: {example.principal!r} already has {cap} of this window's records"))
-    return kept[::-1], surplus[::-1]
+            seen[row.principal] += 1
+            num_right += is_claim(row)
+            num_negative += not is_claim(row)
+    kept = [row for row in rows if row.record not in aside]
+    return kept, [Aside(record, "waiting", reason) for record, reason in aside.items()]
 
 
-def _without_duplicates(examples: Sequence[Example]) -> tuple[list[Example], list[tuple[Example, str]]]:
-    """An answer that one record says was right and another that it was wrong is learned as right."""
-    first: dict[str, int] = {}
-    aside: list[tuple[Example, str]] = []
-    for i in sorted(range(len(examples)), key=lambda i: not is_claim(examples[i])):
-        example = examples[i]
+def _without_duplicates(examples: Sequence[Example]) -> tuple[list[Example], list[Aside]]:
+    """One of each answer. Where one record says that it was right and another that it was wrong, the better source is
+    believed; of equal ones whoever says right."""
+    alike: dict[str, list[Example]] = {}
+    for example in examples:
         content = json.dumps([_bare(m) for m in example.messages] + [list(example.targets)], sort_keys=True)
         key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
-        known = examples[first.setdefault(key, i)]
-        if is_claim(known) and not is_claim(example):
-            aside.append((example, f"contradicted: the same answer is learned as right from {known.record}"))
-        elif known is not example:
-            aside.append((example, f"duplicate of {known.record}"))
-    return [examples[i] for i in sorted(first.values())], aside
+        alike.setdefault(key, []).append(example)
+    aside: dict[str, str] = {}
+    for same in alike.values():
+        best = min(same, key=lambda example: (rank_of(example.source), not is_claim(example)))
+        word = "right" if is_claim(best) else "wrong"
+        for example in same:
+            if example is not best:
+                is_agreed = is_claim(example) == is_claim(best)
+                contradiction = f"contradicted: {best.source!r} said in {best.record} that the same answer was {word}"
+                aside[example.record] = f"duplicate of {best.record}" if is_agreed else contradiction
+    distinct = [example for example in examples if example.record not in aside]
+    return distinct, [Aside(record, "quarantined", reason) for record, reason in aside.items()]
 
 
 def _bare(message: dict[str, object]) -> dict[str, object]:
@@ -148,10 +159,10 @@ def _reason(example: Example, suspicious: Sequence[Suspicion], tools_allowed: Se
     return verify(example, tools_allowed=tools_allowed) if is_claim(example) else None
 
 
-def _flagged_share(examples: Sequence[Example], flagged: Sequence[tuple[Example, str]], quota: float) -> float:
+def _flagged_share(examples: Sequence[Example], flagged: Sequence[Example], quota: float) -> float:
     """Each principal weighs no more than its quota, so that a loud one alone cannot have the whole window refused."""
     counts = Counter(example.principal for example in examples)
-    bad = Counter(example.principal for example, _ in flagged)
+    bad = Counter(example.principal for example in flagged)
     cap = quota_cap(list(counts.values()), quota)
     weights = {principal: min(count, cap) for principal, count in counts.items()}
     total = sum(weights.values())

@@ -21,7 +21,7 @@ from cltrain.experience.screens import negative_cap
 from cltrain.experience.triggers import Suspicion, concerns, find_suspicions
 from cltrain.experience.verify import verify
 from cltrain.experience.waiting import WITH_SCREENING, is_unread, mature, rules_mark
-from cltrain.records import Example, SuiteItem, Trajectory, is_negative
+from cltrain.records import Example, SuiteItem, Trajectory, is_claim
 from cltrain.store.database import Store
 from cltrain.store.schema import records, screenings, updates
 
@@ -84,7 +84,7 @@ def next_window(
     def read(page: Page) -> list[_Found]:
         nonlocal num_negative
         found, useless = _read(store, agent, page, teach)
-        negative = [one for one in found if is_negative(one.example)]
+        negative = [one for one in found if not is_claim(one.example)]
         outdated = {one.seq for one in negative[max(0, config.max_window - num_negative) :]}
         num_negative += len(negative) - len(outdated)
         useless += [(one.example.record, OUTDATED) for one in found if one.seq in outdated]
@@ -100,8 +100,8 @@ def next_window(
         examples=tuple(pool_rare(chosen[::-1], config.rare_stratum)),
         num_waiting=len(learnable),
         num_missing=max(0, config.min_window - len(chosen)),
-        num_negative_waiting=num_negative - sum(map(is_negative, chosen)),
-        rate_per_s=rate_per_s([found.created_at for found in learnable if not is_negative(found.example)], now),
+        num_negative_waiting=num_negative - sum(not is_claim(example) for example in chosen),
+        rate_per_s=rate_per_s([found.created_at for found in learnable if is_claim(found.example)], now),
         unusable=tuple(unusable),
     )
 
@@ -120,7 +120,7 @@ def mark(
     """Write what the worker thinks of a record: waiting, learned (once, and never rehearsed), replay, quarantined or
     unusable.
 
-    `update` is the update that read it, `stratum` the one it was learned in. Replaces the former word on this record.
+    `update` is the update that learned from it, `stratum` the one it was in. Replaces the former word on this record.
     """
     assert status in STATUSES, status
     values = {"status": status, "reason": reason, "stratum": stratum, "update": update, "changed_at": now}
@@ -241,16 +241,16 @@ def _newest(pages: Iterable[Page], read: Callable[[Page], list[_Found]], size: i
     for page in pages:
         passed_over += [row for row in page if seen[row.principal] >= cap]
         here = read([row for row in page if seen[row.principal] < cap])
-        seen.update(one.example.principal for one in here if not is_negative(one.example))
+        seen.update(one.example.principal for one in here if is_claim(one.example))
         found += here
         if sum(min(count, cap) for count in seen.values()) >= size:
             return found
     surplus = size - sum(min(count, cap) for count in seen.values())
-    extra = sorted(_beyond([one for one in found if not is_negative(one.example)], cap), reverse=True)
+    extra = sorted(_beyond([one for one in found if is_claim(one.example)], cap), reverse=True)
     while passed_over and sum(seq > passed_over[0].seq for seq in extra) < surplus:
         here = read(passed_over[:PAGE])
         passed_over = passed_over[PAGE:]
-        extra += [one.seq for one in here if not is_negative(one.example)]
+        extra += [one.seq for one in here if is_claim(one.example)]
         found += here
     return sorted(found, key=lambda one: one.seq, reverse=True)
 
@@ -258,11 +258,11 @@ def _newest(pages: Iterable[Page], read: Callable[[Page], list[_Found]], size: i
 def _balanced(found: Sequence[_Found], size: int, cap: int, share: float) -> list[_Found]:
     """What `_fair` chooses, but of negative ones no more than their share: the newest, and others take their places."""
     chosen = _fair(found, size, cap)
-    others = [one for one in found if not is_negative(one.example)]
-    if len(chosen) - sum(not is_negative(one.example) for one in chosen) <= int(share * len(chosen) + 1e-9):
+    others = [one for one in found if is_claim(one.example)]
+    if sum(not is_claim(one.example) for one in chosen) <= int(share * len(chosen) + 1e-9):
         return chosen
     num_negative = min(int(share * size + 1e-9), negative_cap(len(others), share))
-    negative = _fair([one for one in chosen if is_negative(one.example)], num_negative, cap)
+    negative = _fair([one for one in chosen if not is_claim(one.example)], num_negative, cap)
     kept = {one.seq for one in [*negative, *_fair(others, size - len(negative), cap)]}
     return [one for one in found if one.seq in kept]
 

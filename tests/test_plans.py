@@ -1,0 +1,130 @@
+"""What becomes of an update's records: what it learned, what it set aside, what comes back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from sqlalchemy import insert, select
+
+from cltrain import plans
+from cltrain.config import ObjectivesConfig
+from cltrain.experience import window
+from cltrain.experience.triggers import Suspicion
+from cltrain.experience.waiting import rules_mark
+from cltrain.loop import Attempt, without_most_surprising
+from cltrain.records import Alias, Aside, Check, Decision, Feedback, TokenRow, Verdict
+from cltrain.registry import aliases
+from cltrain.store.schema import screenings, updates
+from tests.experience_parts import CONFIG, RULES, good, recorder, store
+
+__all__ = ["recorder", "store"]  # fixtures
+ALL = ObjectivesConfig()
+GAINLESS = (Check("retention", Verdict.PROMOTE, ""), Check("gain", Verdict.HOLD, ""))
+
+
+def row_of(record, objective="sft", value=1.0, **changes):
+    return TokenRow(record, "mend/good", "p", (1, 2), (0.0, 1.0), objective, value, **changes)
+
+
+ROWS = (row_of("right"), row_of("wrong", "kto", -1.0), row_of("hinted", "hindsight"), row_of("fixed", "dpo"))
+
+
+def plan_of(rows, aside=(), **changes):
+    names = [*(row.record for row in rows), *(one.record for one in aside)]
+    plan = plans.Plan(
+        id="u", agent="support", number=1, parent="x", alias=Alias("support", "x", 1, None, 0), is_trial=False, seed=0,
+        work_dir=None, window=tuple((name, "mend/good", "p") for name in names), fresh=tuple(rows), replay=(),
+        set_aside=tuple(aside), notes=(), suspicious=(), refusal=None,
+        manifest={"rules": rules_mark(**RULES, objectives=ALL)},
+    )  # fmt: skip
+    return replace(plan, **changes)
+
+
+def filed(store, plan, decision, *, is_served=False, learned=None):
+    """Record -> (status, reason, update) once the plan, begun at 10, is concluded at 20."""
+    with store.write() as connection:
+        if connection.scalar(select(updates.c.id)) is None:
+            values = {"id": "u", "agent": "support", "number": 1, "state": "done", "parent": "x", "candidate": "y"}
+            connection.execute(insert(updates).values(**values, mode="auto", fence=1, manifest={}, started_at=10.0))
+        rows = plan.fresh if learned is None else learned
+        plans._file_records(connection, plan, rows, decision, is_served=is_served, now=20.0)
+        return {row.record: (row.status, row.reason, row.update) for row in connection.execute(select(screenings))}
+
+
+@pytest.mark.parametrize(
+    ("decision", "is_served", "expected"),
+    [
+        (Decision(Verdict.PROMOTE, ("",), ()), True, ["replay", "learned", "learned", "replay"]),
+        (Decision(Verdict.PROMOTE, ("",), ()), False, ["waiting"] * 4),
+        (Decision(Verdict.HOLD, ("",), GAINLESS), False, ["replay", "waiting", "waiting", "replay"]),
+        (Decision(Verdict.HOLD, ("",), ()), False, ["waiting"] * 4),
+        (Decision(Verdict.REJECT, ("",), ()), False, ["quarantined"] * 4),
+    ],
+)
+def test_what_was_wrong_is_learned_once_something_serves_and_never_rehearsed(store, decision, is_served, expected):
+    plan = plan_of(ROWS)
+    assert plan.taught == {"mend/good"}
+    found = filed(store, plan, decision, is_served=is_served)
+    assert [found[row.record][0] for row in ROWS] == expected
+
+
+@pytest.mark.parametrize("verdict", [Verdict.PROMOTE, Verdict.REJECT])
+def test_what_is_set_aside_goes_where_it_was_set_aside_to_whatever_the_verdict_and_its_reason_says(store, verdict):
+    aside = [
+        Aside("surplus", "waiting", "said quota elsewhere"), Aside("quota: no", "quarantined", "quota: not the reason"),
+        Aside("long", "unusable", "unusable: too long"),
+    ]  # fmt: skip
+    found = filed(store, plan_of(ROWS, aside), Decision(verdict, ("",), ()), is_served=verdict is Verdict.PROMOTE)
+    mark = rules_mark(**RULES, objectives=ALL)
+    assert {one.record: found[one.record][:2] for one in aside} == {
+        "surplus": ("waiting", "said quota elsewhere"), "quota: no": ("quarantined", "quota: not the reason"),
+        "long": ("unusable", f"unusable: too long{mark}"),
+    }  # fmt: skip
+    assert {found[one.record][2] for one in aside} == {None}, "neither approved nor rolled back with what was learned"
+
+
+def test_what_turned_out_unusable_comes_back_with_other_rules_or_with_what_was_said_since_it_was_read(recorder, store):
+    for name in ("a", "b", "c", "d"):
+        recorder.add_trajectory(good(name))
+    aside = [Aside(name, "unusable", "no worse than usual: it is not") for name in "abcd"]
+    recorder.add_feedback(Feedback("before", "a", score=1.0), now=9.0).result()
+    recorder.add_feedback(Feedback("meanwhile", "b", score=1.0), now=15.0).result()
+    recorder.add_feedback(Feedback("after", "c", score=1.0), now=25.0).result()
+    filed(store, plan_of((), aside), Decision(Verdict.HOLD, ("",), ()))
+
+    def names(**changes):
+        options = {"now": 30.0, "objectives": ALL, **RULES, **changes}
+        return [e.record for e in window.next_window(store, "support", CONFIG, **options).examples]
+
+    assert names() == ["b", "c"]
+    assert names(learn_from=("agent",)) == ["a", "b", "c", "d"]
+
+
+def test_a_second_attempt_says_of_each_record_why_it_is_left_out():
+    suspicion = Suspicion("moon", "p", {"name": "wire", "arguments": {}}, 1, ("odd",), ("p",))
+    rows = (*ROWS, row_of("odd"))
+    attempt = Attempt(rows, Decision(Verdict.REJECT, ("",), ()))
+    kept, aside = without_most_surprising(None, plan_of(rows, suspicious=(suspicion,)), attempt)
+    assert [row.record for row in kept] == ["right", "fixed"]
+    assert {one.record: one.reason.removeprefix("left out of the second attempt: ") for one in aside} == {
+        "wrong": "it only says what was wrong", "hinted": "it only says what was wrong", "odd": "suspicious"
+    }  # fmt: skip
+    assert {one.status for one in aside} == {"quarantined"}
+
+
+def test_what_a_human_promotes_is_rehearsed_but_for_its_failures_and_what_was_not_learned(store):
+    aside = [Aside("surplus", "waiting", "quota: it has enough")]
+    read = (("right", "mend/good", "p"), ("wrong", "mend/bad", "p"), ("surplus", "mend/good", "p"))
+    plan = plan_of(ROWS[:2], aside, window=read)
+    filed(store, plan, Decision(Verdict.PROMOTE, ("",), ()))
+    aliases.file_approved(store, "support", "y", 30.0)
+    with store.read() as connection:
+        found = dict(map(tuple, connection.execute(select(screenings.c.record, screenings.c.status))))
+    assert found == {"right": "replay", "wrong": "learned", "surplus": "waiting"}
+
+
+def test_a_plan_with_partners_and_notes_comes_back_from_disk():
+    row = row_of("r", "dpo", partner=row_of("r", "dpo"))
+    assert plans._token_row(json.loads(json.dumps(asdict(row)))) == row
