@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cltrain.errors import ConfigError
 from cltrain.models.adapter import snapshot
-from cltrain.objectives.projections import agem, keep_out, overlap, top_subspaces
+from cltrain.objectives.projections import agem, keep_out, keep_within, overlap, top_subspaces
 from tests.deltas import dense, make_adapter, regauged
 
 SHAPES = [(17, 33), (65, 16), (5, 5)]
@@ -88,6 +88,22 @@ def test_what_is_kept_out_leaves_the_top_singular_values_in_place():
         weight = base.model.get_submodule(module).weight.detach().double()
         after = weight + dense(adapter.with_factors(live), module)
         assert torch.allclose(torch.linalg.svdvals(after)[:3], torch.linalg.svdvals(weight)[:3], rtol=1e-6)
+
+
+def test_keeping_within_scales_what_is_too_long_and_leaves_the_rest_as_it_was_to_the_bit():
+    adapter = make_adapter(SHAPES, 4, seed=1)
+    norms = {module: float(dense(adapter, module).norm()) for module in adapter.factors}
+    long, *short = norms
+    radii = {long: norms[long] / 3, **{module: norms[module] * 1.01 for module in short}}
+    live = snapshot(adapter.factors)
+    keep_within(live, adapter.scale, radii)
+    kept = adapter.with_factors(live)
+    assert torch.allclose(dense(kept, long), dense(adapter, long) / 3, rtol=1e-5, atol=1e-7)
+    for module in short:
+        assert all(torch.equal(a, b) for a, b in zip(live[module], adapter.factors[module], strict=True))
+    nothing = {"m0": (torch.ones(2, 3), torch.zeros(4, 2))}
+    keep_within(nothing, 1.0, {"m0": 0.5})
+    assert torch.equal(nothing["m0"][1], torch.zeros(4, 2))
 
 
 def test_keeping_out_works_on_parameters_in_place():

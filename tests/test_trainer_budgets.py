@@ -102,8 +102,8 @@ def test_no_sequence_of_updates_rejections_interruptions_and_rollbacks_breaks_a_
     assert all("min_shrink" in reason for reason in discarded), discarded
 
 
-def test_five_hundred_updates_each_within_the_step_budget_stop_at_the_cumulative_one(tmp_path):
-    """Factors that always pull the same way, as a feed that poisons slowly would: shrunk, not trained."""
+def test_five_hundred_updates_each_within_the_step_budget_never_leave_the_cumulative_one(tmp_path):
+    """Factors that always pull the same way, as a feed that poisons slowly would: pulled back, not trained."""
     tiny = make_tiny(tmp_path)
     bounds = LOOSE.model_copy(update={"step_frobenius": 0.02, "drift_frobenius": 0.3})
     incumbent = new_factors(tiny.base, 2, 4.0, ("q_proj",), seed=1)
@@ -111,43 +111,39 @@ def test_five_hundred_updates_each_within_the_step_budget_stop_at_the_cumulative
     (module,) = incumbent.factors
     far_NR = torch.randn(incumbent.factors[module][1].shape, generator=generator)
     of_base = Reference(tiny.base, tiny.base.model, tiny.anchors[:1])
-    drifts, num_stopped = [], 0
+    drifts = []
     ruler = Ruler(tiny.base, None, incumbent, tiny.anchors[:1], of_base)
     for _ in range(500):
         a_RK, b_NR = incumbent.factors[module]
         noise = [torch.randn(factor.shape, generator=generator) for factor in (a_RK, b_NR)]
         trained = incumbent.with_factors({module: (a_RK + 0.02 * noise[0], b_NR + far_NR + 0.1 * noise[1])})
         candidate, shrink = shrink_to_bounds(ruler, incumbent, trained, bounds, Spent(0.0, 1, 1))
-        if shrink < 1e-4:
-            num_stopped += 1
-            continue
+        assert shrink > 0
         distances = dense_distances(tiny.base, candidate, incumbent)
         assert distances["step_frobenius"] <= 0.02 * ALMOST
         assert distances["drift_frobenius"] <= 0.3 * ALMOST
         drifts.append(distances["drift_frobenius"])
         incumbent = candidate
         ruler = Ruler(tiny.base, incumbent, incumbent, tiny.anchors[:1], of_base)
-    assert len(drifts) >= 15, "a step is at most 0.02: 0.3 takes fifteen of them"
-    assert drifts[-1] > 0.99 * 0.3
-    assert num_stopped > 100
+    assert max(drifts[:14]) < 0.99 * 0.3, "a step is at most 0.02: 0.3 takes fifteen of them"
+    assert min(drifts[20:]) > 0.99 * 0.3
 
 
-def test_trained_updates_stop_at_the_cumulative_bound_too(tiny):
-    bounds = LOOSE.model_copy(update={"step_frobenius": 0.05, "drift_frobenius": 0.15, "min_shrink": 0.05})
-    before, num_discarded = None, 0
-    for number in range(10):
-        try:
-            made = tiny.update(
-                f"long-{number}", skill_rows(number % 2, 4), (), before, bounds=bounds,
-                trainer={"lr": 0.05, "num_steps": 4, "remember": ()},
-            )  # fmt: skip
-        except UpdateDiscarded:
-            num_discarded += 1
-            continue
+def test_an_adapter_at_the_cumulative_bound_goes_on_learning_within_it(tiny):
+    bounds = LOOSE.model_copy(update={"step_frobenius": 0.05, "drift_frobenius": 0.15})
+    before, nll = None, []
+    for number in range(16):
+        skill = number // 8
+        made = tiny.update(
+            f"long-{number}", skill_rows(skill, 4), (), before, bounds=bounds,
+            trainer={"lr": 0.05, "num_steps": 4, "remember": ()},
+        )  # fmt: skip
         assert_within(tiny, made, before, bounds)
+        nll.append(tiny.nll(made.adapter, skill_rows(1, 4, seed=1)))
         before = made
-    assert before.candidate.bounds.drift_frobenius > 0.9 * 0.15
-    assert num_discarded > 0
+        if number == 7:
+            assert made.candidate.bounds.drift_frobenius > 0.99 * 0.15
+    assert nll[-1] < nll[7] - 0.5, "eight updates at the bound taught nothing"
 
 
 def test_training_ends_before_the_token_budget(tiny):

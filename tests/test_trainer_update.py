@@ -177,7 +177,7 @@ def test_each_bound_shrinks_the_step_until_it_holds_and_no_further(world, tmp_pa
 
 
 def test_a_step_that_must_shrink_too_far_is_discarded_and_leaves_nothing(world, tmp_path):
-    bounds = LOOSE.model_copy(update={"drift_frobenius": 1e-4})
+    bounds = LOOSE.model_copy(update={"step_frobenius": 1e-4})
     with pytest.raises(UpdateDiscarded, match="min_shrink"):
         world.update(tmp_path, bounds=bounds)
     assert files_under(tmp_path) == []

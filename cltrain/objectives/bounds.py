@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cltrain.models.adapter import AdapterFile
-from cltrain.objectives.geometry import inner
+from cltrain.objectives.geometry import delta_norms, inner
 
 BISECTIONS = 60  # halvings of an interval within [0, 1]: to float64's resolution
 
@@ -16,28 +16,20 @@ def max_ratio(norms: dict[str, float], references: dict[str, float]) -> float:
     return max(_ratio(norm, references[module]) for module, norm in norms.items())
 
 
-def segment_quartics(start: AdapterFile, end: AdapterFile, module: str) -> tuple[list[float], list[float]]:
-    """Coefficients c^0 ... c^4 of ||dW(c) - dW(0)||_F^2 and ||dW(c)||_F^2 of a module whose factors move linearly.
+def step_quartic(start: AdapterFile, end: AdapterFile, module: str) -> list[float]:
+    """Coefficients c^0 ... c^4 of ||dW(c) - dW(0)||_F^2 of a module whose factors move linearly.
 
-    dW(c) = s (B + c dB)(A + c dA) = X + c Y + c^2 Z with X = s B A, Y = s (dB A + B dA), Z = s dB dA. Both ends share
-    rank and alpha.
+    dW(c) = s (B + c dB)(A + c dA) = s B A + c Y + c^2 Z with Y = s (dB A + B dA), Z = s dB dA. Both ends share rank
+    and alpha.
     """
     assert (start.rank, start.alpha) == (end.rank, end.alpha)
     a_RK, b_NR = (t.double() for t in start.factors[module])
     a_end, b_end = (t.double() for t in end.factors[module])
     da_RK, db_NR = a_end - a_RK, b_end - b_NR
-    terms = {
-        "X": (a_RK, b_NR),
-        "Y": (torch.cat([a_RK, da_RK]), torch.cat([db_NR, b_NR], dim=1)),
-        "Z": (da_RK, db_NR),
-    }
-    square = start.scale**2
-
-    def product(one: str, other: str) -> float:
-        return square * inner(*terms[one], *terms[other])
-
-    xx, xy, xz, yy, yz, zz = (product(*pair) for pair in ("XX", "XY", "XZ", "YY", "YZ", "ZZ"))
-    return [0.0, 0.0, yy, 2 * yz, zz], [xx, 2 * xy, yy + 2 * xz, 2 * yz, zz]
+    y = (torch.cat([a_RK, da_RK]), torch.cat([db_NR, b_NR], dim=1))
+    z = (da_RK, db_NR)
+    yy, yz, zz = (start.scale**2 * inner(*one, *other) for one, other in ((y, y), (y, z), (z, z)))
+    return [0.0, 0.0, yy, 2 * yz, zz]
 
 
 def largest_step(quartic: list[float], limit: float) -> float:
@@ -68,16 +60,26 @@ def largest_step(quartic: list[float], limit: float) -> float:
     return low
 
 
-def norm_step(
-    start: AdapterFile, end: AdapterFile, references: dict[str, float], step_limit: float, drift_limit: float
-) -> float:
-    """Largest c in [0, 1] up to which every module's step and drift stay within limits relative to `references`."""
-    c = 1.0
-    for module in end.factors:
-        step, drift = segment_quartics(start, end, module)
-        c = min(c, largest_step(step, (step_limit * references[module]) ** 2))
-        c = min(c, largest_step(drift, (drift_limit * references[module]) ** 2))
-    return c
+def norm_step(start: AdapterFile, end: AdapterFile, references: dict[str, float], limit: float) -> float:
+    """Largest c in [0, 1] up to which every module's step stays within `limit` relative to `references`."""
+    quartics = {module: step_quartic(start, end, module) for module in end.factors}
+    return min(largest_step(quartic, (limit * references[module]) ** 2) for module, quartic in quartics.items())
+
+
+def within_ball(adapter: AdapterFile, radii: dict[str, float]) -> AdapterFile:
+    """The nearest adapter each of whose deltas has at most its radius as Frobenius norm: the same direction, B scaled.
+
+    The projection onto a ball brings no two points further apart: what was within a step of the incumbent, which lies
+    inside, still is.
+    """
+    norms = delta_norms(adapter)
+    if all(norms[module] <= radii[module] for module in norms):
+        return adapter
+    factors = {}
+    for module, (a_RK, b_NR) in adapter.factors.items():
+        c = min(1.0, radii[module] / norms[module]) if norms[module] > 0 else 1.0
+        factors[module] = (a_RK, (c * b_NR.double()).float())
+    return adapter.with_factors(factors)
 
 
 def between(start: AdapterFile, end: AdapterFile, c: float) -> AdapterFile:

@@ -1,4 +1,5 @@
-"""Hard constraints on an update: out of the base's top directions (OPLoRA), never against a gradient (A-GEM)."""
+"""Hard constraints on an update: out of the base's top directions (OPLoRA), never against a gradient (A-GEM), never out
+of the ball of the cumulative bound."""
 
 from __future__ import annotations
 
@@ -50,6 +51,19 @@ def keep_out(live: Factors, subspaces: Subspaces) -> None:
             a_RK, b_NR = live[module]
             b_NR -= u_Nk @ (u_Nk.T @ b_NR)
             a_RK -= (a_RK @ v_Kk) @ v_Kk.T
+
+
+def keep_within(live: Factors, scale: float, radii: Mapping[str, float]) -> None:
+    """In place, the nearest deltas of at most these Frobenius norms: B <- min(1, radius / ||scale B A||_F) B.
+
+    Where the bound is not reached nothing changes, to the bit. What is scaled down while training goes on can be made
+    good by the terms that remember; what is scaled down afterwards cannot.
+    """
+    with torch.no_grad():
+        for module, (a_RK, b_NR) in live.items():
+            a, b = a_RK.double(), b_NR.double()
+            norm = scale * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
+            b_NR *= (radii[module] / norm).clamp(max=1.0).to(b_NR.dtype)
 
 
 def overlap(adapter: AdapterFile, subspaces: Subspaces) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -16,7 +16,7 @@ from cltrain.models.base import Base
 from cltrain.objectives.fisher import relative_to_base
 from cltrain.objectives.geometry import base_norms
 from cltrain.objectives.penalties import ewc, l2sp
-from cltrain.objectives.projections import agem, keep_out, top_subspaces
+from cltrain.objectives.projections import agem, keep_out, keep_within, top_subspaces
 from cltrain.records import Read, TokenRow
 from cltrain.trainer.draws import Draws
 from cltrain.trainer.memory import Memory
@@ -32,7 +32,7 @@ class Recipe:
 
     terms: tuple[Term, ...]
     guard: Replay | None  # agem: steps that would raise this loss lose the part that does
-    project: Callable[[], None] | None  # oplora: after every step
+    projections: tuple[Callable[[], None], ...]  # after every step
     draws: Draws
     fresh: Batching
     old: Batching
@@ -68,14 +68,18 @@ def make_recipe(
     method: Method,
     trainer: TrainerConfig,
     memory: Memory,
+    radii: Mapping[str, float] | None,
 ) -> Recipe:
     """Assemble a method's terms over `model`, which must still hold the weights that the update begins with (of which
-    oplora takes away what lies in the base's top directions); `frozen` holds the incumbent's for good."""
+    the projections take away what they forbid); `frozen` holds the incumbent's for good. `radii`: see `keep_within`."""
     remember = method.remember
-    project = None
+    projections: list[Callable[[], None]] = []
     if "oplora" in remember:
         subspaces = top_subspaces(base, list(start.factors), trainer.oplora_rank)
-        project = lambda: keep_out(live, subspaces)  # noqa: E731  (a bound action, like the penalties)
+        projections.append(lambda: keep_out(live, subspaces))
+    if radii is not None and not method.is_merged:  # on a merged model, the live delta is not the whole
+        projections.append(lambda: keep_within(live, start.scale, radii))
+    for project in projections:
         project()
     rehearses = bool(remember & {"replay", "distill"}) and bool(draws.replay)
     guards = "agem" in remember and bool(draws.replay)
@@ -99,7 +103,7 @@ def make_recipe(
         fisher = relative_to_base(memory.fisher, norms)
         terms.append(Penalty("ewc", trainer.ewc_lambda, lambda: ewc(live, start.scale, before, fisher)))
     guard = Replay(base, model, draws, old, None) if guards else None
-    return Recipe(tuple(terms), guard, project, draws, batching, old)
+    return Recipe(tuple(terms), guard, tuple(projections), draws, batching, old)
 
 
 def guarded_step(adam: torch.optim.Optimizer, parameters: Sequence[Tensor], gradient: Sequence[Tensor] | None) -> None:

@@ -1,7 +1,9 @@
 """Measuring a candidate, and its way back to the bounds: from incumbent towards candidate, as far as allowed.
 
-Norms give the largest fraction along the straight line of both factors exactly (a quartic per module), the rest by
-bisection below it; what counts is measured again on the exported file.
+The step's norm gives the largest fraction along the straight line of both factors exactly (a quartic per module), the
+rest is found by bisection below it. What would leave the ball of the cumulative bound is projected onto it, so that an
+adapter at that bound goes on learning and gives up a little of everything instead. What counts is measured again on the
+exported file.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from cltrain.errors import DataError
 from cltrain.models.adapter import AdapterFile, Factors, attach, parameters_of, set_factors
 from cltrain.models.base import Base, stop_ids
 from cltrain.models.forward import next_log_probs, predicted, token_kl
-from cltrain.objectives.bounds import between, max_ratio, norm_step
+from cltrain.objectives.bounds import between, max_ratio, norm_step, within_ball
 from cltrain.objectives.geometry import (
     base_norms,
     combine,
@@ -149,9 +151,11 @@ def shrink_to_bounds(
     The fraction is 0 where the day's displacement is spent, and nothing obeys.
 
     Where the trained factors grew out of `start` (the incumbent's delta, or factors that change nothing), the way is
-    the straight line of both factors; where they did not (None), it is the straight line of the weights' delta.
+    the straight line of both factors; where they did not (None), it is the straight line of the weights' delta. Either
+    is projected onto the ball of the cumulative Frobenius bound.
     """
     slack = 1 - MARGIN
+    radii = drift_radii(ruler.base_norms, bounds)
     step_limit = min(bounds.step_frobenius, bounds.day_frobenius - spent.day_frobenius) * slack
     if step_limit <= 0:
         return trained, 0.0
@@ -170,9 +174,14 @@ def shrink_to_bounds(
 
     with torch.no_grad():
         if start is not None:
-            high = norm_step(start, trained, ruler.base_norms, step_limit, bounds.drift_frobenius * slack)
-            return _farthest(lambda c: between(start, trained, c), obeys, high)
-        return _farthest(lambda c: _mixed(ruler.incumbent, trained, c), obeys, 1.0)
+            high = norm_step(start, trained, ruler.base_norms, step_limit)
+            return _farthest(lambda c: within_ball(between(start, trained, c), radii), obeys, high)
+        return _farthest(lambda c: within_ball(_mixed(ruler.incumbent, trained, c), radii), obeys, 1.0)
+
+
+def drift_radii(norms: dict[str, float], bounds: BoundsConfig) -> dict[str, float]:
+    """Module -> the largest Frobenius norm of its delta, a rounding below what the cumulative bound allows."""
+    return {module: bounds.drift_frobenius * (1 - 2 * MARGIN) * norm for module, norm in norms.items()}
 
 
 def _farthest(

@@ -55,8 +55,8 @@ def train(
         torch.nn.utils.clip_grad_norm_(parameters, trainer.max_grad_norm)
         adam.param_groups[0]["lr"] = trainer.lr * lr_share(step, trainer, num_steps)
         guarded_step(adam, parameters, guarding)
-        if recipe.project is not None:
-            recipe.project()
+        for project in recipe.projections:
+            project()
         history.append(measured)
         if (step + 1) % trainer.checkpoint_every == 0 or step + 1 == num_steps:
             checkpoints.save(work_dir, fingerprint, _capture(adam, parameters, history))

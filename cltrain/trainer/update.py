@@ -39,7 +39,7 @@ from cltrain.trainer.memory import Memory, write_memory
 from cltrain.trainer.methods import Method, method_of
 from cltrain.trainer.recipe import Recipe, make_recipe
 from cltrain.trainer.reference import Reference
-from cltrain.trainer.shrink import Ruler, Spent, shrink_to_bounds
+from cltrain.trainer.shrink import Ruler, Spent, drift_radii, shrink_to_bounds
 from cltrain.trainer.steps import OnStep, UpdateDiscarded, train
 from cltrain.trainer.terms import Measured
 
@@ -194,13 +194,8 @@ class _Update:
         if self.method.is_merged:
             return fresh
         fast = self.memory.fast if "ema" in self.method.remember else None
-        return self._shaped(fast or self.incumbent)
-
-    def _shaped(self, adapter: AdapterFile) -> AdapterFile:
-        """The adapter at the configured rank and alpha, re-compressed where it has another."""
-        if (adapter.rank, adapter.alpha) == (self.adapter.rank, self.adapter.alpha):
-            return adapter
-        return combine([(adapter, 1.0)], self.adapter.rank, self.adapter.alpha)[0]
+        # Balanced anew, whatever the rank: many updates leave A and B of unlike lengths, and such factors learn badly.
+        return combine([(fast or self.incumbent, 1.0)], self.adapter.rank, self.adapter.alpha)[0]
 
     def _train(
         self,
@@ -221,6 +216,7 @@ class _Update:
         recipe = make_recipe(
             self.base, model, ruler.incumbent_model, live, start, self.incumbent, draws, ruler.of_base, self.method,
             self.trainer, self.memory,
+            drift_radii(ruler.base_norms, self.bounds) if self.method.is_bounded else None,
         )  # fmt: skip
         start = start.with_factors(snapshot(live))
         num_steps = _affordable_steps(recipe, self.trainer.num_steps, self.bounds.max_tokens)
