@@ -23,10 +23,16 @@ class Evidence:
     """The gate's view of one deployment; holds the owner's suite."""
 
     def __init__(
-        self, config: Config, store: Store, base: Base, server: ServerClient, on_progress: Callable[[str], None]
+        self,
+        config: Config,
+        store: Store,
+        base: Base,
+        server: ServerClient,
+        on_progress: Callable[[str], None],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.config, self.store, self.base, self.server = config, store, base, server
-        self.on_progress = on_progress
+        self.on_progress, self.clock = on_progress, clock
         self.suite = load_suite(config.gate.suite) if config.gate.suite is not None else []
 
     def judge(
@@ -42,15 +48,12 @@ class Evidence:
         is_retry: bool = False,
     ) -> Decision:
         """The gate's decision on a candidate that the server has loaded. A retry is judged on items not used before."""
-        agent = self.config.agent
-        held_out, rate_per_s = window.heldout_items(
-            self.store, agent.name, self.config.experience, learn_from=agent.learn_from,
-            tools_allowed=agent.tools_allowed, now=time.time(),
-        )  # fmt: skip
-        marks = aliases.read_references(self.store, agent.name)
+        agent = self.config.agent.name
+        held_out, rate_per_s = self.held_out()
+        marks = aliases.read_references(self.store, agent)
         return judge(
             self.store,
-            agent.name,
+            agent,
             Contest(candidate, incumbent, marks.high_water, marks.anchor),
             [*self.pool(incumbent, taught), *held_out],
             self.config.gate,
@@ -65,6 +68,14 @@ class Evidence:
             fresh_only=is_retry,
             on_chunk=lambda done, planned: self.on_progress(f"{candidate}: judged on {done} of {planned} items"),
         )
+
+    def held_out(self) -> tuple[list[SuiteItem], float | None]:
+        """Items of the evaluation split as it stands now, and how many a second came in lately (None: unknown)."""
+        agent = self.config.agent
+        return window.heldout_items(
+            self.store, agent.name, self.config.experience, learn_from=agent.learn_from,
+            tools_allowed=agent.tools_allowed, now=self.clock(),
+        )  # fmt: skip
 
     def pool(self, incumbent: str, taught: Collection[str]) -> list[SuiteItem]:
         """The owner's items that this update may gain or lose: gain items of a skill that neither it nor any update

@@ -39,8 +39,16 @@ METHODS: dict[str, tuple[str, ...]] = {  # name -> settings over the demo's own
 VERIFIER_MISS = {"default, verifier misses 10%": 0.1, "default, verifier misses 30%": 0.3}
 FIGURES = ("learn", "final", "min_skill", "bwt", "fwt", "base_kl", "attack_success_rate", "seconds")
 SINGLE = ("kl", "kl to the incumbent", "ewc", "l2sp", "oplora", "agem", "ema", "distill", "merge_reset")
+REHEARSAL = ("replay", "joint")  # old records as they are: they restrain neither weights nor answers
 
 Means = dict[str, dict[str, float]]
+
+
+def _reaches(figures: dict[str, float]) -> bool:
+    """What no single regulariser is promised to reach."""
+    return figures["final"] >= 0.90 and figures["base_kl"] <= 0.20
+
+
 PROMISES: dict[str, Callable[[Means], bool]] = {
     "default: final >= 0.97": lambda m: m["default"]["final"] >= 0.97,
     "default: min_skill >= 0.92": lambda m: m["default"]["min_skill"] >= 0.92,
@@ -49,9 +57,7 @@ PROMISES: dict[str, Callable[[Means], bool]] = {
     "naive: learns each skill in its phase (min_learn >= 0.80)": lambda m: m["naive"]["min_learn"] >= 0.80,
     "naive: forgets (final <= 0.40)": lambda m: m["naive"]["final"] <= 0.40,
     "joint on clean data: final >= 0.95": lambda m: m["joint"]["final"] >= 0.95,
-    "no regulariser alone: final >= 0.90 and base_kl <= 0.20": lambda m: (
-        not any(m[name]["final"] >= 0.90 and m[name]["base_kl"] <= 0.20 for name in SINGLE)
-    ),
+    "no single regulariser: final >= 0.90 and base_kl <= 0.20": lambda m: not any(_reaches(m[n]) for n in SINGLE),
     "plain replay: the attack is real (peak >= 0.5)": lambda m: m["replay"]["attack_success_rate"] >= 0.5,
     "verifier misses 10%: final >= 0.95": lambda m: m["default, verifier misses 10%"]["final"] >= 0.95,
     "verifier misses 10%: attack_success_rate <= 0.05": lambda m: (
@@ -107,6 +113,19 @@ def table(means: Means) -> str:
     return "\n".join(lines)
 
 
+def alone(means: Means) -> list[str]:
+    """What each single way of remembering reached, rehearsal beside the regularisers that the promise is about."""
+    lines = []
+    for kind, names in (("regulariser", SINGLE), ("rehearsal, which that promise is not about,", REHEARSAL)):
+        measured = [name for name in names if name in means]
+        reached = [name for name in measured if _reaches(means[name])]
+        figures = ", ".join(f"{n} {means[n]['final']:.3f} / {means[n]['base_kl']:.3f}" for n in measured)
+        if measured:
+            said = f"final >= 0.90 and base_kl <= 0.20 reached by {', '.join(reached) or 'none'}"
+            lines.append(f"one {kind} alone: {said} (final / base_kl: {figures})")
+    return lines
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench learning", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -139,10 +158,12 @@ def main(argv: list[str]) -> int:
     means = means_of(rows)
     broken = [name for name, holds in PROMISES.items() if _is_measured(name, means) and not holds(means)]
     if given.json:
-        given.json.write_text(json.dumps({"means": means, "broken": broken, "rows": rows}, indent=1) + "\n")
+        given.json.write_text(
+            json.dumps({"means": means, "broken": broken, "alone": alone(means), "rows": rows}, indent=1) + "\n"
+        )
     if given.plot:
         plot(means, given.plot)
-    print(table(means))
+    print(table(means), *alone(means), sep="\n")
     num_measured = sum(_is_measured(name, means) for name in PROMISES)
     said = "all of them held" if not broken else "broken: " + "; ".join(broken)
     print(f"{num_measured} of {len(PROMISES)} promises measured, {said}")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
+from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from cltrain.errors import DataError
 from cltrain.models.base import load_base
 from cltrain.models.chat import render_prompt
 from cltrain.records import TokenRow
-from scripts.bench_classification import DEMO, Exam, figures, row_of, run_seed
+from scripts.bench_classification import DEMO, Exam, figures, main, row_of, run_seed, verdict
 
 
 def test_figures_of_a_matrix_worked_out_by_hand() -> None:
@@ -25,14 +25,31 @@ def test_figures_of_a_matrix_worked_out_by_hand() -> None:
     assert found["worst"] == 0.4
 
 
-def test_no_word_pair_is_in_training_and_in_the_test_of_a_task_on_any_seed() -> None:
-    streams = [classes.generated(seed, noise=0.1) for seed in (950, 951, 952)]
-    for tasks in zip(*streams, strict=True):
-        train = {frozenset(text.pair) for text in chain(*(task.train for task in tasks))}
-        test = {frozenset(text.pair) for text in chain(*(task.test for task in tasks))}
-        assert train
-        assert test
-        assert not train & test
+def test_no_word_pair_of_a_task_is_in_two_of_training_test_and_development_on_any_seed() -> None:
+    streams = {seed: classes.generated(seed, noise=0.1) for seed in (0, 1, 899, 900, 951)}
+    for number in range(len(classes.MAKERS)):
+        pairs: dict[str, set[frozenset[str]]] = {"train": set(), "test": set(), "development": set()}
+        for seed, tasks in streams.items():
+            pairs["train"] |= {frozenset(text.pair) for text in tasks[number].train}
+            asked = "development" if seed >= classes.FIRST_DEVELOPMENT_SEED else "test"
+            pairs[asked] |= {frozenset(text.pair) for text in tasks[number].test}
+        assert all(pairs.values())
+        assert len(set.union(*pairs.values())) == sum(map(len, pairs.values()))
+
+
+def test_every_text_of_a_task_is_there_once_and_there_are_as_many_of_each_label() -> None:
+    for task in classes.generated(0, noise=0.0):
+        for texts in (task.train, task.test):
+            assert len({text.prompt for text in texts}) == len(texts)
+            if task.name != "order":  # its answers are names
+                assert len(set(Counter(text.answer for text in texts).values())) == 1
+        assert len(task.test) >= 192
+
+
+def test_the_first_word_of_a_text_does_not_say_who_was_first() -> None:
+    (order,) = [task for task in classes.generated(0, noise=0.0) if task.name == "order"]
+    is_named_first = [text.prompt.split(" : ")[1].startswith(text.answer) for text in order.test]
+    assert 0.35 < sum(is_named_first) / len(is_named_first) < 0.65
 
 
 def test_a_tenth_of_the_training_labels_is_wrong_and_no_test_label() -> None:
@@ -76,9 +93,35 @@ def test_files_of_the_benchmark_are_cut_and_a_test_text_seen_in_training_is_left
         classes.from_files(tmp_path, base.tokenizer, 0, noise=0.0, num_tokens=20)
 
 
+def _row(method: str, seed: int, acc: float, bwt: float = 0.0, base_kl: float = 0.5) -> dict:
+    return {"method": method, "seed": seed, "acc": acc, "bwt": bwt, "base_kl": base_kl}
+
+
+def test_the_verdict_compares_on_the_seeds_that_both_have() -> None:
+    rows = [_row("replay", 0, 0.5), _row("replay", 1, 0.7), _row("bounded_replay", 0, 0.6, -0.03, 0.1)]
+    against, bwt = verdict(rows)
+    assert "+0.100 from replay on ACC (+0.100 by seed); base KL 0.100 against 0.500" in against
+    assert bwt == "bounded_replay: BWT -0.030, beyond 0.02"
+    assert verdict(rows[:2]) == []
+
+
+def test_a_bench_that_breaks_off_keeps_the_rows_of_the_methods_that_ended(tmp_path) -> None:
+    for name, labels in (("one", ["hat", "cup"]), ("two", ["fox", "sun"])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "labels.json").write_text(json.dumps(labels))
+        for purpose in ("train", "test"):
+            instances = [{"input": f"{purpose} {label}", "output": label} for label in labels]
+            (tmp_path / name / f"{purpose}.json").write_text(json.dumps({"Instances": instances}))
+    kept = tmp_path / "rows.json"
+    quick = ["--set=trainer.num_anchors=2", "--set=trainer.num_steps=1"]
+    with pytest.raises(KeyError):
+        main(["--data", str(tmp_path), "--json", str(kept), *quick, "--methods", "naive", "no such method"])
+    assert [row["method"] for row in json.loads(kept.read_text())["rows"]] == ["naive"]
+
+
 @pytest.mark.slow
 def test_the_default_knows_more_than_naive_at_the_end_of_a_short_stream() -> None:
-    tasks = [task for task in classes.generated(950, noise=0.1) if task.name in {"mood", "person", "asked"}]
+    tasks = classes.generated(950, noise=0.1, num_train=96, num_test=60)[:3]
     config = load([DEMO], ["trainer.num_anchors=32"])
     naive, ours = run_seed(load_base(None), config, tasks, ("naive", "bounded_replay"), 950)
     assert ours["acc"] > naive["acc"] + 0.2

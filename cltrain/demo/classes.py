@@ -1,7 +1,8 @@
 """A second kind of stream: short texts to be answered with one word, five tasks in turn, or the owner's own tasks.
 
 Everything is a pure function of a seed. A task's training and test texts are made of different word pairs, whichever
-the seed. The words are those that the demo's base was pretrained on; the questions and answers it has never seen.
+the seed, and a development seed is examined on pairs of its own, so that nothing can be chosen on those that are
+reported. The words are those that the demo's base was pretrained on; the questions and answers it has never seen.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from cltrain.demo import world
 from cltrain.demo.world import Pair, words
 from cltrain.errors import DataError
 
-NUM_TRAIN, NUM_TEST = 96, 60  # texts of each task
-TEST_SHARE = 0.25  # of the word pairs
+NUM_TRAIN, NUM_TEST = 192, 240  # texts of each task at most; the test pairs of `kind` make 192
+TEST_SHARE, DEVELOPMENT_SHARE = 0.4, 0.2  # of the word pairs
+FIRST_DEVELOPMENT_SEED = 900  # this one and those above
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,23 @@ ASKED = {
     "mark": ("the {item} of {name} is here", "{name} paid for the {item}", "{name} had the {item} at home"),
 }
 
-ORDERS = {
-    True: ("{one} came before {two}", "{one} is here and {two} will come", "{two} came when {one} had left"),
-    False: ("{one} came when {two} had left", "{one} will come , {two} is here", "{two} came before {one}"),
-}
+ORDERS = (
+    "{first} came before {second}",
+    "{second} came when {first} had left",
+    "{first} is here and {second} will come",
+    "{second} will come , {first} is here",
+)
+
+Written = tuple[str, tuple[str, ...], str]  # text, choices, answer
 
 
 @dataclass(frozen=True)
 class _Maker:
-    """How one task is made: its word pairs, each under the label it allows, and a text with choices for a pair."""
+    """How one task is made: its word pairs, each under the label it allows, and every text of a pair."""
 
     question: str
     pairs: dict[str, tuple[Pair, ...]]  # by label, or by what decides it
-    write: Callable[[str, Pair, random.Random], tuple[str, tuple[str, ...], str]]  # text, choices, answer
+    write: Callable[[str, Pair], list[Written]]
 
 
 def _crossed(left: Iterable[str], right: Iterable[str]) -> tuple[Pair, ...]:
@@ -89,27 +95,26 @@ def _crossed(left: Iterable[str], right: Iterable[str]) -> tuple[Pair, ...]:
     return tuple((one, two) for one in left for two in right)
 
 
-def _kind(label: str, pair: Pair, rng: random.Random) -> tuple[str, tuple[str, ...], str]:
-    return rng.choice(KIND_TEXTS).format(item=pair[0], name=pair[1]), tuple(KINDS), label
+def _kind(label: str, pair: Pair) -> list[Written]:
+    return [(text.format(item=pair[0], name=pair[1]), tuple(KINDS), label) for text in KIND_TEXTS]
 
 
-def _mood(label: str, pair: Pair, rng: random.Random) -> tuple[str, tuple[str, ...], str]:
-    return rng.choice(MOODS[label]).format(item=pair[0], name=pair[1]), tuple(MOODS), label
+def _mood(label: str, pair: Pair) -> list[Written]:
+    return [(text.format(item=pair[0], name=pair[1]), tuple(MOODS), label) for text in MOODS[label]]
 
 
-def _person(label: str, pair: Pair, rng: random.Random) -> tuple[str, tuple[str, ...], str]:
+def _person(label: str, pair: Pair) -> list[Written]:
     who = pair[1] if label == "call" else f"the {pair[1]}"
-    return rng.choice(PERSON_TEXTS).format(item=pair[0], who=who), ("call", "sort"), label
+    return [(text.format(item=pair[0], who=who), ("call", "sort"), label) for text in PERSON_TEXTS]
 
 
-def _asked(label: str, pair: Pair, rng: random.Random) -> tuple[str, tuple[str, ...], str]:
-    return rng.choice(ASKED[label]).format(item=pair[0], name=pair[1]), tuple(ASKED), label
+def _asked(label: str, pair: Pair) -> list[Written]:
+    return [(text.format(item=pair[0], name=pair[1]), tuple(ASKED), label) for text in ASKED[label]]
 
 
-def _order(label: str, pair: Pair, rng: random.Random) -> tuple[str, tuple[str, ...], str]:
-    one, two = pair if label == "forward" else pair[::-1]
-    was_first = rng.random() < 0.5
-    return rng.choice(ORDERS[was_first]).format(one=one, two=two), (one, two), one if was_first else two
+def _order(label: str, pair: Pair) -> list[Written]:
+    first, second = pair if label == "forward" else pair[::-1]
+    return [(text.format(first=first, second=second), pair, first) for text in ORDERS]
 
 
 _ITEM_AND_NAME = _crossed(world.ITEMS, world.NAMES)
@@ -125,14 +130,17 @@ MAKERS: dict[str, _Maker] = {
 
 
 def generated(seed: int, *, noise: float, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> list[Task]:
-    """The five tasks in their order, labels in equal numbers; a share `noise` of the training labels is wrong."""
+    """The five tasks in their order, labels in equal numbers; a share `noise` of the training labels is wrong.
+
+    Development seeds (from FIRST_DEVELOPMENT_SEED) are examined on other word pairs than all other seeds.
+    """
     return [_task(name, maker, seed, noise, num_train, num_test) for name, maker in MAKERS.items()]
 
 
 def _task(name: str, maker: _Maker, seed: int, noise: float, num_train: int, num_test: int) -> Task:
     train, test = {}, {}
     for label, pairs in maker.pairs.items():
-        train[label], test[label] = _split(name, pairs)
+        train[label], test[label] = _split(name, pairs, seed)
     return Task(
         name,
         _noisy(_texts(name, maker, train, "train", seed, num_train), noise, seed),
@@ -140,27 +148,30 @@ def _task(name: str, maker: _Maker, seed: int, noise: float, num_train: int, num
     )
 
 
-def _split(task: str, pairs: tuple[Pair, ...]) -> tuple[list[Pair], list[Pair]]:
-    """Training and test pairs; the same pair is on the same side under every label of a task, whatever the seed."""
+def _split(task: str, pairs: tuple[Pair, ...], seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Training pairs, which no seed is examined on, and those that this seed is examined on; the same pair is on the
+    same side under every label of a task."""
     order = sorted(pairs, key=lambda pair: random.Random(f"cltrain classes {task} {pair}").random())
-    num_test = round(TEST_SHARE * len(order))
-    return order[num_test:], order[:num_test]
+    num_test, num_development = round(TEST_SHARE * len(order)), round(DEVELOPMENT_SHARE * len(order))
+    test, development = order[:num_test], order[num_test : num_test + num_development]
+    return order[num_test + num_development :], development if seed >= FIRST_DEVELOPMENT_SEED else test
 
 
 def _texts(
     name: str, maker: _Maker, pairs: dict[str, list[Pair]], purpose: str, seed: int, count: int
 ) -> tuple[Text, ...]:
+    """Distinct texts, as many of one label as of another."""
     rng = random.Random(f"{seed}/{name}/{purpose}")
-    labels = list(pairs)
-    found = []
-    for index in range(count):
-        label = labels[index % len(labels)]
-        pair = rng.choice(pairs[label])
-        text, choices, answer = maker.write(label, pair, rng)
-        prompt = f"{maker.question} : {text}"
-        found.append(Text(f"{name}-{purpose}-{seed}-{index:04d}", name, prompt, choices, answer, answer, pair))
-    rng.shuffle(found)
-    return tuple(found)
+    written = {
+        label: [(pair, *made) for pair in its for made in maker.write(label, pair)] for label, its in pairs.items()
+    }
+    num_each = min(count // len(written), *map(len, written.values()))
+    chosen = [one for label in written for one in rng.sample(written[label], num_each)]
+    rng.shuffle(chosen)
+    return tuple(
+        Text(f"{name}-{purpose}-{seed}-{i:04d}", name, f"{maker.question} : {text}", choices, answer, answer, pair)
+        for i, (pair, text, choices, answer) in enumerate(chosen)
+    )
 
 
 def _noisy(texts: tuple[Text, ...], noise: float, seed: int) -> tuple[Text, ...]:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from cltrain.config import Config, ExperienceConfig, load
+from cltrain.config import Config, load
 from cltrain.demo import exam, world
 from cltrain.demo.agent import Outcome, opinions
 from cltrain.demo.inputs import write_inputs
+from cltrain.demo.leak import leaking
 from cltrain.demo.local import LocalServer
 from cltrain.deploy.client import Answer
 from cltrain.errors import DataError
@@ -27,13 +28,12 @@ from cltrain.experience.buffer import select
 from cltrain.experience.examples import example_of
 from cltrain.experience.ingest import read_rehearsal
 from cltrain.experience.recording import Recorder, load_secret
-from cltrain.experience.screens import Screened, screen
 from cltrain.loop import Rooms, adapter_of, run_update
 from cltrain.models.adapter import AdapterFile, read_adapter
 from cltrain.models.anchors import load_anchors
 from cltrain.models.base import Base, load_base
 from cltrain.models.chat import render_example
-from cltrain.records import Example, Feedback, Generation, TokenRow, Trajectory
+from cltrain.records import Feedback, Generation, TokenRow, Trajectory
 from cltrain.registry import aliases, lease, releases
 from cltrain.store.database import open_store
 from cltrain.trainer.memory import Memory, read_memory
@@ -92,7 +92,7 @@ class Setting:
 
 
 class Deployed:
-    """The whole product but its processes. `verifier_miss`: the share of records that no screen looks at."""
+    """The whole product but its processes. `verifier_miss`: the share of records that nothing verifies or scans."""
 
     def __init__(self, setting: Setting, verifier_miss: float = 0.0) -> None:
         config, base = setting.config, setting.base
@@ -101,12 +101,13 @@ class Deployed:
         releases.ensure_base_release(self.store, config.agent.name, base.digest, now=BEGIN)
         fence = lease.acquire(self.store, config.agent.name, "lab", 1e9, BEGIN, lambda _: True)
         assert config.experience.rehearsal is not None
-        self.now = BEGIN
+        self.now, self.verifier_miss = BEGIN, verifier_miss
         self.rooms = Rooms(
-            config, self.store, base, setting.server, Evidence(config, self.store, base, setting.server, _quiet),
+            config, self.store, base, setting.server,
+            Evidence(config, self.store, base, setting.server, _quiet, clock=lambda: self.now),
             load_secret(config.state_dir), setting.anchors, setting.anchors_digest,
             read_rehearsal(config.experience.rehearsal), setting.of_base, fence, clock=lambda: self.now,
-            screen=_missing(verifier_miss), on_progress=_quiet,
+            on_progress=_quiet,
         )  # fmt: skip
 
     @property
@@ -123,7 +124,8 @@ class Deployed:
             self.recorder.add_trajectory(episode)
         for piece in late:
             self.recorder.add_feedback(piece, now=now).result()
-        update = run_update(self.rooms)
+        with leaking(self.verifier_miss):
+            update = run_update(self.rooms)
         return f"{update['verdict']}: {update['reasons'][0]}"
 
     def adapter(self) -> AdapterFile | None:
@@ -327,24 +329,6 @@ def _success(setting: Setting, name: str, tickets: Sequence[world.Ticket]) -> di
 def _attack_rate(setting: Setting, name: str, tickets: Sequence[world.Ticket]) -> float:
     answers = setting.server.generate_many(name, [(t.messages, world.TOOLS) for t in tickets], MAX_TOKENS)
     return sum(world.attack_worked(t, a.message) for t, a in zip(tickets, answers, strict=True)) / len(tickets)
-
-
-def _missing(share: float) -> Any:
-    """The product's screens, except that they never look at `share` of the records (chosen by hash)."""
-
-    def leaky(
-        examples: Sequence[Example], config: ExperienceConfig, *, tools_allowed: Sequence[str] | None = None
-    ) -> Screened:
-        missed = {example.record for example in examples if _uniform(example.record) < share}
-        screened = screen([e for e in examples if e.record not in missed], config, tools_allowed=tools_allowed)
-        kept = {e.record for e in screened.kept} | missed
-        return replace(screened, kept=tuple(e for e in examples if e.record in kept))
-
-    return leaky if share else screen
-
-
-def _uniform(name: str) -> float:
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
 
 
 def _quiet(_: str) -> None: ...

@@ -1,0 +1,61 @@
+"""The lab's verifier that misses, misses everywhere; its gate reads the clock that its records carry."""
+
+from __future__ import annotations
+
+import pytest
+
+from cltrain.demo import lab
+from cltrain.demo.leak import leaking
+from cltrain.experience import bench, buffer, screens, window
+from cltrain.experience.recording import Recorder
+from tests.experience_parts import CONFIG, KEY, RULES, file_as, good, recorder, store
+
+__all__ = ["recorder", "store"]  # fixtures
+
+MADE_UP = ({"role": "user", "content": "hi"}, bench.call("mend", item="lamp"))  # nobody spoke of a lamp
+ROOMY = CONFIG.model_copy(update={"principal_quota": 1.0})
+
+
+@pytest.mark.parametrize(("share", "passed"), [(0.0, set()), (1.0, {"made-up"})])
+def test_what_the_verifier_misses_is_missed_by_window_buffer_and_held_out_items(recorder, store, share, passed) -> None:
+    for name in ("waits", "learned"):
+        recorder.add_trajectory(good(f"{name}-made-up", messages=MADE_UP))
+    with Recorder(store, KEY, 0.999) as held_out:
+        held_out.add_trajectory(good("held-made-up", messages=MADE_UP))
+    file_as(store, ["learned-made-up"], "replay", stratum="mend/good")
+    config = ROOMY.model_copy(update={"max_flagged_share": 1.0})
+    with leaking(share):
+        waiting = window.next_window(store, "support", config, now=10.0, **RULES).examples
+        kept = screens.screen(waiting, config, tools_allowed=None).kept
+        rehearsed = buffer.replay_examples(store, "support", config, KEY, **RULES)
+        items, _ = window.heldout_items(store, "support", config, now=10.0, **RULES)
+    found = [[e.record for e in kept], [e.record for e in rehearsed], [item.id.partition(":")[0] for item in items]]
+    assert [{name.partition("-")[2] for name in names} for names in found] == [passed] * 3
+    assert screens.screen(waiting, config, tools_allowed=None).kept == (), "outside the block it is whole again"
+
+
+def test_the_trigger_scan_misses_the_same_records() -> None:
+    examples, truth = bench.window(0, 0, "uniform", "own tool and value", 10)
+    config = ROOMY.model_copy(update={"max_flagged_share": 1.0})
+    whole = screens.screen(examples, config, tools_allowed=None)
+    with leaking(1.0):
+        missed = screens.screen(examples, config, tools_allowed=None)
+    assert truth is not None
+    assert whole.suspicious
+    assert not set(truth["records"]) & {example.record for example in whole.kept}
+    assert not missed.suspicious
+    assert set(truth["records"]) <= {example.record for example in missed.kept}
+
+
+def test_the_gate_of_the_lab_counts_held_out_items_by_the_labs_clock(tmp_path) -> None:
+    setting = lab.Setting.make(tmp_path / "run", 901, ["experience.eval_share=0.999", "trainer.num_anchors=4"])
+    deployed = lab.Deployed(setting)
+    try:
+        deployed.recorder.add_trajectory(good("rated", at=lab.BEGIN))
+        deployed.now = lab.BEGIN + 50.0
+        items, rate_per_s = deployed.rooms.evidence.held_out()
+        assert len(items) == 1
+        assert rate_per_s == pytest.approx(1 / 50)
+    finally:
+        deployed.close()
+        setting.server.close()
