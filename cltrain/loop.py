@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cltrain import plans, staleness, unfinished
-from cltrain.config import Config, ExperienceConfig
+from cltrain.config import Config
 from cltrain.deploy import proof, residents
 from cltrain.deploy.client import ServerClient
 from cltrain.deploy.preflight import check_adapter
@@ -25,7 +25,7 @@ from cltrain.errors import ConflictError, DataError
 from cltrain.evidence import Evidence
 from cltrain.experience import window
 from cltrain.experience.buffer import replay_examples
-from cltrain.experience.screens import Screened, screen, within_shares
+from cltrain.experience.screens import screen, within_shares
 from cltrain.gate.decision import moves_high_water
 from cltrain.models.adapter import AdapterFile, read_adapter
 from cltrain.models.base import Base
@@ -50,14 +50,6 @@ SURPRISING = 0.2  # share of a rejected window that the second attempt leaves ou
 log = logging.getLogger(__name__)
 
 
-class Screen(Protocol):
-    """What sorts a window before any of it is learned: `experience.screens.screen`, or what it is compared with."""
-
-    def __call__(
-        self, examples: Sequence[Example], config: ExperienceConfig, *, tools_allowed: Sequence[str] | None = None
-    ) -> Screened: ...
-
-
 @dataclass
 class Rooms:
     """What every update of one agent needs at hand; made once per worker."""
@@ -74,7 +66,6 @@ class Rooms:
     of_base: Reference  # what the base says on the anchors
     fence: int
     clock: Callable[[], float] = time.time
-    screen: Screen = screen
     server_lock: threading.Lock = field(default_factory=threading.Lock)  # loading is done by one thread at a time
     on_progress: Callable[[str], None] = print
 
@@ -125,7 +116,7 @@ def run_update(
     if waiting.num_missing:
         return plans.nothing_to_learn(rooms.agent, alias.release, waiting)
     config = config.model_copy(update={"filter": config.filter and is_filtered})
-    screened = rooms.screen(waiting.examples, config, tools_allowed=rooms.config.agent.tools_allowed)
+    screened = screen(waiting.examples, config, tools_allowed=rooms.config.agent.tools_allowed)
     settled, useless = staleness.settle(rooms.store, rooms.config, rooms.base, alias.release, screened.kept)
     rows, unusable = render(rooms.base, settled)
     fresh, surplus = within_shares(rows, config)  # last: shares of what is really learned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -25,15 +25,16 @@ def fingerprint_of(
     replay: Sequence[TokenRow],
     anchors: Sequence[TokenRow],
     trainer: TrainerConfig,
+    radii: Mapping[str, float] | None,
     memory: Memory,
     num_steps: int,
     seed: int,
 ) -> str:
-    """Hex digest over base, rows, settings, seed, where it starts, the incumbent, the Fisher, the versions of this code
-    and of torch, and its threads."""
+    """Hex digest over base, rows, settings, the ball of the cumulative bound, seed, where it starts, the incumbent, the
+    Fisher, the versions of this code and of torch, and its threads."""
     whole = hashlib.sha256()
     settings = trainer.model_dump(mode="json", exclude={"checkpoint_every", "anchors", "num_anchors", "anchor_tokens"})
-    numbers = [start.rank, start.alpha, start.targets, settings, num_steps, seed]
+    numbers = [start.rank, start.alpha, start.targets, settings, radii, num_steps, seed]
     machine = [__version__, torch.__version__, torch.get_num_threads()]
     loaded = [base.digest, base.device, str(base.model.dtype), base.context]
     whole.update(json.dumps([loaded, numbers, machine], sort_keys=True).encode())

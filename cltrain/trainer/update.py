@@ -213,18 +213,18 @@ class _Update:
         model = attach(below, start)
         live = parameters_of(model, start)
         draws = Draws(self.seed, fresh, replay, len(ruler.of_base.rows))
+        radii = drift_radii(ruler.base_norms, self.bounds) if self.method.is_bounded else None
         recipe = make_recipe(
             self.base, model, ruler.incumbent_model, live, start, self.incumbent, draws, ruler.of_base, self.method,
-            self.trainer, self.memory,
-            drift_radii(ruler.base_norms, self.bounds) if self.method.is_bounded else None,
+            self.trainer, self.memory, radii,
         )  # fmt: skip
         start = start.with_factors(snapshot(live))
         num_steps = _affordable_steps(recipe, self.trainer.num_steps, self.bounds.max_tokens)
         if not num_steps:
             raise UpdateDiscarded(f"its first step has more tokens than bounds.max_tokens = {self.bounds.max_tokens}")
         key = fingerprint_of(
-            self.base, start, self.incumbent, fresh, replay, ruler.of_base.rows, self.trainer, self.memory, num_steps,
-            self.seed,
+            self.base, start, self.incumbent, fresh, replay, ruler.of_base.rows, self.trainer, radii, self.memory,
+            num_steps, self.seed,
         )  # fmt: skip
         factors, history = train(
             recipe, live, self.trainer, num_steps, self.health.max_grad_norm, key, work_dir, on_step
