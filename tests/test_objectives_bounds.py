@@ -59,8 +59,9 @@ def test_what_left_the_ball_comes_back_to_its_surface_in_its_own_direction_and_n
     inside, outside = adapter(33, 17, 4, seed=1, size=0.1), adapter(33, 17, 4, seed=2)
     radii = {"m0": delta_norms(outside)["m0"] / 2}
     assert delta_norms(inside)["m0"] < radii["m0"]
-    back = within_ball(outside, radii)
+    back = within_ball(outside, radii, 0.05)
     assert delta_norms(back)["m0"] == pytest.approx(radii["m0"], rel=1e-6)
     assert dense(back).allclose(dense(outside) / 2, rtol=1e-6)
     assert difference_norms(back, inside)["m0"] <= difference_norms(outside, inside)["m0"]
-    assert within_ball(inside, radii) is inside
+    assert within_ball(inside, radii, 0.05) is inside
+    assert within_ball(outside, radii, 0.6) is outside

@@ -96,14 +96,17 @@ def test_keeping_within_scales_what_is_too_long_and_leaves_the_rest_as_it_was_to
     long, *short = norms
     radii = {long: norms[long] / 3, **{module: norms[module] * 1.01 for module in short}}
     live = snapshot(adapter.factors)
-    keep_within(live, adapter.scale, radii)
+    keep_within(live, adapter.scale, radii, 0.05)
     kept = adapter.with_factors(live)
     assert torch.allclose(dense(kept, long), dense(adapter, long) / 3, rtol=1e-5, atol=1e-7)
     for module in short:
         assert all(torch.equal(a, b) for a, b in zip(live[module], adapter.factors[module], strict=True))
     nothing = {"m0": (torch.ones(2, 3), torch.zeros(4, 2))}
-    keep_within(nothing, 1.0, {"m0": 0.5})
+    keep_within(nothing, 1.0, {"m0": 0.5}, 0.05)
     assert torch.equal(nothing["m0"][1], torch.zeros(4, 2))
+    exploded = snapshot(adapter.factors)
+    keep_within(exploded, adapter.scale, {**norms, long: norms[long] / 30}, 0.05)
+    assert torch.equal(exploded[long][1], adapter.factors[long][1]), "what exploded was made to look well"
 
 
 def test_keeping_out_works_on_parameters_in_place():

@@ -66,19 +66,20 @@ def norm_step(start: AdapterFile, end: AdapterFile, references: dict[str, float]
     return min(largest_step(quartic, (limit * references[module]) ** 2) for module, quartic in quartics.items())
 
 
-def within_ball(adapter: AdapterFile, radii: dict[str, float]) -> AdapterFile:
-    """The nearest adapter each of whose deltas has at most its radius as Frobenius norm: the same direction, B scaled.
+def within_ball(adapter: AdapterFile, radii: dict[str, float], least: float) -> AdapterFile:
+    """The nearest adapter each of whose deltas has at most its radius as Frobenius norm: the same direction, B scaled;
+    itself where a B would be scaled below `least`.
 
     The projection onto a ball brings no two points further apart: what was within a step of the incumbent, which lies
     inside, still is.
     """
     norms = delta_norms(adapter)
-    if all(norms[module] <= radii[module] for module in norms):
+    scales = {module: min(1.0, radii[module] / norm) if norm > 0 else 1.0 for module, norm in norms.items()}
+    if min(scales.values()) == 1.0 or min(scales.values()) < least:
         return adapter
-    factors = {}
-    for module, (a_RK, b_NR) in adapter.factors.items():
-        c = min(1.0, radii[module] / norms[module]) if norms[module] > 0 else 1.0
-        factors[module] = (a_RK, (c * b_NR.double()).float())
+    factors = {
+        module: (a_RK, (scales[module] * b_NR.double()).float()) for module, (a_RK, b_NR) in adapter.factors.items()
+    }
     return adapter.with_factors(factors)
 
 

@@ -53,17 +53,18 @@ def keep_out(live: Factors, subspaces: Subspaces) -> None:
             a_RK -= (a_RK @ v_Kk) @ v_Kk.T
 
 
-def keep_within(live: Factors, scale: float, radii: Mapping[str, float]) -> None:
+def keep_within(live: Factors, scale: float, radii: Mapping[str, float], least: float) -> None:
     """In place, the nearest deltas of at most these Frobenius norms: B <- min(1, radius / ||scale B A||_F) B.
 
-    Where the bound is not reached nothing changes, to the bit. What is scaled down while training goes on can be made
-    good by the terms that remember; what is scaled down afterwards cannot.
+    Where the bound is not reached nothing changes, to the bit; nor where B would be scaled below `least`: what exploded
+    must be seen. What is scaled down while training goes on can be made good by the terms that remember.
     """
     with torch.no_grad():
         for module, (a_RK, b_NR) in live.items():
             a, b = a_RK.double(), b_NR.double()
             norm = scale * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
-            b_NR *= (radii[module] / norm).clamp(max=1.0).to(b_NR.dtype)
+            c = (radii[module] / norm).clamp(max=1.0)
+            b_NR *= torch.where(c < least, 1.0, c).to(b_NR.dtype)
 
 
 def overlap(adapter: AdapterFile, subspaces: Subspaces) -> float:

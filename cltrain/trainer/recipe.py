@@ -69,16 +69,17 @@ def make_recipe(
     trainer: TrainerConfig,
     memory: Memory,
     radii: Mapping[str, float] | None,
+    least: float,
 ) -> Recipe:
     """Assemble a method's terms over `model`, which must still hold the weights that the update begins with (of which
-    the projections take away what they forbid); `frozen` holds the incumbent's for good. `radii`: see `keep_within`."""
+    the projections take away what they forbid); `frozen` holds the incumbent's for good. `radii`, `least`: see `keep_within`."""
     remember = method.remember
     projections: list[Callable[[], None]] = []
     if "oplora" in remember:
         subspaces = top_subspaces(base, list(start.factors), trainer.oplora_rank)
         projections.append(lambda: keep_out(live, subspaces))
     if radii is not None and not method.is_merged:  # on a merged model, the live delta is not the whole
-        projections.append(lambda: keep_within(live, start.scale, radii))
+        projections.append(lambda: keep_within(live, start.scale, radii, least))
     for project in projections:
         project()
     rehearses = bool(remember & {"replay", "distill"}) and bool(draws.replay)

@@ -175,8 +175,10 @@ def shrink_to_bounds(
     with torch.no_grad():
         if start is not None:
             high = norm_step(start, trained, ruler.base_norms, step_limit)
-            return _farthest(lambda c: within_ball(between(start, trained, c), radii), obeys, high)
-        return _farthest(lambda c: within_ball(_mixed(ruler.incumbent, trained, c), radii), obeys, 1.0)
+            return _farthest(lambda c: within_ball(between(start, trained, c), radii, bounds.min_shrink), obeys, high)
+        return _farthest(
+            lambda c: within_ball(_mixed(ruler.incumbent, trained, c), radii, bounds.min_shrink), obeys, 1.0
+        )
 
 
 def drift_radii(norms: dict[str, float], bounds: BoundsConfig) -> dict[str, float]:

@@ -216,7 +216,7 @@ class _Update:
         radii = drift_radii(ruler.base_norms, self.bounds) if self.method.is_bounded else None
         recipe = make_recipe(
             self.base, model, ruler.incumbent_model, live, start, self.incumbent, draws, ruler.of_base, self.method,
-            self.trainer, self.memory, radii,
+            self.trainer, self.memory, radii, self.bounds.min_shrink,
         )  # fmt: skip
         start = start.with_factors(snapshot(live))
         num_steps = _affordable_steps(recipe, self.trainer.num_steps, self.bounds.max_tokens)
