@@ -72,7 +72,8 @@ def make_recipe(
     least: float,
 ) -> Recipe:
     """Assemble a method's terms over `model`, which must still hold the weights that the update begins with (of which
-    the projections take away what they forbid); `frozen` holds the incumbent's for good. `radii`, `least`: see `keep_within`."""
+    the projections take away what they forbid); `frozen` holds the incumbent's for good. For `radii` and `least` see
+    `keep_within`."""
     remember = method.remember
     projections: list[Callable[[], None]] = []
     if "oplora" in remember:
