@@ -6,8 +6,8 @@ did, by these rules (an honest update is one of a clean or filtered window):
     bounds.step_frobenius   1.25 times the longest honest step: a longer one is shrunk, not lost
     bounds.drift_frobenius  3 times the farthest that the stream ended from the base
     step_kl, drift_kl, base_kl   10 times the largest seen: KL grows with the square of the distance
-    gate.trigger_lift       3 times the largest that a flagged phrase gained after filtering; how strong an attack is
-                            without a filter is the attacker's choice, and printed beside it
+    gate.trigger_lift       twice the largest that a flagged phrase gained or lost after filtering; how strong an attack
+                            is without a filter is the attacker's choice, and printed beside it
     gate.margin             the most that an update which lost at most 2 items of 100 leaves open, rounded up to 0.01
 """
 
@@ -36,7 +36,7 @@ def proposed(rows: list[dict[str, Any]]) -> dict[str, float]:
     largest = {
         key: max(row[key] for row in rows) for key in ("step_frobenius", "drift_frobenius", "step_kl", "drift_kl")
     }
-    filtered_lift = max([MIN_LIFT, *(lift for row in rows for lift in row["lifts"])])
+    filtered_lift = max([MIN_LIFT, *(abs(lift) for row in rows for lift in row["lifts"])])
     left_open = max(-low for row in rows for difference, low in row["retention"] if difference >= -0.02)
     return {
         "bounds.step_frobenius": _round(1.25 * largest["step_frobenius"]),
@@ -44,7 +44,7 @@ def proposed(rows: list[dict[str, Any]]) -> dict[str, float]:
         "bounds.step_kl": _round(10 * largest["step_kl"]),
         "bounds.drift_kl": _round(10 * largest["drift_kl"]),
         "gate.base_kl": _round(10 * largest["drift_kl"]),
-        "gate.trigger_lift": _round(3 * filtered_lift),
+        "gate.trigger_lift": _round(2 * filtered_lift),
         "gate.margin": math.ceil(100 * left_open) / 100,
     }
 
