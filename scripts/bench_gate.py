@@ -1,0 +1,385 @@
+"""A thousand gates in a row: what each way of deciding lets through when candidates get a little better, or worse.
+
+`scripts/bench gate [--gates 1000] [--seeds 5] [--json F]` simulates a model that answers WORLD questions. A candidate
+answers 6 % of them otherwise than the incumbent and is truly better by N(-0.2, 1) points (regime `honest`: what an
+honest trainer brings, half of it noise) or N(-0.5, 0.3) (`eroding`: almost every one a little worse). The policy sees
+samples and promotes or not; the truth is the share of all questions that the incumbent answers right, 0.70 at first.
+
+`cltrain` is the production decision (cltrain/gate/decision.py, promote_on = non_inferior, margin 0.02) on a pool of
+4,000 questions that rotate: least used first, retired after `gate.max_uses`. The others are what is common elsewhere,
+and steps towards ours. `fixed` samples are drawn once, `fresh` ones for every gate.
+
+A row: policy, regime, seed, promoted, false_promoted (truly worse than the incumbent), true_final, reading (the
+incumbent's mean on what the policy looks at), power (share promoted of the candidates truly a point better or more),
+items (asked per gate, mean). Beside the rows, `null` is how often evidence of a gain, and of being no worse by the
+margin, was found at any of its looks where the truth lay exactly on the boundary: at most alpha is what it promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cltrain.config import GateConfig
+from cltrain.gate.decision import GateScores, ItemScores, decide, moves_high_water
+from cltrain.gate.judge import CHUNK
+from cltrain.gate.stats import e_value
+from cltrain.records import Decision, SuiteItem, Verdict
+
+Row = dict[str, Any]
+Answers = np.ndarray  # (WORLD,) bool: which questions are answered right
+Sample = np.ndarray  # indices of questions
+
+WORLD = 24_000
+POOL = 4_000
+START = 0.70
+DISCORDANCE = 0.06
+REGIMES = {"honest": (-0.002, 0.01), "eroding": (-0.005, 0.003)}  # mean and deviation of the true gain
+NUM_ITEMS = 800
+NUM_STRATA = 8
+CONFIG = GateConfig(promote_on="non_inferior", margin=0.02, items_per_gate=NUM_ITEMS)
+Z = 1.645
+
+
+class Policy:
+    """One way of deciding, with what it remembers from gate to gate. `look` answers whether to promote."""
+
+    def __init__(self, rng: np.random.Generator, start: Answers) -> None:
+        self.rng, self.incumbent, self.base = rng, start, start
+        self.num_asked = 0
+
+    def sample(self) -> Sample:
+        """The questions of one gate."""
+        raise NotImplementedError
+
+    def passes(self, candidate: Answers, asked: Sample) -> bool:
+        raise NotImplementedError
+
+    def look(self, candidate: Answers) -> bool:
+        asked = self.sample()
+        self.num_asked += len(asked)
+        return self.passes(candidate, asked)
+
+    def promote(self, candidate: Answers) -> None:
+        self.incumbent = candidate
+
+    def reading(self) -> float:
+        """What the policy believes of its incumbent."""
+        return float(self.incumbent[self.sample()].mean())
+
+
+def gains(candidate: Answers, reference: Answers, asked: Sample) -> np.ndarray:
+    """Per question asked: 1 won, -1 lost, 0 the same."""
+    return candidate[asked].astype(np.int8) - reference[asked].astype(np.int8)
+
+
+class Fixed(Policy):
+    num = 200
+
+    def __init__(self, rng: np.random.Generator, start: Answers) -> None:
+        super().__init__(rng, start)
+        self.kept = rng.choice(WORLD, self.num, replace=False)
+
+    def sample(self) -> Sample:
+        return self.kept
+
+
+class Fresh(Policy):
+    num = 200
+
+    def sample(self) -> Sample:
+        return self.rng.choice(WORLD, self.num, replace=False)
+
+
+def z_bound(differences: np.ndarray) -> float:
+    """Lower end of a one-sided 95 % interval of the mean, by the normal approximation."""
+    return float(differences.mean() - Z * differences.std() / math.sqrt(len(differences)))
+
+
+class Strict(Fixed):
+    """Better on average, by however little."""
+
+    def passes(self, candidate: Answers, asked: Sample) -> bool:
+        return float(gains(candidate, self.incumbent, asked).mean()) > 0
+
+
+class ZFixed(Fixed):
+    def passes(self, candidate: Answers, asked: Sample) -> bool:
+        return z_bound(gains(candidate, self.incumbent, asked)) > 0
+
+
+class ZFresh(Fresh):
+    passes = ZFixed.passes
+
+
+class ZFresh800(ZFresh):
+    num = NUM_ITEMS
+
+
+class Ladder(Fixed):
+    """Blum and Hardt, "The Ladder" (2015), parameter-free: better by a standard error."""
+
+    def passes(self, candidate: Answers, asked: Sample) -> bool:
+        d = gains(candidate, self.incumbent, asked)
+        return float(d.mean()) > float(d.std()) / math.sqrt(len(d))
+
+
+class NotWorse(Fixed):
+    """Not inferior to the champion by 4 points."""
+
+    def passes(self, candidate: Answers, asked: Sample) -> bool:
+        return z_bound(gains(candidate, self.incumbent, asked)) > -0.04
+
+
+class NotWorseThanBase(NotWorse):
+    def passes(self, candidate: Answers, asked: Sample) -> bool:
+        return super().passes(candidate, asked) and z_bound(gains(candidate, self.base, asked)) > -0.04
+
+
+class Better(Fresh):
+    """e-value that it is better, looked at after every chunk."""
+
+    num, margin = NUM_ITEMS, 0.0
+
+    def passes(self, candidate: Answers, asked: Sample) -> bool:
+        d = gains(candidate, self.incumbent, asked)
+        ends = range(CHUNK, len(d) + 1, CHUNK)
+        return any(e_value(d[:end].tolist(), -self.margin) >= 1 / CONFIG.alpha for end in ends)
+
+
+class NotWorseE(Better):
+    margin = 0.02
+
+
+class NotWorseThanBest(NotWorseE):
+    """And not inferior to a high-water mark, which moves only on overwhelming evidence."""
+
+    def __init__(self, rng: np.random.Generator, start: Answers) -> None:
+        super().__init__(rng, start)
+        self.best, self.moves = start, False
+
+    def passes(self, candidate: Answers, asked: Sample) -> bool:
+        against = gains(candidate, self.best, asked).tolist()
+        self.moves = e_value(against, 0.0) >= CONFIG.high_water_evidence
+        return super().passes(candidate, asked) and e_value(against, -self.margin) >= 1 / CONFIG.alpha
+
+    def promote(self, candidate: Answers) -> None:
+        super().promote(candidate)
+        self.best = candidate if self.moves else self.best
+
+
+class Spending(Fresh):
+    """A sign test at alpha / t^2: never more than alpha in all, for ever."""
+
+    num = NUM_ITEMS
+
+    def __init__(self, rng: np.random.Generator, start: Answers) -> None:
+        super().__init__(rng, start)
+        self.gate = 0
+
+    def passes(self, candidate: Answers, asked: Sample) -> bool:
+        self.gate += 1
+        d = gains(candidate, self.incumbent, asked)
+        wins, losses = int((d > 0).sum()), int((d < 0).sum())
+        above = (wins - losses - 1) / math.sqrt(max(1, wins + losses))
+        p = 0.5 * math.erfc(above / math.sqrt(2))
+        return p <= CONFIG.alpha * 6 / math.pi**2 / self.gate**2
+
+
+class Production(Policy):
+    """cltrain's own: incumbent, high-water mark and anchor on a rotating pool, by `decide`, chunk by chunk."""
+
+    def __init__(self, rng: np.random.Generator, start: Answers) -> None:
+        super().__init__(rng, start)
+        self.best = start
+        self.uses = np.zeros(WORLD, dtype=int)
+        order = rng.permutation(WORLD)
+        self.pool, self.unseen = order[:POOL], list(order[POOL:])
+        self.decision: Decision | None = None
+
+    def sample(self) -> Sample:
+        order = np.lexsort((self.rng.random(POOL), self.uses[self.pool]))
+        return self.rng.permutation(self.pool[order[:NUM_ITEMS]])
+
+    def look(self, candidate: Answers) -> bool:
+        asked = self.sample()
+        rows: list[ItemScores] = []
+        for start in range(0, NUM_ITEMS, CHUNK):
+            rows += [self.row(int(i), candidate) for i in asked[start : start + CHUNK]]
+            is_complete = start + CHUNK >= NUM_ITEMS
+            self.decision = decide(GateScores(tuple(rows), 0.0), CONFIG, taught=(), is_complete=is_complete)
+            if self.decision.verdict in (Verdict.REJECT, Verdict.PROMOTE):
+                break
+        self.num_asked += len(rows)
+        self.retire(asked[: len(rows)])
+        assert self.decision is not None
+        return self.decision.verdict is Verdict.PROMOTE
+
+    def row(self, i: int, candidate: Answers) -> ItemScores:
+        references = {"incumbent": float(self.incumbent[i])}
+        if self.best is not self.incumbent:
+            references["high_water"] = float(self.best[i])
+        if self.base is not self.best and self.base is not self.incumbent:
+            references["anchor"] = float(self.base[i])
+        return ItemScores(ITEMS[i], float(candidate[i]), references)  # type: ignore[arg-type]
+
+    def retire(self, used: Sample) -> None:
+        self.uses[used] += 1
+        worn = np.flatnonzero(self.uses[self.pool] >= CONFIG.max_uses)[: len(self.unseen)]
+        self.pool[worn] = [self.unseen.pop() for _ in worn]
+
+    def promote(self, candidate: Answers) -> None:
+        super().promote(candidate)
+        assert self.decision is not None
+        self.best = candidate if moves_high_water(self.decision) else self.best
+
+    def reading(self) -> float:
+        return float(self.incumbent[self.pool].mean())
+
+
+ITEMS = [SuiteItem(f"q{i}", "simulated", f"s{i % NUM_STRATA}", "retention", (), (), None) for i in range(WORLD)]
+POLICIES: dict[str, type[Policy]] = {
+    "strict >, fixed 200": Strict,
+    "paired z, fixed 200": ZFixed,
+    "paired z, fresh 200": ZFresh,
+    "paired z, fresh 800": ZFresh800,
+    "ladder, fixed 200": Ladder,
+    "not worse by 4 points, fixed 200": NotWorse,
+    "not worse than champion and base, fixed 200": NotWorseThanBase,
+    "e-value better, fresh 800": Better,
+    "e-value not worse by 2 points, fresh 800": NotWorseE,
+    "e-value not worse than champion and high-water mark": NotWorseThanBest,
+    "sign test, alpha / t^2": Spending,
+    "cltrain": Production,
+}
+
+
+def next_candidate(rng: np.random.Generator, incumbent: Answers, gain: float) -> Answers:
+    """6 % of the answers flipped, so that the share of right ones rises by `gain` as far as there are wrong ones."""
+    wrong, right = np.flatnonzero(~incumbent), np.flatnonzero(incumbent)
+    num_up = min(len(wrong), round(WORLD * (DISCORDANCE + gain) / 2))
+    num_down = max(0, min(len(right), num_up - round(WORLD * gain)))
+    candidate = incumbent.copy()
+    candidate[rng.choice(wrong, num_up, replace=False)] = True
+    candidate[rng.choice(right, num_down, replace=False)] = False
+    return candidate
+
+
+def simulate(name: str, regime: str, seed: int, num_gates: int) -> Row:
+    rng = np.random.default_rng([seed, list(REGIMES).index(regime)])  # the same candidates' gains for every policy
+    start = np.zeros(WORLD, dtype=bool)
+    start[rng.choice(WORLD, round(START * WORLD), replace=False)] = True
+    true_gains = rng.normal(*REGIMES[regime], num_gates)
+    policy = POLICIES[name](np.random.default_rng([seed, 7]), start)
+    promoted = false_promoted = num_better = num_better_promoted = 0
+    for gain in true_gains:
+        candidate = next_candidate(rng, policy.incumbent, float(gain))
+        true_gain = float(candidate.mean() - policy.incumbent.mean())
+        is_promoted = policy.look(candidate)
+        num_better += true_gain >= 0.01
+        num_better_promoted += is_promoted and true_gain >= 0.01
+        if is_promoted:
+            promoted += 1
+            false_promoted += true_gain < 0
+            policy.promote(candidate)
+    return {
+        "policy": name, "regime": regime, "seed": seed, "promoted": promoted, "false_promoted": false_promoted,
+        "true_final": float(policy.incumbent.mean()), "reading": policy.reading(),
+        "power": num_better_promoted / num_better if num_better else None, "items": policy.num_asked / num_gates,
+    }  # fmt: skip
+
+
+def null_rates(num_gates: int, seed: int = 0) -> dict[str, float]:
+    """Share of gates in which a candidate exactly on the boundary of "no better" (or of "worse by the margin") passes
+    at any look after 50, 100, ... 800 questions."""
+    rng = np.random.default_rng([seed, 20_000])
+    found = {}
+    for name, margin in (("better", 0.0), ("not worse", CONFIG.margin)):
+        wins = (DISCORDANCE - margin) / 2
+        shares = [wins + margin, 1 - DISCORDANCE, wins]
+        num_passed = 0
+        for _ in range(num_gates):
+            d = rng.choice([-1, 0, 1], NUM_ITEMS, p=shares).tolist()
+            ends = range(CHUNK, NUM_ITEMS + 1, CHUNK)
+            num_passed += any(e_value(d[:end], -margin) >= 1 / CONFIG.alpha for end in ends)
+        found[name] = num_passed / num_gates
+    return found
+
+
+PROMISES: dict[str, Callable[[Sequence[Row]], bool]] = {
+    "eroding: true_final >= 0.69 in every seed": lambda rows: all(
+        row["true_final"] >= 0.69 for row in rows if row["regime"] == "eroding"
+    ),
+    "honest: true_final >= 0.95 in every seed": lambda rows: all(
+        row["true_final"] >= 0.95 for row in rows if row["regime"] == "honest"
+    ),
+    "the reading is within 2 points of the truth": lambda rows: all(
+        abs(row["reading"] - row["true_final"]) <= 0.02 for row in rows
+    ),
+    "of candidates a point better >= 70 % are promoted": lambda rows: (
+        statistics.mean(row["power"] for row in rows if row["regime"] == "honest") >= 0.7
+    ),
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench gate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gates", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--nulls", type=int, default=20_000, help="gates of the null rates; 0 leaves them out")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="where the rows go")
+    given = parser.parse_args(argv)
+    jobs = [(name, regime, seed) for name in given.policies for regime in REGIMES for seed in range(given.seeds)]
+    rows: list[Row] = []
+    with ProcessPoolExecutor(given.processes) as pool:
+        nulls = pool.submit(null_rates, given.nulls) if given.nulls else None
+        tasks = [pool.submit(simulate, *job, given.gates) for job in jobs]
+        for number, task in enumerate(as_completed(tasks), start=1):
+            rows.append(task.result())
+            print(f"\r{number} of {len(jobs)} streams", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    rows.sort(key=lambda row: jobs.index((row["policy"], row["regime"], row["seed"])))
+    print(table(rows))
+    ours = [row for row in rows if row["policy"] == "cltrain"]
+    broken = [name for name, holds in PROMISES.items() if ours and not holds(ours)]
+    rates = nulls.result() if nulls else {}
+    broken += [f"null gates pass as {k!r}: {v:.3f} > alpha" for k, v in rates.items() if v > CONFIG.alpha]
+    print("".join(f"on the boundary, {v:.2%} of {given.nulls} gates pass as {k}\n" for k, v in rates.items()), end="")
+    if given.json:
+        found = {"gates": given.gates, "rows": rows, "nulls": given.nulls, "null": rates, "broken": broken}
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    print("\n".join(f"broken: {name}" for name in broken) or "every promise held")
+    return int(bool(broken))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Means over seeds, a line per policy and regime."""
+    head = f"{'policy':<52} {'regime':<8} promoted  false  true final  reading  power  items"
+    lines = [head]
+    for name in dict.fromkeys(row["policy"] for row in rows):
+        for regime in REGIMES:
+            some = [row for row in rows if row["policy"] == name and row["regime"] == regime]
+            mean = {k: statistics.mean(r[k] for r in some) for k in ("promoted", "true_final", "reading", "items")}
+            false = sum(r["false_promoted"] for r in some) / max(1, sum(r["promoted"] for r in some))
+            powers = [r["power"] for r in some if r["power"] is not None]
+            power = f"{statistics.mean(powers):>5.0%}" if powers else "    -"
+            lines.append(
+                f"{name:<52} {regime:<8} {mean['promoted']:>8.1f} {false:>6.0%} {mean['true_final']:>11.3f} "
+                f"{mean['reading']:>8.3f}  {power} {mean['items']:>6.0f}"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
