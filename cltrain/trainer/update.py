@@ -193,9 +193,12 @@ class _Update:
         check_continues(self.incumbent, self.adapter)
         if self.method.is_merged:
             return fresh
-        fast = self.memory.fast if "ema" in self.method.remember else None
+        start = (self.memory.fast if "ema" in self.method.remember else None) or self.incumbent
+        is_shaped = (start.rank, start.alpha) == (self.adapter.rank, self.adapter.alpha)
+        if is_shaped and not self.method.is_bounded:  # the baselines go on with their factors as others do
+            return start
         # Balanced anew, whatever the rank: many updates leave A and B of unlike lengths, and such factors learn badly.
-        return combine([(fast or self.incumbent, 1.0)], self.adapter.rank, self.adapter.alpha)[0]
+        return combine([(start, 1.0)], self.adapter.rank, self.adapter.alpha)[0]
 
     def _train(
         self,
