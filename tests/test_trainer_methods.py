@@ -244,12 +244,13 @@ def test_penalties_on_a_merged_model_hold_the_new_adapter_to_nothing(tiny, learn
 
 
 def test_remember_takes_the_place_of_the_methods_own_ways_and_combines_them(tiny, learned):
-    bounded = second(tiny, learned, "both", NEW, method="bounded_replay")
-    combined = second(tiny, learned, "both", NEW, method="naive", remember=("replay", "kl"))
-    assert combined.content == bounded.content, "with bounds that never bite they are one method"
-    nothing = second(tiny, learned, "none", NEW, method="bounded_replay", remember=())
-    naive = second(tiny, learned, "none", NEW, method="naive")
+    bounded = tiny.update("first-bounded", NEW, OLD, trainer={"method": "bounded_replay"})
+    combined = tiny.update("first-combined", NEW, OLD, trainer={"method": "naive", "remember": ("replay", "kl")})
+    assert combined.content == bounded.content, "with bounds that never bite and no factors to balance they are one"
+    nothing = tiny.update("first-nothing", NEW, OLD, trainer={"method": "bounded_replay", "remember": ()})
+    naive = tiny.update("first-naive", NEW, OLD, trainer={"method": "naive"})
     assert nothing.content == naive.content
+    assert naive.content != bounded.content
     names = ("replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema")
     everything = second(tiny, learned, "all", NEW, method="bounded_replay", remember=names)
     terms = {"fresh", "replay", "kl", "ewc", "l2sp"}
