@@ -6,26 +6,21 @@ What must work while everything else is down (status, freeze, unfreeze, rollback
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-
-from sqlalchemy import func, insert, select, update
 
 from cltrain import launch
 from cltrain.config import BoundsConfig, Config, load
-from cltrain.errors import DataError, ServerError
+from cltrain.errors import ConfigError, ConflictError, DataError, ServerError
 from cltrain.models.digest import base_path
-from cltrain.registry import aliases, decisions, releases
+from cltrain.registry import aliases, lease, releases, requests
 from cltrain.registry.reserve import make_reserve, reserve_freed
-from cltrain.store import schema
-from cltrain.store.database import Store, open_store
+from cltrain.store.database import STORE_FILE, Store, open_store
 
 if TYPE_CHECKING:
     from cltrain.certificate import Certificate
@@ -80,97 +75,39 @@ class Deployment:
     # ------------------------------------------------------------ state
 
     def status(self) -> dict[str, Any]:
-        """What serves, what is waiting, what the last five updates said; answers within a second.
+        """What serves, what is waiting and why, what the last updates said; see `cltrain.status.read_status`."""
+        from cltrain.status import read_status
 
-        `immature`: ended episodes that wait for feedback or for `mature_after_s`; `late_feedback`: pieces that came
-        after their episode was learned from; `sinks`: events that each has not kept yet.
-        """
-        from cltrain.experience import rows, waiting
-        from cltrain.monitoring.outbox import lags
-
-        agent, s, now = self.agent, schema, time.time()
-        with self.store.read() as connection:
-            alias = connection.execute(select(s.aliases).where(s.aliases.c.agent == agent)).first()
-            switch = connection.execute(select(s.agents).where(s.agents.c.agent == agent)).first()
-            recent = connection.execute(
-                select(s.updates).where(s.updates.c.agent == agent).order_by(s.updates.c.number.desc()).limit(5)
-            ).all()
-
-            def count(table: Any, *where: Any) -> int:
-                return int(connection.execute(select(func.count()).select_from(table).where(*where)).scalar_one())
-
-            num_records = count(s.records, s.records.c.agent == agent)
-            num_feedback = count(s.feedback, s.feedback.c.agent == agent)
-            num_set_aside = rows.num_set_aside(connection, agent)
-            sinks = lags(connection)
-            screened = connection.execute(
-                select(s.screenings.c.status, func.count()).where(s.screenings.c.agent == agent).group_by("status")
-            ).all()
-        try:
-            chain = decisions.verify_chain(self.store)
-            chain_state, num_decisions = "unbroken", chain.num_entries
-        except DataError as error:
-            chain_state, num_decisions = f"BROKEN: {error}", -1
-        is_worked_on = switch is not None and switch.lease_until is not None and switch.lease_until > now
-        return {
-            "agent": agent,
-            "mode": str(self.config.agent.mode),
-            "frozen": bool(switch and switch.is_frozen),
-            "frozen_reason": switch.frozen_reason if switch else None,
-            "release": alias.release if alias else None,
-            "previous": alias.previous if alias else None,
-            "anchor": alias.anchor if alias else None,
-            "high_water": alias.high_water if alias else None,
-            "records": num_records,
-            "immature": waiting.num_immature(self.store, agent, self.config.experience.mature_after_s, now),
-            "screenings": {row[0]: int(row[1]) for row in screened},
-            "feedback": num_feedback,
-            "late_feedback": waiting.num_late_feedback(self.store, agent),
-            "set_aside": num_set_aside,
-            "sinks": sinks,
-            "decisions": num_decisions,
-            "chain": chain_state,
-            "processes": {
-                "gateway": _is_up(launch.gateway_url(self.config)),
-                "server": _is_up(launch.server_url(self.config)),
-                "worker": "up" if is_worked_on else "down",
-            },
-            "updates": [
-                {
-                    "number": row.number,
-                    "id": row.id,
-                    "state": row.state,
-                    "verdict": row.verdict,
-                    "candidate": row.candidate,
-                    "reason": "; ".join((row.summary or {}).get("reasons", ())[:1]),
-                }
-                for row in recent
-            ],
-        }
+        return read_status(self.config, self._existing())
 
     # ------------------------------------------------------------ switches
 
     def freeze(self, reason: str = "asked for by the owner") -> dict[str, Any]:
         """Nothing is learned until `unfreeze`; an update under way is discarded at its end."""
         with reserve_freed(self.config.state_dir):
-            aliases.freeze(self.store, self.agent, now=time.time(), reason=reason)
+            aliases.freeze(self._existing(), self.agent, now=time.time(), reason=reason)
         return {"agent": self.agent, "frozen": True, "reason": reason}
 
     def unfreeze(self) -> dict[str, Any]:
-        aliases.unfreeze(self.store, self.agent, now=time.time())
+        aliases.unfreeze(self._existing(), self.agent, now=time.time())
         return {"agent": self.agent, "frozen": False, "mode": str(self.config.agent.mode)}
 
     def rollback(
         self, to: str | None = None, *, keep_learning: bool = False, reason: str = "asked for by the owner"
     ) -> dict[str, Any]:
-        """Serve an earlier release again (default: the one before), with every process down if need be."""
+        """Serve an earlier release again (default: the one before), with every process down if need be.
+
+        `to` may be the beginning of a name, if there is only one.
+        """
         now = time.time()
         with reserve_freed(self.config.state_dir):
-            done = aliases.rollback(self.store, self.agent, to=to, now=now, reason=reason, freeze=not keep_learning)
+            store = self._existing()
+            to = None if to is None else releases.find(store, self.agent, to).name
+            done = aliases.rollback(store, self.agent, to=to, now=now, reason=reason, freeze=not keep_learning)
         # it is resident as a rule; a server that is away gets it when it is back
         with contextlib.suppress(ServerError):
             directory = releases.release_dir(self.config.state_dir, releases.get(self.store, done.alias.release))
-            if directory is not None and _is_up(launch.server_url(self.config)) == "up":
+            if directory is not None and launch.health_of(launch.server_url(self.config)) == "up":
                 with self._client() as client:
                     client.load(done.alias.release, directory)
         return {
@@ -180,15 +117,21 @@ class Deployment:
             "frozen": done.is_frozen,
         }
 
-    def promote(self, release: str) -> dict[str, Any]:
+    def promote(self, release: str, *, again: bool = False) -> dict[str, Any]:
         """A human's yes: every server gets the release first, then the alias moves and the anchor with it.
 
         Raises DataError when its files are not those that were sealed, ServerError when a server cannot load it,
-        ConflictError when the gate said no.
+        ConflictError when the gate said no, or it was rolled back and this is not said to be done `again`.
         """
         from cltrain.deploy.preflight import check_adapter
 
-        found = releases.get(self.store, release)
+        found = releases.find(self._existing(), self.agent, release)
+        release = found.name
+        if found.status == "rolled_back":
+            if (reason := aliases.frozen_reason(self.store, self.agent)) is not None:
+                raise ConflictError(f"{release} was rolled back, and {self.agent} is frozen ({reason}): unfreeze it")
+            if not again:
+                raise ConflictError(f"{release} was rolled back: `cltrain promote --again` serves it all the same")
         alias = aliases.read_alias(self.store, self.agent)
         releases.verify_release(self.config.state_dir, found)
         directory = releases.release_dir(self.config.state_dir, found)
@@ -212,18 +155,25 @@ class Deployment:
 
         A trial is trained and judged like any other and then thrown away. Returns verdict, reasons, candidate, ...
         """
-        if self._worker_is_up():
-            return self.request("trial" if trial else "update", wait_s=wait_s)
-        with self._own_server(on_progress):
-            from cltrain.worker import Worker
+        if not self._worker_is_up():
+            with ExitStack() as stack:
+                stack.enter_context(self._own_server(on_progress))
+                from cltrain.worker import Worker
 
-            with Worker(self.config, self.store, on_progress=on_progress) as worker:
-                return worker.update(is_trial=trial)
+                try:
+                    worker = stack.enter_context(Worker(self.config, self.store, on_progress=on_progress))
+                except ConflictError:
+                    if not self._worker_is_up():
+                        raise
+                else:  # no worker took the lease while this one was being made
+                    return worker.update(is_trial=trial)
+        kind = "trial" if trial else "update"
+        return self.request(kind, wait_s=wait_s, on_progress=on_progress)
 
     def gate(self, release: str, *, on_progress: Progress = quiet) -> dict[str, Any]:
         """Judge a release against what serves now; nothing moves."""
         launch.check_takes_adapters(self.config)
-        releases.get(self.store, release)  # an unknown name is said before a server is started for it
+        release = releases.find(self._existing(), self.agent, release).name  # said before a server is started for it
         with self._own_server(on_progress):
             from cltrain.worker import Worker
 
@@ -234,44 +184,37 @@ class Deployment:
         """Propose budgets from naive updates on what is waiting, made in a scratch directory; nothing here changes."""
         from cltrain.calibration import calibrate
 
-        return calibrate(self.config, self.store, now=time.time(), on_progress=on_progress)
+        return calibrate(self.config, self._existing(), now=time.time(), on_progress=on_progress)
 
-    def request(self, kind: str, options: dict[str, Any] | None = None, *, wait_s: float = 3600.0) -> dict[str, Any]:
-        """Ask the running worker for something and wait for its answer. Raises ServerError after `wait_s` seconds."""
+    def request(
+        self,
+        kind: str,
+        options: dict[str, Any] | None = None,
+        *,
+        wait_s: float = 3600.0,
+        on_progress: Progress = quiet,
+    ) -> dict[str, Any]:
+        """Ask the running worker for something and wait for its answer.
+
+        Raises ConfigError when it learns with other settings than were given here, ServerError after `wait_s` seconds
+        and when there is no worker any more.
+        """
+        theirs = lease.settings_of(self.store, self.agent)
+        if theirs is not None and (unlike := self.config.unlike(theirs)):
+            raise ConfigError(
+                f"the running worker learns with settings of its own: {'; '.join(unlike)}. Stop it and start it with "
+                "yours, or ask without them"
+            )
         request = self.post_request(kind, options)
-        deadline = time.monotonic() + wait_s
-        try:
-            while (outcome := self.request_outcome(request)) is None:
-                if time.monotonic() > deadline:
-                    raise ServerError(f"the worker did not answer request {request} within {wait_s:g} s; see its log")
-                time.sleep(0.05)
-        except BaseException:
-            self.withdraw_request(request)
-            raise
-        if "error" in outcome:
-            raise ServerError(f"the worker could not do it: {outcome['error']}")
-        return outcome
-
-    def withdraw_request(self, request: int) -> None:
-        """Nobody waits for it any more: a worker that has not begun with it leaves it."""
-        unanswered = (schema.requests.c.id == request) & schema.requests.c.outcome.is_(None)
-        with self.store.write() as connection:
-            outcome = {"error": "withdrawn: the asker gave up"}
-            connection.execute(update(schema.requests).where(unanswered).values(outcome=outcome))
+        return requests.wait_for(self.store, self.agent, request, wait_s=wait_s, on_progress=on_progress)
 
     def post_request(self, kind: str, options: dict[str, Any] | None = None) -> int:
         """Leave a request for the worker; returns its number."""
-        row = {"agent": self.agent, "kind": kind, "options": options or {}, "created_at": time.time()}
-        with self.store.write() as connection:
-            result = connection.execute(insert(schema.requests).values(**row))
-            assert result.inserted_primary_key is not None
-            return int(result.inserted_primary_key[0])
+        return requests.post(self.store, self.agent, kind, options or {}, time.time())
 
     def request_outcome(self, request: int) -> dict[str, Any] | None:
-        with self.store.read() as connection:
-            query = select(schema.requests.c.outcome).where(schema.requests.c.id == request)
-            outcome: dict[str, Any] | None = connection.execute(query).scalar()
-        return outcome
+        """What the worker answered; None as long as it has not."""
+        return requests.outcome_of(self.store, request)
 
     # ------------------------------------------------------------ input and output
 
@@ -295,7 +238,7 @@ class Deployment:
         """Write the page of one update, or of the whole run; returns its path."""
         from cltrain.reporting import write_report
 
-        return write_report(self.store, self.config, number)
+        return write_report(self._existing(), self.config, number)
 
     def run_process(self, name: str) -> None:
         """Be one of the processes until told to stop. Raises ConfigError for an unknown name."""
@@ -307,7 +250,7 @@ class Deployment:
         """What would go wrong: one finding a line, `state` good, note or bad."""
         from cltrain.doctor import examine
 
-        return examine(self.config, self.store)
+        return examine(self.config)
 
     def keep_room(self) -> bool:
         """Set a few megabytes aside for a rollback or a freeze on a full disk; returns whether there was room.
@@ -319,16 +262,28 @@ class Deployment:
 
     # ------------------------------------------------------------ inside
 
+    def _existing(self) -> Store:
+        """The store, for what only looks or switches: nothing is created, and an agent that nobody knows is a mistake.
+
+        Raises DataError where there is no deployment, or one of other agents.
+        """
+        home = self.config.state_dir
+        if not (home / STORE_FILE).is_file():
+            raise DataError(
+                f"there is no deployment in {home} (home): --home or $CLTRAIN_HOME names another; "
+                "`cltrain run`, `serve`, `update` and `import` make one"
+            )
+        if others := releases.other_agents(self.store, self.agent):
+            raise DataError(f"{home} has no agent {self.agent!r}: --agent takes {', '.join(others)}")
+        return self.store
+
     def _worker_is_up(self) -> bool:
-        with self.store.read() as connection:
-            query = select(schema.agents.c.lease_until).where(schema.agents.c.agent == self.agent)
-            until = connection.execute(query).scalar()
-        return until is not None and until > time.time()
+        return lease.lease_until(self.store, self.agent) > time.time()
 
     def _own_server(self, on_progress: Progress) -> Any:
         """A server for as long as this process needs one, unless the configured one answers already."""
         launch.check_takes_adapters(self.config)
-        if _is_up(launch.server_url(self.config)) == "up":
+        if launch.health_of(launch.server_url(self.config)) == "up":
             return nullcontext()
         if "server" not in launch.needed(self.config):
             raise ServerError(f"{launch.server_url(self.config)} does not answer: start it, or leave server.url out")
@@ -339,20 +294,3 @@ class Deployment:
 
         model = self.config.server.model or "base"
         return ServerClient(launch.server_url(self.config), model, self.config.server.timeout_s)
-
-
-def _is_up(url: str) -> str:
-    """Whether a process answers there. A port is knocked at first: the HTTP client alone costs a fifth of a second."""
-    place = urlsplit(url)
-    try:
-        socket.create_connection(
-            (place.hostname or "", place.port or (443 if place.scheme == "https" else 80)), 0.3
-        ).close()
-    except OSError:
-        return "down"
-    import httpx
-
-    try:
-        return "up" if httpx.get(f"{url}/health", timeout=0.3, trust_env=False).status_code == 200 else "unwell"
-    except httpx.HTTPError:
-        return "unwell"

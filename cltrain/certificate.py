@@ -101,7 +101,7 @@ def certify(
     parent = None if is_bare else parent or directory.parent / manifest.parent
     findings = [
         *_sealed(directory, manifest),
-        _same("base", base_digest(base_dir), manifest.base, "another base: --base names the right directory"),
+        _same("base", base_digest(base_dir), manifest.base, f"{base_dir} is another base: --base names the right one"),
         _anchors(anchors, manifest),
         _parent(parent, manifest),
     ]
@@ -125,7 +125,8 @@ def certify(
 def distances(
     base: Base, adapter: AdapterFile, parent: AdapterFile | None, rows: Sequence[TokenRow]
 ) -> dict[str, float]:
-    """Every measured bound in float64, each delta formed as a whole matrix; `parent` None is the bare base.
+    """Every measured bound in float64, each delta formed as a whole matrix; `parent` None is the bare base. Raises
+    DataError for a delta that is not finite.
 
     KL is the mean over the predicted tokens of `rows`, nats, over the whole vocabulary, by a float64 copy of the model
     with the deltas added to its weights (transformers keeps RMSNorm and rotary tables in float32).
@@ -138,6 +139,8 @@ def distances(
         delta_NK, before_NK = (_delta(one, module, weight_NK) for one in (adapter, parent))
         length = float(weight_NK.square().sum().sqrt())
         for kind, moved_NK in (("step", delta_NK - before_NK), ("drift", delta_NK)):
+            if not bool(torch.isfinite(moved_NK).all()):
+                raise DataError(f"{module}: the delta is not finite: its factors or lora_alpha are not numbers")
             frobenius = float(moved_NK.square().sum().sqrt())
             spectral = float(torch.linalg.svdvals(moved_NK)[0])
             for norm, value in ((f"{kind}_frobenius", frobenius), (f"{kind}_spectral", spectral)):
@@ -148,6 +151,8 @@ def distances(
 def table(certificate: Certificate) -> list[str]:
     """The certificate for a terminal: a line each, and why where something does not hold."""
     lines = [f"{'':<26} {'seen':>12} {'claimed':>12} {'limit':>10}"]
+    if "base" in certificate.failed:
+        lines.insert(0, f"{certificate.release} is of another base than the one looked at: name it with --base")
     for finding in certificate.findings:
         seen, claimed, limit = (_shown(value) for value in (finding.seen, finding.claimed, finding.limit))
         says = f": {finding.says}" if finding.says else ""
@@ -169,7 +174,7 @@ def _read_manifest(directory: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{file} is not a release's manifest: {where}: {first['msg']}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from None
     claims = [name for bound in BOUNDS for name in (bound, f"{bound}_limit")]
     if missing := [name for name in claims if name not in manifest.bounds]:
@@ -182,6 +187,8 @@ def _read_manifest(directory: Path) -> Manifest:
 
 def _sealed(directory: Path, manifest: Manifest) -> list[Finding]:
     """The files against their hashes, and the name against the content."""
+    present = {path.name for path in directory.iterdir()} - {MANIFEST, *ADAPTER_FILES, *manifest.files}
+    strays = [Finding(name, "fails", None, None, says="the manifest does not list it") for name in sorted(present)]
     digest = adapter_digest(directory)
     name = f"{manifest.agent}-v{manifest.number:06d}-{digest[:12]}"
     odd = f"the content is named {name}"
@@ -193,7 +200,7 @@ def _sealed(directory: Path, manifest: Manifest) -> list[Finding]:
         _same(file, _sha256(directory / file), sha256, "not the file that was sealed")
         for file, sha256 in listed.items()
     ]
-    return [*names, *files, _same("digest", digest, manifest.digest, "not the adapter that was sealed")]
+    return [*names, *files, *strays, _same("digest", digest, manifest.digest, "not the adapter that was sealed")]
 
 
 def _anchors(file: Path, manifest: Manifest) -> Finding:
@@ -254,6 +261,8 @@ def _distance(name: str, seen: float, claimed: float, limit: float, tolerance: t
 
 
 def _claim(name: str, claimed: float, limit: float) -> Finding:
+    if claimed < 0:
+        return Finding(name, "fails", None, claimed, limit, f"{claimed:.9g} is no amount")
     if claimed <= limit:
         return Finding(name, "claimed", None, claimed, limit)
     return Finding(name, "fails", None, claimed, limit, f"{claimed:.9g} is beyond the limit {limit:.9g}")
@@ -267,11 +276,15 @@ def _distances_of(directory: Path, base_dir: Path, anchors: Path, parent: Path |
     from cltrain.models.base import load_base
 
     base = load_base(base_dir, dtype=dtype, num_threads=torch.get_num_threads())
-    adapter, before = read_adapter(directory), None if parent is None else read_adapter(parent)
+    try:
+        adapter, before = read_adapter(directory), None if parent is None else read_adapter(parent)
+        rows = read_rows(anchors.read_bytes())
+    except (ValueError, LookupError, TypeError, RecursionError) as error:  # the hashes are right, whoever wrote it
+        raise DataError(f"what was sealed is no adapter, or these are no anchors: {error}") from None
     for one in (adapter, before):
         if one is not None:
             check_fits(base, one)
-    return distances(base, adapter, before, read_rows(anchors.read_bytes()))
+    return distances(base, adapter, before, rows)
 
 
 def _delta(adapter: AdapterFile | None, module: str, like_NK: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 configuration, 3 data, 4 conflict, 5 server; the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import inspect
 import json
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from cltrain import __version__
 from cltrain.errors import CltrainError, DataError
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ Base = Annotated[Path | None, typer.Option(help="Directory of the frozen base mo
 Upstream = Annotated[str | None, typer.Option(help="URL of an inference server that already runs.")]
 Reason = Annotated[str, typer.Option(help="Goes into the log of decisions.")]
 
+UPSTREAM_WAIT_S = 5.0  # for a server that is not ours
 SHOWN = 3  # unusable episodes that `import` names
 VERDICT_EXIT = {"promote": 0, "hold": 10, "reject": 11, "error": 12}
 
@@ -97,6 +100,21 @@ def _said(outcome: dict[str, Any]) -> list[str]:
         soon = f", at the present rate in about {when / 60:.0f} minutes" if when is not None else ""
         lines.append(f"about {outcome['num_missing']} held-out items are missing{soon}")
     return lines
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"cltrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What comes before the command."""
 
 
 @app.command()
@@ -157,7 +175,7 @@ def _start(
             settings["server.kind"] = "openai"  # nobody said what it is: record, and load no adapters
     deployment = chosen.open(**settings)
     if not deployment.keep_room():
-        typer.echo(f"no room in {deployment.config.state_dir} to set aside for a rollback on a full disk", err=True)
+        _warn(f"no room in {deployment.config.state_dir} to set aside for a rollback on a full disk")
     if only is not None:
         deployment.run_process(only)
         return
@@ -165,6 +183,9 @@ def _start(
     with launch.Fleet(
         deployment.config, deployment.arguments, names, on_event=lambda line: typer.echo(line, err=True)
     ) as fleet:
+        foreign = launch.server_url(deployment.config)
+        if "server" not in names and not launch.is_listening(foreign, UPSTREAM_WAIT_S):
+            _warn(f"WARNING: nothing listens at {foreign} (server.url): no answer gets through until something does")
         typer.echo(f"agent {deployment.agent} ({deployment.config.agent.mode}) is served at")
         typer.echo(f"  base_url = {launch.gateway_url(deployment.config)}/v1   model = {deployment.agent}")
         typer.echo(f"  state and logs in {deployment.config.state_dir}; Ctrl-C stops")
@@ -195,12 +216,15 @@ def verify(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Recompute a release's bounds from its files alone; with --config or --set against these limits."""
+    """Recompute a release's bounds from its files alone; with --config or --set against these limits, on this base."""
     from cltrain import api
     from cltrain.certificate import table
     from cltrain.config import load
 
-    limits = load(config or [], overrides or []).bounds if config or overrides else None
+    limits = None
+    if config or overrides:
+        chosen = load(config or [], overrides or [])
+        base, limits = base or chosen.base.path, chosen.bounds
     found = api.verify(release, base=base, anchors=anchors, parent=parent, limits=limits)
     _print({**asdict(found), "holds": found.holds, "failed": found.failed}, as_json, table(found))
     raise typer.Exit(0 if found.holds else 3)
@@ -224,7 +248,7 @@ def calibrate(
 @about_one
 def gate(
     chosen: Chosen,
-    release: Annotated[str, typer.Argument(help="The release to judge against what serves now.")],
+    release: Annotated[str, typer.Argument(help="What to judge against what serves now.")],
     as_json: AsJson = False,
 ) -> None:
     """Judge a release again; nothing is promoted."""
@@ -236,18 +260,19 @@ def gate(
 @about_one
 def promote(
     chosen: Chosen,
-    release: Annotated[str, typer.Argument(help="A release that the gate would promote.")],
+    release: Annotated[str, typer.Argument(help="A release that the gate would promote, or how its name begins.")],
+    again: Annotated[bool, typer.Option("--again", help="Also one that was rolled back.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """A human's yes: serve this release and make it the anchor."""
-    alias = chosen.open().promote(release)
+    alias = chosen.open().promote(release, again=again)
     _print(alias, as_json, [f"{alias['agent']} now answers with {alias['release']} (before: {alias['previous']})"])
 
 
 @about_one
 def rollback(
     chosen: Chosen,
-    to: Annotated[str | None, typer.Option(help="A release; default the one before.")] = None,
+    to: Annotated[str | None, typer.Option(help="A release, or how its name begins; default the one before.")] = None,
     keep_learning: Annotated[bool, typer.Option("--keep-learning", help="Do not freeze learning.")] = False,
     reason: Reason = "asked for by the owner",
     as_json: AsJson = False,
@@ -285,24 +310,10 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """What serves, what is waiting, what the last updates said."""
+    from cltrain.status import lines_of
+
     state = chosen.open().status()
-    frozen = f"  FROZEN: {state['frozen_reason']}" if state["frozen"] else ""
-    said = f"{state['feedback']} pieces of feedback, {state['set_aside']} lines set aside"
-    lines = [
-        f"agent      {state['agent']}  mode {state['mode']}{frozen}",
-        f"serving    {state['release'] or 'nothing yet'}",
-        f"before     {state['previous'] or '-'}   anchor {state['anchor'] or '-'}",
-        f"records    {state['records']} episodes, {said}",
-        f"waiting    {state['immature']} episodes for feedback; {state['late_feedback']} pieces came too late",
-        f"processes  {', '.join(f'{name} {up}' for name, up in state['processes'].items())}",
-        f"decisions  {state['decisions']} in the log, chain {state['chain']}",
-    ]
-    lines += [f"lag        {name}: {lag} events not kept yet" for name, lag in state["sinks"].items() if lag]
-    for u in state["updates"]:
-        lines.append(
-            f"update {u['number']:>4}  {u['verdict'] or u['state']:<8} {u['candidate'] or '':<34} {u['reason']}"
-        )
-    _print(state, as_json, lines)
+    _print(state, as_json, lines_of(state))
 
 
 @about_one
@@ -342,10 +353,11 @@ def config_check(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Load the files as every command would, and print the result."""
+    """Load the files as every command would, look whether what they name is there, and print the result."""
     from cltrain.config import load
 
     resolved = load(files or [], overrides or [])
+    resolved.check_files()
     digest = resolved.digest()
     _print({"config": resolved.resolved(), "digest": digest}, as_json, [f"good; digest {digest[:12]}"])
 
@@ -378,5 +390,11 @@ def main() -> None:
 def _fail(error: CltrainError) -> NoReturn:
     if "--json" in sys.argv:
         typer.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
-    typer.echo(f"{type(error).__name__}: {error}", err=True)
+    _warn(f"{type(error).__name__}: {error}")
     sys.exit(error.exit_code)
+
+
+def _warn(line: str) -> None:
+    """To stderr, which may be a log on a full disk: the exit code still says what is wrong."""
+    with contextlib.suppress(OSError):
+        typer.echo(line, err=True)

@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cltrain.errors import ConfigError
 from cltrain.records import LearningMode, Objective
@@ -26,8 +26,26 @@ MethodName = Literal[
 Remember = Literal["replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "distill"]
 
 
+NOT_SHAPING = ("home", "server", "gateway", "monitoring")  # where an update happens and who hears of it
+PATHS = (("base", "path"), ("experience", "rehearsal"), ("trainer", "anchors"), ("gate", "suite"))
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are for switches only")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            raise ValueError("something is listed twice")
+        return value
 
 
 class AgentConfig(Section):
@@ -36,7 +54,7 @@ class AgentConfig(Section):
     name: str = Field("support", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
     mode: LearningMode = LearningMode.OBSERVE
     updates: Literal["when_ready", "on_request"] = "when_ready"  # on_request: `cltrain update`, a timer, your own code
-    learn_from: tuple[str, ...] = ("agent", "operator", "rehearsal")  # producers whose assistant turns may carry loss
+    learn_from: tuple[str, ...] = Field(("agent", "operator", "rehearsal"), min_length=1)  # whose turns may carry loss
     tools_allowed: tuple[str, ...] | None = None  # None: the tools that the episode itself declares
 
 
@@ -53,7 +71,9 @@ class BaseModelConfig(Section):
 class AdapterConfig(Section):
     rank: int = Field(8, ge=1, le=512)
     alpha: float = Field(16.0, gt=0)  # the delta is scaled by alpha / rank
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
 
 
 class ExperienceConfig(Section):
@@ -79,7 +99,7 @@ class ObjectivesConfig(Section):
     """What each kind of feedback is learned by; a coefficient multiplies its own term only."""
 
     # What is not listed is not learned; without sft no record is rehearsed either, only `experience.rehearsal`.
-    use: tuple[Objective, ...] = ("sft", "dpo", "kto", "policy", "hindsight")
+    use: tuple[Objective, ...] = Field(("sft", "dpo", "kto", "policy", "hindsight"), min_length=1)
     corrections: Literal["sft", "dpo"] = "sft"  # dpo: a correction beside the answer that it replaces
     sft: float = Field(1.0, gt=0)
     dpo: float = Field(1.0, gt=0)
@@ -132,13 +152,13 @@ class TrainerConfig(Section):
 class BoundsConfig(Section):
     """Hard limits, as fractions of ||W0||_F and nats per token; measured again on the exported file."""
 
-    step_frobenius: float = Field(0.1, gt=0, allow_inf_nan=False)
-    drift_frobenius: float = Field(0.5, gt=0, allow_inf_nan=False)
-    step_spectral: float = Field(0.1, gt=0, allow_inf_nan=False)
-    drift_spectral: float = Field(0.5, gt=0, allow_inf_nan=False)
-    step_kl: float = Field(0.25, gt=0, allow_inf_nan=False)
-    drift_kl: float = Field(0.25, gt=0, allow_inf_nan=False)
-    day_frobenius: float = Field(1.0, gt=0, allow_inf_nan=False)  # sum of the steps that served, any 24 hours
+    step_frobenius: float = Field(0.1, gt=0)
+    drift_frobenius: float = Field(0.5, gt=0)
+    step_spectral: float = Field(0.1, gt=0)
+    drift_spectral: float = Field(0.5, gt=0)
+    step_kl: float = Field(0.25, gt=0)
+    drift_kl: float = Field(0.25, gt=0)
+    day_frobenius: float = Field(1.0, gt=0)  # sum of the steps that served, any 24 hours
     max_tokens: int = Field(200_000, ge=1)  # supervised tokens per update; training ends before it
     max_steps: int = Field(1000, ge=1)
     min_shrink: float = Field(0.05, gt=0, le=1)  # a candidate that must shrink below this is rejected
@@ -149,7 +169,7 @@ class HealthConfig(Section):
 
     min_entropy_share: float = Field(0.5, gt=0, le=1)
     max_ending_ratio: float = Field(4.0, gt=1)  # of the chance to end an answer early, either way
-    max_grad_norm: float = Field(1e4, gt=0, allow_inf_nan=False)  # before clipping
+    max_grad_norm: float = Field(1e4, gt=0)  # before clipping
 
 
 class GateConfig(Section):
@@ -173,7 +193,7 @@ class ServerConfig(Section):
     """One inference server. `embedded` is ours; `vllm` and `openai` are spoken to over HTTP."""
 
     kind: Literal["embedded", "vllm", "openai"] = "embedded"
-    url: str | None = None  # None: cltrain starts the embedded server itself
+    url: str | None = Field(None, pattern=r"^https?://[^/\s]+\S*$")  # None: cltrain starts the embedded server itself
     host: str = "127.0.0.1"
     port: int = Field(8101, ge=0, le=65535)
     model: str | None = None  # the base's name on that server
@@ -233,10 +253,25 @@ class Config(Section):
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
+    def shaping(self) -> dict[str, Any]:
+        """Everything that shapes an update; `home` and addresses do not."""
+        return {name: value for name, value in self.resolved().items() if name not in NOT_SHAPING}
+
     def digest(self) -> str:
-        """sha256 of everything that shapes an update; `home` and addresses do not."""
-        shaped = {k: v for k, v in self.resolved().items() if k not in {"home", "server", "gateway", "monitoring"}}
-        return hashlib.sha256(json.dumps(shaped, sort_keys=True).encode()).hexdigest()
+        """sha256 of `shaping`."""
+        return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()
+
+    def unlike(self, shaping: dict[str, Any]) -> list[str]:
+        """Which settings, of those that somebody gave here, are others in that `shaping`; defaults do not count."""
+        given = self.model_dump(mode="json", exclude_unset=True, exclude=set(NOT_SHAPING))
+        return list(_differences(given, shaping))
+
+    def check_files(self) -> None:
+        """Raise ConfigError for a path that leads nowhere. Commands that read a file say so themselves, later."""
+        for section, key in PATHS:
+            path = getattr(getattr(self, section), key)
+            if path is not None and not path.expanduser().exists():
+                raise ConfigError(f"{section}.{key} = {str(path)!r}: there is no such file or directory")
 
 
 def load(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
@@ -268,7 +303,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {file} is not valid TOML: {error}") from None
-    for section, key in (("base", "path"), ("experience", "rehearsal"), ("trainer", "anchors"), ("gate", "suite")):
+    for section, key in PATHS:
         value = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
         if isinstance(value, str):
             values[section][key] = str((file.parent / Path(value).expanduser()).resolve())
@@ -294,6 +329,15 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in ours.items():
+        other = theirs.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            yield from _differences(value, other, f"{prefix}{name}.")
+        elif value != other:
+            yield f"{prefix}{name} = {json.dumps(other)}, not {json.dumps(value)}"
 
 
 def _explain(problem: Any) -> str:

@@ -16,20 +16,20 @@ from cltrain.config import Config
 from cltrain.errors import CltrainError
 from cltrain.models.digest import base_digest, base_path
 from cltrain.registry.decisions import verify_chain
-from cltrain.store.database import Store
+from cltrain.store.database import STORE_FILE, open_store
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "wandb", "triton", "safetensors")
 MIN_FREE_BYTES = 1 << 30
 GUARDED_ROUTES = ("/adapters", "/pause", "/collective_rpc")  # open on vLLM even with an API key
 
 
-def examine(config: Config, store: Store) -> list[dict[str, str]]:
+def examine(config: Config) -> list[dict[str, str]]:
     """One finding a line: `what`, `detail`, and `state` good, note or bad."""
     findings = [_package(name) for name in PACKAGES]
     checks: list[tuple[str, Callable[[], str]]] = [
         ("state", lambda: _disk(config.state_dir)),
         ("base", lambda: _base(config)),
-        ("decisions", lambda: f"{verify_chain(store).num_entries} in an unbroken chain"),
+        ("decisions", lambda: _decisions(config.state_dir)),
     ]
     for what, check in checks:
         try:
@@ -38,6 +38,12 @@ def examine(config: Config, store: Store) -> list[dict[str, str]]:
             findings.append(_finding("bad", what, str(error)))
     findings += [_port(config, name) for name in ("server", "gateway")]
     return findings + _open_routes(config)
+
+
+def _decisions(state_dir: Path) -> str:
+    if not (state_dir / STORE_FILE).exists():
+        return f"none: there is no deployment in {state_dir} (home) yet"
+    return f"{verify_chain(open_store(state_dir)).num_entries} in an unbroken chain"
 
 
 def _finding(state: str, what: str, detail: str) -> dict[str, str]:
@@ -51,11 +57,12 @@ def _package(name: str) -> dict[str, str]:
 
 
 def _disk(state_dir: Path) -> str:
-    free = shutil.disk_usage(state_dir).free
+    place = next(path for path in (state_dir, *state_dir.parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise OSError(f"{place} cannot be written: make it a directory of this user, on a file system that is writable")
+    free = shutil.disk_usage(place).free
     if free < MIN_FREE_BYTES:
-        raise OSError(f"only {free >> 20} MiB free in {state_dir}")
-    if not os.access(state_dir, os.W_OK):
-        raise OSError(f"{state_dir} cannot be written")
+        raise OSError(f"only {free >> 20} MiB free in {place}")
     return f"{state_dir}, {free >> 30} GiB free"
 
 

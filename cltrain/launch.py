@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cltrain.config import Config
 from cltrain.errors import CltrainError, ConfigError, ConflictError, DataError, ServerError
@@ -38,6 +39,33 @@ def needed(config: Config) -> tuple[str, ...]:
     server that takes adapters there is nothing for a worker to do."""
     is_ours = {"server": config.server.url is None, "gateway": True, "worker": config.server.kind != "openai"}
     return tuple(name for name in PROCESSES if is_ours[name])
+
+
+def is_listening(url: str, wait_s: float = 0.0) -> bool:
+    """Whether anything takes connections there, within `wait_s` seconds."""
+    place = urlsplit(url)
+    port = place.port or (443 if place.scheme == "https" else 80)
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            socket.create_connection((place.hostname or "", port), 0.3).close()
+            return True
+        except OSError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+
+
+def health_of(url: str) -> str:
+    """up, unwell or down. A port is knocked at first: the HTTP client alone costs a fifth of a second."""
+    if not is_listening(url):
+        return "down"
+    import httpx
+
+    try:
+        return "up" if httpx.get(f"{url}/health", timeout=0.3, trust_env=False).status_code == 200 else "unwell"
+    except httpx.HTTPError:
+        return "unwell"
 
 
 def check_takes_adapters(config: Config) -> None:
@@ -151,7 +179,8 @@ class Fleet:
                 del self.processes[name]
                 dead.remove(name)
                 continue
-            self.on_event(f"{name} ended with code {code}; starting it again")
+            last = self.tail(name, 1) or "nothing in its log"
+            self.on_event(f"{name} ended with code {code} ({last}); starting it again")
             self.start(name)
         for name in dead:
             try:

@@ -30,6 +30,7 @@ from cltrain.gate.decision import moves_high_water
 from cltrain.models.adapter import AdapterFile, read_adapter
 from cltrain.models.base import Base
 from cltrain.models.chat import render_rows
+from cltrain.models.digest import MEMORY_FILE
 from cltrain.models.forward import check_row
 from cltrain.models.scoring import last_answer, token_log_probs
 from cltrain.plans import Plan
@@ -38,7 +39,7 @@ from cltrain.registry import aliases, releases
 from cltrain.registry.displacement import DAY_S, moved_since
 from cltrain.registry.lease import require_fence
 from cltrain.store.database import Store
-from cltrain.trainer.memory import Memory, read_memory
+from cltrain.trainer.memory import Memory, sealed_memory
 from cltrain.trainer.reference import Reference
 from cltrain.trainer.update import check_continues, train_update
 
@@ -348,7 +349,9 @@ def adapter_of(rooms: Rooms, name: str) -> AdapterFile | None:
 
 def memory_of(rooms: Rooms, name: str, adapter: AdapterFile | None) -> Memory:
     """What the update behind a release left for the next one."""
-    return read_memory(releases.release_dir(rooms.config.state_dir, releases.get(rooms.store, name)), adapter)
+    release = releases.get(rooms.store, name)
+    sha256 = release.manifest.get("files", {}).get(MEMORY_FILE)
+    return sealed_memory(releases.release_dir(rooms.config.state_dir, release), adapter, sha256)
 
 
 def spent_today(rooms: Rooms) -> float:

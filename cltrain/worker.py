@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -38,62 +36,22 @@ from cltrain.models.base import load_base
 from cltrain.models.chat import render_rows
 from cltrain.monitoring.outbox import Pump
 from cltrain.records import Example, LearningMode
-from cltrain.registry import aliases, lease, releases
+from cltrain.registry import aliases, releases
+from cltrain.registry.lease import LeaseKeeper
+from cltrain.registry.reserve import remake_reserve
 from cltrain.store.database import Store
 from cltrain.store.schema import requests, screenings
 from cltrain.trainer.reference import Reference
 from cltrain.trainer.update import verify_bounds
 
-LEASE_S = 15.0
-RENEW_S = 2.0
 TEND_S = 2.0  # between two looks at servers and records
 POLL_S = 0.1
 RETRY_S = 30.0  # after something failed that was not an update's own verdict
+ROOM_S = 60.0  # between two looks at whether the room for an emergency is still set aside
 ASKED_S = 3600.0  # as long as `Deployment.request` waits: nobody listens to a later answer
 SERVER_WAIT_S = 120.0
 
 log = logging.getLogger(__name__)
-
-
-class LeaseKeeper:
-    """Takes an agent's lease and renews it in a thread of its own, until `close`. ConflictError while another has it.
-
-    Neither a training nor a server that hangs can then cost the lease.
-    """
-
-    def __init__(self, store: Store, agent: str, *, lease_s: float = LEASE_S, renew_s: float = RENEW_S) -> None:
-        self._store, self._agent = store, agent
-        self._lease_s, self._renew_s = lease_s, renew_s
-        self._holder = f"{socket.gethostname()}:{os.getpid()}"
-        self._stop = threading.Event()
-        self._lost: ConflictError | None = None
-        self.fence = lease.acquire(store, agent, self._holder, lease_s, time.time(), is_alive)
-        self._thread = threading.Thread(target=self._run, name="cltrain-lease", daemon=True)
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raise ConflictError when somebody else has the lease by now."""
-        if self._lost is not None:
-            raise self._lost
-
-    def renew(self) -> None:
-        """Renew now, so that `check` is sure."""
-        try:
-            lease.renew(self._store, self._agent, self._holder, self.fence, self._lease_s, time.time())
-        except ConflictError as error:
-            self._lost = error
-        except Exception as error:  # a full disk or a store held too long passes, and the lease may still be ours
-            log.warning("the lease was not renewed: %s", error)
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        with contextlib.suppress(DataError):  # a store that cannot be written: the lease runs out by itself
-            lease.release_lease(self._store, self._agent, self.fence)
-
-    def _run(self) -> None:
-        while self._lost is None and not self._stop.wait(self._renew_s):
-            self.renew()
 
 
 class Worker:
@@ -106,14 +64,17 @@ class Worker:
         *,
         on_progress: Callable[[str], None] = log.info,
         takes_lease: bool = True,
+        retry_s: float = RETRY_S,
     ) -> None:
         self.config, self.store = config, store
-        self.takes_lease = takes_lease
+        self.takes_lease, self._retry_s = takes_lease, retry_s
         self._on_progress = on_progress
         self._stop = threading.Event()
         self._keeper: LeaseKeeper | None = None
         self._next_look = 0.0
         self._next_finish = 0.0
+        self._next_answer = 0.0
+        self._next_room = 0.0
 
     def __enter__(self) -> Worker:
         config, agent = self.config, self.config.agent.name
@@ -125,7 +86,7 @@ class Worker:
         releases.ensure_base_release(self.store, agent, base.digest, now=time.time())
         with ExitStack() as stack:  # what was opened is closed again when a later step fails
             if self.takes_lease:
-                self._keeper = LeaseKeeper(self.store, agent)
+                self._keeper = LeaseKeeper(self.store, agent, settings=config.shaping())
                 stack.callback(self._keeper.close)
             anchors, anchors_digest = load_anchors(
                 base, file=config.trainer.anchors, count=config.trainer.num_anchors,
@@ -159,13 +120,15 @@ class Worker:
     def update(
         self, *, is_trial: bool = False, upto: int | None = None, is_filtered: bool = True, request: int | None = None
     ) -> dict[str, Any]:
-        """One update now, with its page; interrupted ones are finished first."""
+        """One update now, with its page. Interrupted ones are finished first; one that this `request` led to is it."""
         if (reason := aliases.frozen_reason(self.store, self.config.agent.name)) is not None:
             raise ConflictError(f"{self.config.agent.name} is frozen ({reason}): cltrain unfreeze lets it learn again")
         if self.config.agent.mode is LearningMode.OFF:
             raise ConflictError(f"{self.config.agent.name} has learning mode off: choose observe, approve or auto")
         self._check_anchors()
         self.finish_interrupted()
+        if request is not None and (made := plans.answer_to(self.store, request)) is not None:
+            return made
         summary = run_update(self.rooms, is_trial=is_trial, upto=upto, is_filtered=is_filtered, request=request)
         self._after(summary)
         return summary
@@ -216,6 +179,7 @@ class Worker:
         while not self._stop.wait(POLL_S):
             self._require_lease()
             try:
+                self._keep_room()
                 self._finish_what_is_open()
                 if not self._answer_request():
                     self._learn_by_itself()
@@ -240,8 +204,14 @@ class Worker:
     def _go_on_after(self, error: Exception) -> None:
         """Log what failed and wait before the next try. Raises ConflictError when it failed for want of the lease."""
         self._make_sure_of_lease()
-        log.warning("something failed; the next try comes in %g s", RETRY_S, exc_info=error)
-        self._next_look = self._next_finish = time.monotonic() + RETRY_S
+        log.warning("something failed; the next try comes in %g s", self._retry_s, exc_info=error)
+        self._next_look = self._next_finish = time.monotonic() + self._retry_s
+
+    def _keep_room(self) -> None:
+        """What an emergency on a full disk used is set aside again once there is space."""
+        if time.monotonic() >= self._next_room:
+            self._next_room = time.monotonic() + ROOM_S
+            remake_reserve(self.config.state_dir)
 
     def _finish_what_is_open(self) -> None:
         """At the start, and once more after something failed: a conclusion that was not written can be made up for."""
@@ -254,6 +224,9 @@ class Worker:
         self._next_finish = math.inf
 
     def _answer_request(self) -> bool:
+        """Do what was asked for first; whether anything was. An answer that cannot be written is given later."""
+        if time.monotonic() < self._next_answer:
+            return False
         agent = self.config.agent.name
         query = select(requests).where(requests.c.agent == agent, requests.c.outcome.is_(None)).order_by(requests.c.id)
         with self.store.read() as connection:
@@ -268,9 +241,13 @@ class Worker:
         except Exception as error:  # whoever asked must hear of it, whatever it was
             self._go_on_after(error)
             outcome = {"error": f"{type(error).__name__}: {error}"}
-        with self.store.write() as connection:
-            is_open = (requests.c.id == row.id) & requests.c.outcome.is_(None)
-            connection.execute(update(requests).where(is_open).values(outcome=outcome))
+        try:
+            with self.store.write() as connection:
+                is_open = (requests.c.id == row.id) & requests.c.outcome.is_(None)
+                connection.execute(update(requests).where(is_open).values(outcome=outcome))
+        except Exception as error:  # a full disk, most likely
+            self._go_on_after(error)
+            self._next_answer = self._next_look
         return True
 
     def _outcome_of(self, row: Row) -> dict[str, Any]:
@@ -342,20 +319,6 @@ class Worker:
                 continue
             except Exception:  # whatever a server answers, the next look may find it well
                 log.warning("the server could not be looked after", exc_info=True)
-
-
-def is_alive(holder: str) -> bool:
-    """Whether a lease's holder may still run: a worker of this machine that was killed has no process any more."""
-    host, _, pid = holder.rpartition(":")
-    if host != socket.gethostname() or not pid.isdigit():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def count_fitting(config: Config, store: Store, agent: str) -> dict[str, Any]:

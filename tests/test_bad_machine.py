@@ -22,9 +22,10 @@ from cltrain.config import from_dict
 from cltrain.errors import DataError
 from cltrain.experience.recording import read_trajectories
 from cltrain.registry.aliases import read_alias
+from cltrain.store.database import open_store
 from cltrain.store.schema import updates
 from cltrain.worker import Worker
-from tests.command import Command, cltrain, free_port
+from tests.command import Command, cltrain, free_port, promoted_home
 from tests.deployments import base_server, corrected, tickets
 from tests.gateway_parts import running
 from tests.windows import options, standing, with_records
@@ -206,6 +207,26 @@ def test_a_disk_that_fills_during_training_loses_no_record_and_moves_nothing(tmp
         store.close()
 
 
+def test_a_state_directory_that_cannot_be_written_is_explained(cltrain: Command, tmp_path: Path) -> None:
+    with small_tmpfs(tmp_path / "state", "16m") as disk:
+        promoted_home(disk.path)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk.path)], check=True)
+        for words in (["status"], ["rollback"], ["update"]):
+            done = cltrain(*words, f"--home={disk.path}")
+            assert (done.code, "cannot be written" in done.err) == (3, True), (words, done)
+        done = cltrain("doctor", f"--home={disk.path}", "--json")
+        bad = {finding["what"]: finding["detail"] for finding in done.json["findings"] if finding["state"] == "bad"}
+        assert done.code == 1
+        assert {"state", "decisions"} <= bad.keys()
+        assert "cannot be written" in bad["state"]
+
+
+def test_a_store_that_is_no_file_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "store.db").mkdir()
+    with pytest.raises(DataError, match="cannot be written"):
+        open_store(tmp_path)
+
+
 # ---------------------------------------------------------------- processes that keep ending
 
 
@@ -228,6 +249,7 @@ def test_a_worker_that_keeps_ending_is_given_up_and_serving_goes_on(tmp_path: Pa
     for _ in range(launch.MAX_RESTARTS + 1):
         fleet.processes["worker"].wait()
         fleet.revive()
+    assert said[0] == "worker ended with code 0 (it ended); starting it again"
     assert fleet.revive() == []
     assert fleet.processes == {}
     assert "serving goes on" in said[-1]

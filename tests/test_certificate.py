@@ -17,6 +17,7 @@ from cltrain.config import BoundsConfig
 from cltrain.models.adapter import AdapterFile, new_factors, read_adapter, write_adapter
 from cltrain.models.anchors import load_anchors
 from cltrain.models.base import Base, load_base
+from cltrain.models.digest import adapter_digest, base_path
 from cltrain.records import BOUNDS
 from cltrain.registry.releases import file_digests, release_name
 from tests.command import Command, cltrain
@@ -83,6 +84,11 @@ def remade(release: Path, factor: float) -> Path:
     adapter = read_adapter(release)
     made = release.parent.parent / "made"
     digest = write_adapter(made, adapter.with_factors({m: (a, b * factor) for m, (a, b) in adapter.factors.items()}))
+    return resealed(release, made, digest)
+
+
+def resealed(release: Path, made: Path, digest: str) -> Path:
+    """`made` in the place of the release, with its claims and with hashes and name that are right."""
     manifest = json.loads((release / "manifest.json").read_text())
     name = release_name("support", manifest["number"], digest)
     manifest |= {"name": name, "digest": digest, "files": file_digests(made)}
@@ -173,6 +179,12 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         lambda r: edit_manifest(r, bounds={"drift_frobenius_limit": 1e-4}), "drift_frobenius", "beyond the limit",
     ),
     "a day that was too long": (lambda r: edit_manifest(r, bounds={"day_frobenius": 2.0}), "day_frobenius", "beyond"),
+    "a day of less than nothing": (
+        lambda r: edit_manifest(r, bounds={"day_frobenius": -5.0}), "day_frobenius", "no amount",
+    ),
+    "a memory planted": (
+        lambda r: (r / "memory.safetensors").write_bytes(b"x"), "memory.safetensors", "does not list it",
+    ),
     "another name": (lambda r: edit_manifest(r, name="support-v000009-0123456789ab"), "name", "another name"),
     "another number": (lambda r: edit_manifest(r, number=7), "name", "the content is named support-v000007"),
     "another parent": (lambda r: edit_manifest(r, parent_digest="0" * 64), "parent", "another digest"),
@@ -213,9 +225,30 @@ def test_another_base_is_named_and_nothing_is_measured_on_it(
     assert done.code == 3
     findings = {finding["name"]: finding for finding in done.json["findings"]}
     assert findings["base"]["seen"] == tiny.digest
-    assert "--base names the right directory" in findings["base"]["says"]
+    assert f"{tiny.path} is another base: --base names the right one" in findings["base"]["says"]
     assert {findings[name]["state"] for name in MEASURED} == {"unchecked"}
     assert {findings[name]["seen"] for name in MEASURED} == {None}
+
+
+def test_the_base_is_that_of_the_configuration_unless_one_is_named(
+    copied: tuple[Path, Path], tiny: Base, tmp_path: Path, cltrain: Command
+) -> None:
+    (tmp_path / "mine.toml").write_text(f"[base]\npath = '{tiny.path}'\n")
+    words = ("verify", str(copied[0]), f"--config={tmp_path / 'mine.toml'}")
+    done = cltrain(*words)
+    assert done.code == 3
+    assert done.out.startswith(f"{copied[0].name} is of another base than the one looked at: name it with --base\n")
+    assert cltrain(*words, f"--base={base_path(None)}").code == 0
+
+
+def test_a_delta_of_no_numbers_is_refused_also_when_every_hash_is_right(
+    copied: tuple[Path, Path], cltrain: Command
+) -> None:
+    made = shutil.copytree(copied[1], copied[1].parent.parent / "made")
+    file = made / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": float("nan")}))
+    done = cltrain("verify", str(resealed(copied[1], made, adapter_digest(made))))
+    assert (done.code, "the delta is not finite" in done.err) == (3, True), done
 
 
 def test_parts_that_lie_elsewhere_are_taken_from_where_the_owner_says(
@@ -251,6 +284,7 @@ def test_a_directory_without_a_whole_manifest_is_no_release(
     fewer = {name: value for name, value in whole["bounds"].items() if name != "step_kl_limit"}
     for content, said in (
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("[]", "not a release's manifest"),
         (json.dumps(without), "anchors: Field required"),
         (json.dumps({**whole, "bounds": fewer}), "does not claim step_kl_limit"),

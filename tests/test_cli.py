@@ -29,6 +29,7 @@ from cltrain.monitoring.outbox import emit
 from cltrain.records import Feedback, Trajectory
 from cltrain.registry.releases import ensure_base_release
 from cltrain.registry.reserve import RESERVE_BYTES
+from cltrain.store.database import open_store
 from cltrain.store.schema import sink_marks
 from tests.command import BASE_DIGEST, Command, cltrain, free_port, promoted_home
 from tests.deployments import base_server
@@ -164,6 +165,7 @@ def test_an_update_without_records_holds_with_code_10_and_says_how_many_are_miss
 
 
 def test_an_update_of_a_frozen_agent_is_a_conflict(cltrain: Command, tmp_path: Path, url: str) -> None:
+    open_store(tmp_path).close()
     assert cltrain("freeze", f"--home={tmp_path}", "--reason=audit").code == 0
     done = cltrain("update", f"--home={tmp_path}", f"--set=server.url={url}", "--set=trainer.num_anchors=2")
     assert (done.code, "audit" in done.err) == (4, True)
@@ -219,8 +221,9 @@ def test_every_command_is_in_the_readme_and_every_command_there_exists() -> None
     assert set(re.findall(r"`cltrain ([a-z]+)", text)) <= {name.split()[0] for name in commands()}
 
 
-def test_a_fresh_directory_has_a_status_a_page_and_a_doctor(tmp_path: Path) -> None:
+def test_an_empty_deployment_has_a_status_a_page_and_a_doctor(tmp_path: Path) -> None:
     deployment = Deployment(from_dict({"home": str(tmp_path / "new")}))
+    open_store(tmp_path / "new").close()
     status = deployment.status()
     assert (status["release"], status["records"], status["updates"]) == (None, 0, [])
     assert status["processes"]["worker"] == "down"
@@ -313,7 +316,8 @@ def test_a_home_that_is_a_file_is_said_before_anything_starts(cltrain: Command, 
     (file := tmp_path / "file").write_text("")
     for words in (["serve"], ["run"], ["update"], ["gate", "x"], ["promote", "x"], ["import", str(file)], ["freeze"]):
         done = cltrain(*words, f"--home={file}")
-        assert (done.code, "for state" in done.err) == (3, True), (words, done)
+        said = "there is no deployment in" if words[0] in ("gate", "promote", "freeze") else "for state"
+        assert (done.code, said in done.err) == (3, True), (words, done)
 
 
 def test_any_openai_server_is_recorded_from_with_two_words_and_a_sigterm_ends_all(tmp_path: Path) -> None:

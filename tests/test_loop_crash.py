@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from cltrain import plans
 from cltrain.api import Deployment
 from cltrain.registry import aliases, lease, releases
-from cltrain.worker import is_alive
+from cltrain.registry.lease import is_alive
 from tests.chaos_checks import broken_serving, half_done
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
 

@@ -12,10 +12,12 @@ from sqlalchemy import select
 from cltrain.api import Deployment
 from cltrain.demo import world
 from cltrain.errors import ConflictError
+from cltrain.loop import adapter_of, memory_of
 from cltrain.models.digest import adapter_digest
 from cltrain.records import LearningMode
 from cltrain.registry import aliases, decisions, releases
 from cltrain.store.schema import requests, screenings, update_reads, updates
+from cltrain.trainer.memory import Memory, write_memory
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
 
 
@@ -201,6 +203,17 @@ def test_every_verdict_is_in_an_unbroken_log(made):
     kinds = [entry.kind for entry in decisions.read_decisions(deployment.store, "support")]
     assert kinds.index("promote") < kinds.index("verdict") < kinds.index("rollback")
     assert decisions.verify_chain(deployment.store).num_entries == len(kinds)
+
+
+def test_a_memory_that_was_not_sealed_is_never_read(made):
+    config, deployment = made
+    with worker(config, deployment.store) as learner:
+        name = learner.update()["candidate"]
+        adapter = adapter_of(learner.rooms, name)
+        directory = releases.release_dir(config.state_dir, releases.get(deployment.store, name))
+        directory.chmod(0o755)
+        write_memory(directory, Memory(fast=adapter))
+        assert memory_of(learner.rooms, name, adapter) == Memory()
 
 
 def test_a_request_is_answered_by_the_running_worker_also_when_it_fails(made):

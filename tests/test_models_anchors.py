@@ -90,12 +90,25 @@ def test_the_owners_texts_and_conversations_become_anchors(base, tmp_path):
         {"messages": ticket("A")[:1], "tools": TOOLS},
     ]
     file.write_text("\n".join(json.dumps(line) for line in lines))
-    rows, _ = load_anchors(base, file=file, count=9, max_tokens=16, seed=1, directory=tmp_path / "anchors")
+    rows, _ = load_anchors(base, file=file, count=3, max_tokens=16, seed=1, directory=tmp_path / "anchors")
     assert len(rows) == 3
     assert len(rows[0].ids) == 16
     learned = [i for i, weight in zip(rows[1].ids, rows[1].weights, strict=True) if weight]
     assert base.tokenizer.decode(learned).endswith("</tool_call><|im_end|>I have done it.<|im_end|>")
     assert 1 <= sum(rows[2].weights) <= 16, "the base wrote this answer"
+
+
+def test_too_few_anchors_are_refused_with_their_count(base, tmp_path):
+    file, arguments = tmp_path / "mine.jsonl", {"max_tokens": 16, "seed": 1, "directory": tmp_path / "anchors"}
+    line = json.dumps({"text": "the parcel is late"}) + "\n"
+    for num_lines, count in ((1, 64), (7, 64), (2, 3)):
+        file.write_text(line * num_lines)
+        with pytest.raises(DataError, match=f"gave {num_lines} anchors .* at least {min(count, 8)} are needed"):
+            load_anchors(base, file=file, count=count, **arguments)
+    assert not (tmp_path / "anchors").exists()
+    for num_lines, count in ((8, 64), (3, 3)):
+        file.write_text(line * num_lines)
+        assert len(load_anchors(base, file=file, count=count, **arguments)[0]) == num_lines
 
 
 def test_a_bad_anchor_line_is_named(base, tmp_path):

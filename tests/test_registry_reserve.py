@@ -11,7 +11,7 @@ import pytest
 from cltrain.api import Deployment
 from cltrain.config import from_dict
 from cltrain.registry import aliases
-from cltrain.registry.reserve import RESERVE_BYTES, make_reserve, reserve_freed
+from cltrain.registry.reserve import RESERVE_BYTES, make_reserve, remake_reserve, reserve_freed
 from tests.command import promoted_home, run_cltrain
 from tests.test_bad_machine import Disk, small_tmpfs
 
@@ -58,6 +58,16 @@ def test_a_disk_without_room_for_all_of_it_keeps_none(disk: Disk) -> None:
     (disk.path / "data").write_bytes(bytes(num_bytes))
     assert not make_reserve(disk.path)
     assert {path.name for path in disk.path.iterdir()} == {"data"}
+
+
+def test_the_reserve_is_not_taken_again_while_the_disk_is_short(disk: Disk) -> None:
+    num_bytes = shutil.disk_usage(disk.path).free - 2 * RESERVE_BYTES
+    (disk.path / "data").write_bytes(bytes(num_bytes))
+    remake_reserve(disk.path)
+    assert {path.name for path in disk.path.iterdir()} == {"data"}
+    (disk.path / "data").unlink()
+    remake_reserve(disk.path)
+    assert {path.name for path in disk.path.iterdir()} == {"reserve"}
 
 
 def test_the_reserve_is_there_again_after_an_emergency_and_never_where_nobody_asked(tmp_path: Path) -> None:

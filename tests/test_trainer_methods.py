@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from cltrain.objectives.fisher import measure_fisher
 from cltrain.objectives.geometry import difference_norms
 from cltrain.objectives.penalties import ewc
 from cltrain.objectives.projections import overlap, top_subspaces
-from cltrain.trainer.memory import Memory, read_memory
+from cltrain.trainer.memory import Memory, read_memory, sealed_memory, write_memory
 from cltrain.trainer.methods import METHODS
 from tests.trainer_parts import ADAPTER, LOOSE, Tiny, dense, dense_distances, make_tiny, skill_rows
 
@@ -279,3 +280,15 @@ def test_memory_that_is_damaged_is_refused(tiny, learned, tmp_path):
     with pytest.raises(DataError, match="damaged"):
         read_memory(tmp_path, learned.adapter)
     assert read_memory(None, None) == Memory()
+
+
+def test_only_the_memory_that_was_sealed_is_read(learned, tmp_path):
+    write_memory(tmp_path, Memory(fast=learned.adapter))
+    sha256 = hashlib.sha256((tmp_path / MEMORY_FILE).read_bytes()).hexdigest()
+    assert sealed_memory(tmp_path, learned.adapter, sha256).fast is not None
+    assert sealed_memory(tmp_path, learned.adapter, None) == Memory()
+    with pytest.raises(DataError, match="not the file that was sealed"):
+        sealed_memory(tmp_path, learned.adapter, "0" * 64)
+    (tmp_path / MEMORY_FILE).unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        sealed_memory(tmp_path, learned.adapter, sha256)

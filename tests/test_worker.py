@@ -14,8 +14,10 @@ from sqlalchemy import insert, select
 from cltrain.api import Deployment
 from cltrain.errors import ConflictError, DataError
 from cltrain.registry import aliases, lease
+from cltrain.registry.lease import LEASE_S
+from cltrain.registry.reserve import RESERVE_BYTES
 from cltrain.store.schema import agents, requests, updates
-from cltrain.worker import LEASE_S, Worker
+from cltrain.worker import Worker
 from tests.chaos_checks import half_done
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
 from tests.test_loop_crash import CUT_OFF, run_sql
@@ -137,6 +139,40 @@ def test_a_conclusion_that_cannot_be_written_is_answered_and_made_up_for(made):
     (update,) = deployment.status()["updates"]
     assert update["state"] == "done"
     assert half_done(deployment.store, config.state_dir) == []
+
+
+def test_one_request_is_one_update_when_at_first_neither_verdict_nor_answer_could_be_written(made):
+    config, deployment = made
+    number = deployment.post_request("update")
+    run_sql(deployment, CUT_OFF)
+    run_sql(deployment, CUT_OFF.replace("cut_off", "mute").replace("INSERT ON outbox", "UPDATE ON requests"))
+    with Worker(config, deployment.store, on_progress=lambda line: None, retry_s=0.0) as learner:
+        assert learner._answer_request()
+        assert deployment.request_outcome(number) is None
+        run_sql(deployment, "DROP TRIGGER cut_off")
+        run_sql(deployment, "DROP TRIGGER mute")
+        assert learner._answer_request()
+    assert deployment.request_outcome(number)["number"] == 1
+    (update,) = deployment.status()["updates"]
+    assert (update["number"], update["state"]) == (1, "done")
+
+
+def test_an_answer_that_cannot_be_written_is_not_tried_again_at_once(made):
+    config, deployment = made
+    deployment.post_request("update")
+    run_sql(deployment, "CREATE TRIGGER mute BEFORE UPDATE ON requests BEGIN SELECT RAISE(ABORT, 'mute'); END")
+    with worker(config, deployment.store) as learner:
+        deployment.freeze("so that it is quick")
+        assert learner._answer_request()
+        assert not learner._answer_request()
+
+
+def test_the_worker_sets_room_aside_again_after_an_emergency(made, keeps_signals):
+    config, deployment = made
+    with worker(config, deployment.store) as learner:
+        assert not (config.state_dir / "reserve").exists()
+        run_until(learner, (config.state_dir / "reserve").exists, timeout_s=10.0)
+    assert (config.state_dir / "reserve").stat().st_size == RESERVE_BYTES
 
 
 def test_a_lost_lease_stops_the_worker(made, keeps_signals):

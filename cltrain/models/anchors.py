@@ -24,6 +24,7 @@ from cltrain.models.forward import batches_of, logits_of, next_log_probs, token_
 from cltrain.records import Example, TokenRow
 
 STRATUM = "anchor"
+MIN_ANCHORS = 8  # every KL bound rests on them; fewer only where the owner sets trainer.num_anchors lower
 
 
 def load_anchors(
@@ -33,7 +34,8 @@ def load_anchors(
 
     `file`: JSONL of {"text"} (its first `max_tokens` tokens) or {"messages", "tools"?} (its assistant turns; when it
     ends with another's turn the base writes the answer), the first `count` lines; None: sampled from the base.
-    Raises DataError for a bad line, no anchors at all, or any pinned file of this base that was changed.
+    Raises DataError for a bad line, fewer than min(count, MIN_ANCHORS) anchors, or any pinned file of this base that
+    was changed.
     """
     source = "sampled" if file is None else _read_bytes_digest(file)
     made_from = {"base": base.digest, "source": source, "count": count, "max_tokens": max_tokens, "seed": seed}
@@ -47,8 +49,11 @@ def load_anchors(
     else:
         rows = _from_file(base, file, count, max_tokens, seed)
     rows = [row for row in rows if len(row.ids) > 1]
-    if not rows:
-        raise DataError(f"no anchors: {file or base.path} gave no text of two tokens or more (trainer.anchors)")
+    if len(rows) < (least := min(count, MIN_ANCHORS)):
+        raise DataError(
+            f"{file or base.path} gave {len(rows)} anchors of two tokens or more, and every KL bound rests on them: at "
+            f"least {least} are needed (trainer.anchors; trainer.num_anchors = {count})"
+        )
     lines = [json.dumps(made_from, sort_keys=True)]
     lines += [json.dumps({"ids": row.ids, "weights": row.weights}) for row in rows]
     content = ("\n".join(lines) + "\n").encode()

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, select, union, update
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.models.digest import ADAPTER_FILES, MEMORY_FILE, adapter_digest
 from cltrain.records import Release
 from cltrain.registry.decisions import append
 from cltrain.store.database import Store
-from cltrain.store.schema import aliases, releases
+from cltrain.store.schema import agents, aliases, records, releases, set_aside
 
 MANIFEST = "manifest.json"
 
@@ -121,10 +121,37 @@ def get(store: Store, name: str) -> Release:
         return get_in(connection, name)
 
 
+def find(store: Store, agent: str, start: str) -> Release:
+    """The agent's release of that name, or the only one whose name begins so. Raises DataError for none or several."""
+    named = (releases.c.agent == agent) & releases.c.name.startswith(start, autoescape=True)
+    with store.read() as connection:
+        found = [_release(row) for row in connection.execute(select(releases).where(named).order_by(releases.c.number))]
+    if exact := [release for release in found if release.name == start]:
+        return exact[0]
+    if len(found) > 1:
+        raise DataError(f"{start} may be {', '.join(release.name for release in found[:3])}: say more of the name")
+    if not found:
+        raise DataError(f"there is no release {start} of {agent}: `cltrain status` lists the newest")
+    return found[0]
+
+
+def other_agents(store: Store, agent: str) -> list[str]:
+    """Whom the store knows where it has nothing of this agent: no release, record, switch or line set aside."""
+    with store.read() as connection:
+        own = set_aside.c.source.startswith(f"{agent}/", autoescape=True)
+        if connection.execute(select(set_aside.c.id).where(own).limit(1)).first() is not None:
+            return []
+        for table in (releases, agents, records):
+            if connection.execute(select(table.c.agent).where(table.c.agent == agent).limit(1)).first() is not None:
+                return []
+        known = union(*(select(table.c.agent) for table in (releases, agents, records)))
+        return sorted(connection.scalars(known))
+
+
 def get_in(connection: Connection, name: str) -> Release:
     row = connection.execute(select(releases).where(releases.c.name == name)).first()
     if row is None:
-        raise DataError(f"there is no release {name}: `cltrain status` lists them")
+        raise DataError(f"there is no release {name}: `cltrain status` lists the newest")
     return _release(row)
 
 

@@ -6,11 +6,13 @@ It makes room once and promises nothing beyond that: whoever else writes to the 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 RESERVE_BYTES = 4 * 2**20  # a transaction over some thousand records, with the log and index that SQLite opens for it
+SPARE = 4  # times as much must be free before it is taken again
 
 
 def make_reserve(state_dir: Path) -> bool:
@@ -25,6 +27,15 @@ def make_reserve(state_dir: Path) -> bool:
         _free(file)
         return False
     return True
+
+
+def remake_reserve(state_dir: Path) -> None:
+    """Set the room aside again after an emergency, where there is plenty of space: never while the disk is short."""
+    try:
+        if shutil.disk_usage(state_dir).free >= SPARE * RESERVE_BYTES:
+            make_reserve(state_dir)
+    except OSError:  # a directory that went away: whoever needs it next says so
+        return
 
 
 @contextmanager

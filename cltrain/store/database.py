@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from cltrain.errors import DataError
 from cltrain.store.schema import metadata
 
 BUSY_TIMEOUT_S = 30.0
+STORE_FILE = "store.db"
 
 
 class Store:
@@ -29,7 +30,7 @@ class Store:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A snapshot for reading; never blocks writers."""
-        with self.engine.connect() as connection, _explained(self.engine):
+        with _explained(self.engine), self.engine.connect() as connection:
             yield connection
 
     @contextmanager
@@ -50,7 +51,8 @@ def _sqlite_transaction(connection: Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        connection.exec_driver_sql("ROLLBACK")
+        with suppress(OperationalError):  # on a full disk SQLite has rolled back by itself
+            connection.exec_driver_sql("ROLLBACK")
         raise
     connection.exec_driver_sql("COMMIT")
 
@@ -73,6 +75,11 @@ def _explained(engine: Engine) -> Iterator[None]:
             raise DataError(
                 f"the disk refused to read or write {engine.url.database}: check its space, quota and health"
             ) from error
+        if "readonly" in reason or "unable to open" in reason:
+            raise DataError(
+                f"the store {engine.url.database} cannot be written ({reason}): "
+                "make it and its directory writable for this user, and the file system too"
+            ) from error
         if "malformed" in reason or "not a database" in reason:
             raise DataError(
                 f"{engine.url.database} is not a readable store ({reason}): restore it from a backup"
@@ -81,13 +88,13 @@ def _explained(engine: Engine) -> Iterator[None]:
 
 
 def open_store(state_dir: Path) -> Store:
-    """Open (and on first use create) `state_dir/store.db`."""
+    """Open (and on first use create) the store in `state_dir`. Raises DataError where it cannot be written."""
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot use {state_dir} for state: {error.strerror}") from None
     engine = create_engine(
-        f"sqlite:///{state_dir / 'store.db'}",
+        f"sqlite:///{state_dir / STORE_FILE}",
         connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
     )
     event.listen(engine, "connect", _configure)

@@ -172,6 +172,13 @@ agents = Table(  # learning switch and lease
     Column("lease_until", Float),
 )
 
+workers = Table(  # what the newest holder of an agent's lease learns with
+    "workers",
+    metadata,
+    Column("agent", String, primary_key=True),
+    Column("settings", JSON, nullable=False),  # see Config.shaping
+)
+
 requests = Table(  # asked of the running worker by CLI and API; the worker alone answers
     "requests",
     metadata,

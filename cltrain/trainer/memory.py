@@ -5,6 +5,7 @@ Sealed with the release in one safetensors file, so that rolling back a release 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,23 @@ def write_memory(directory: Path, memory: Memory) -> None:
         raise DataError(f"cannot write {directory / MEMORY_FILE}: {error.strerror}") from error
 
 
+def sealed_memory(directory: Path | None, adapter: AdapterFile | None, sha256: str | None) -> Memory:
+    """The memory of a release whose manifest gives its file this hash; None: nothing was sealed, and a file that lies
+    there all the same is not read. Raises DataError for another file than the sealed one."""
+    if directory is None or sha256 is None:
+        return Memory()
+    try:
+        with (directory / MEMORY_FILE).open("rb") as stream:
+            seen = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{directory / MEMORY_FILE} cannot be read: {error.strerror}") from error
+    if seen != sha256:
+        raise DataError(f"{directory / MEMORY_FILE} is not the file that was sealed: restore it from a backup")
+    return read_memory(directory, adapter)
+
+
 def read_memory(directory: Path | None, adapter: AdapterFile | None) -> Memory:
-    """The memory sealed beside `adapter`; empty when there is none. Raises DataError for a damaged file."""
+    """The memory beside `adapter`, sealed or not; empty when there is none. Raises DataError for a damaged file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,0 +1,135 @@
+"""What an owner sees first: what serves, what waits and why, what was decided. Answers within a second."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, func, select
+
+from cltrain import launch
+from cltrain.config import Config
+from cltrain.errors import DataError
+from cltrain.experience import rows, waiting
+from cltrain.monitoring.outbox import lags
+from cltrain.registry import decisions
+from cltrain.store import schema as s
+from cltrain.store.database import Store
+
+NUM_SHOWN = 5  # newest updates and releases
+EXPLAINED = ("unusable", "quarantined")
+
+
+def read_status(config: Config, store: Store) -> dict[str, Any]:
+    """The state of one agent as plain JSON, with its newest updates and releases.
+
+    `immature`: ended episodes that wait for feedback or for `mature_after_s`; `ready`: those that the next update may
+    read; `why`: the most frequent reason of what is unusable or quarantined; `late_feedback`: pieces that came after
+    their episode was learned from; `sinks`: events that each has not kept yet.
+    """
+    agent, now = config.agent.name, time.time()
+    with store.read() as connection:
+        alias = connection.execute(select(s.aliases).where(s.aliases.c.agent == agent)).first()
+        switch = connection.execute(select(s.agents).where(s.agents.c.agent == agent)).first()
+
+        def newest(table: Any) -> list[Any]:
+            query = select(table).where(table.c.agent == agent).order_by(table.c.number.desc()).limit(NUM_SHOWN)
+            return list(connection.execute(query))
+
+        def count(table: Any, *where: Any) -> int:
+            return int(connection.scalar(select(func.count()).select_from(table).where(*where)) or 0)
+
+        is_ready = waiting.is_unread(agent, is_mature=waiting.mature(now, config.experience.mature_after_s))
+        standing = select(s.screenings.c.status, func.count()).where(s.screenings.c.agent == agent).group_by("status")
+        screened = {row[0]: int(row[1]) for row in connection.execute(standing)}
+        state: dict[str, Any] = {
+            "agent": agent,
+            "mode": str(config.agent.mode),
+            "frozen": bool(switch and switch.is_frozen),
+            "frozen_reason": switch.frozen_reason if switch else None,
+            "release": alias.release if alias else None,
+            "previous": alias.previous if alias else None,
+            "anchor": alias.anchor if alias else None,
+            "high_water": alias.high_water if alias else None,
+            "records": count(s.records, s.records.c.agent == agent),
+            "ready": count(waiting.WITH_SCREENING, is_ready),
+            "screenings": screened,
+            "why": {status: _most_said(connection, agent, status) for status in EXPLAINED if screened.get(status)},
+            "feedback": count(s.feedback, s.feedback.c.agent == agent),
+            "set_aside": rows.num_set_aside(connection, agent),
+            "sinks": lags(connection),
+            "updates": [
+                {
+                    "number": row.number,
+                    "id": row.id,
+                    "state": row.state,
+                    "verdict": row.verdict,
+                    "candidate": row.candidate,
+                    "reason": "; ".join((row.summary or {}).get("reasons", ())[:1]),
+                }
+                for row in newest(s.updates)
+            ],
+            "releases": [
+                {"name": row.name, "status": row.status, "created_at": row.created_at} for row in newest(s.releases)
+            ],
+        }
+    try:
+        chain_state, num_decisions = "unbroken", decisions.verify_chain(store).num_entries
+    except DataError as error:
+        chain_state, num_decisions = f"BROKEN: {error}", -1
+    is_worked_on = switch is not None and switch.lease_until is not None and switch.lease_until > now
+    return {
+        **state,
+        "immature": waiting.num_immature(store, agent, config.experience.mature_after_s, now),
+        "late_feedback": waiting.num_late_feedback(store, agent),
+        "decisions": num_decisions,
+        "chain": chain_state,
+        "processes": {
+            "gateway": launch.health_of(launch.gateway_url(config)),
+            "server": launch.health_of(launch.server_url(config)),
+            "worker": "up" if is_worked_on else "down",
+        },
+    }
+
+
+def lines_of(state: dict[str, Any]) -> list[str]:
+    """`read_status` for a terminal."""
+    frozen = f"  FROZEN: {state['frozen_reason']}" if state["frozen"] else ""
+    said = f"{state['feedback']} pieces of feedback, {state['set_aside']} lines set aside"
+    screened = ", ".join(f"{count} {status}" for status, count in sorted(state["screenings"].items()))
+    return [
+        f"agent      {state['agent']}  mode {state['mode']}{frozen}",
+        f"serving    {state['release'] or 'nothing yet'}",
+        f"before     {state['previous'] or '-'}   anchor {state['anchor'] or '-'}",
+        f"records    {state['records']} episodes, {said}",
+        f"waiting    {state['immature']} episodes for feedback; {state['late_feedback']} pieces came too late",
+        f"learning   {state['ready']} episodes for the next update; looked at: {screened or 'none yet'}",
+        *(f"{status:<10} most often: {reason}" for status, reason in state["why"].items()),
+        f"processes  {', '.join(f'{name} {up}' for name, up in state['processes'].items())}",
+        f"decisions  {state['decisions']} in the log, chain {state['chain']}",
+        *(f"lag        {name}: {lag} events not kept yet" for name, lag in state["sinks"].items() if lag),
+        *(f"release    {r['name']:<34} {r['status']:<11} {_time(r['created_at'])}" for r in state["releases"]),
+        *(
+            f"update {u['number']:>4}  {u['verdict'] or u['state']:<8} {u['candidate'] or '':<34} {u['reason']}"
+            for u in state["updates"]
+        ),
+    ]
+
+
+def _most_said(connection: Connection, agent: str, status: str) -> str:
+    """One reason of those that are the same but for names and numbers and are given most often."""
+    of_status = (s.screenings.c.agent == agent) & (s.screenings.c.status == status)
+    told = [
+        (str(row.reason).partition(" (rules ")[0], row.record)
+        for row in connection.execute(select(s.screenings.c.record, s.screenings.c.reason).where(of_status))
+    ]
+    kinds = [re.sub(r"\d+", "#", reason.replace(record, "#")) for reason, record in told]
+    most, _ = Counter(kinds).most_common(1)[0]
+    return told[kinds.index(most)][0]
+
+
+def _time(at: float) -> str:
+    return datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M")

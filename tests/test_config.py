@@ -1,0 +1,74 @@
+"""A setting that cannot be honoured is refused by name, wherever it stands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from cltrain.config import Config, load
+from cltrain.errors import ConfigError
+from tests.command import Command, cltrain
+
+__all__ = ["cltrain"]  # a fixture
+
+
+def settings_of(kind: str, section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every setting whose type says `kind`."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from settings_of(kind, inner, f"{prefix}{name}.")
+        elif re.search(rf"\b{kind}\b", str(inner)):
+            yield f"{prefix}{name}"
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_no_number_may_be_infinite_or_none_at_all(value: str) -> None:
+    names = list(settings_of("float"))
+    assert {"gate.base_kl", "trainer.lr", "trainer.objectives.sft", "health.max_ending_ratio"} <= set(names)
+    for name in names:
+        with pytest.raises(ConfigError, match=rf"{name}: .*; got -?(inf|nan)"):
+            load((), [f"{name}={value}"])
+
+
+def test_a_number_is_no_switch() -> None:
+    names = [*settings_of("int"), *settings_of("float")]
+    assert {"seed", "trainer.lr", "base.context"} <= set(names)
+    for name in names:
+        with pytest.raises(ConfigError, match=rf"{name}: .*true and false are for switches only; got True"):
+            load((), [f"{name}=true"])
+    assert load((), ["experience.filter=false"]).experience.filter is False
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("adapter.targets=[]", "adapter.targets: "),
+        ("trainer.objectives.use=[]", "trainer.objectives.use: "),
+        ("agent.learn_from=[]", "agent.learn_from: "),
+        ('trainer.remember=["ewc","ewc"]', "trainer.remember: .*listed twice"),
+        ('server.url="nonsense"', "server.url: .*got 'nonsense'"),
+        ('server.url="http://"', "server.url: "),
+    ],
+)
+def test_what_could_not_be_meant_is_refused(setting: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load((), [setting])
+
+
+@pytest.mark.parametrize("name", ["base.path", "gate.suite", "trainer.anchors", "experience.rehearsal"])
+def test_config_check_says_what_is_not_there(cltrain: Command, tmp_path: Path, name: str) -> None:
+    done = cltrain("config", "check", f"--set={name}={tmp_path / 'nowhere'}")
+    assert (done.code, f"{name} = '{tmp_path / 'nowhere'}': there is no such file" in done.err) == (2, True), done
+    assert cltrain("config", "check", f"--set={name}={tmp_path}").code == 0
+
+
+def test_only_settings_that_somebody_gave_are_compared() -> None:
+    theirs = load((), ["trainer.lr=0.001", "agent.mode=auto"]).shaping()
+    assert load().unlike(theirs) == []
+    assert load((), ["trainer.lr=1e-3", "home=/elsewhere", "server.port=1"]).unlike(theirs) == []
+    assert load((), ["trainer.lr=0.002", "agent.mode=auto"]).unlike(theirs) == ["trainer.lr = 0.001, not 0.002"]
