@@ -199,7 +199,7 @@ def test_models_lists_the_alias_and_the_served_releases_but_no_candidate(tmp_pat
         (b'{"model": "support", "messages": ["x"]}', r"messages[0] must be an object"),
         (b'{"model": "support", "messages": [{"role": "boss", "content": "x"}]}', "messages[0].role"),
         (b'{"model": "support", "messages": [{"role": "user", "content": 3}]}', "messages[0].content"),
-        (b'{"model": "support", "messages": [{"role": "user", "content": "x"}], "n": true}', "positive integer"),
+        (b'{"model": "support", "messages": [{"role": "user", "content": "x"}], "n": true}', "whole number"),
         (b'{"model": "support", "messages": [{"role": "user", "content": "x"}], "user": "\\ud800"}', "valid Unicode"),
     ],
 )
@@ -261,7 +261,6 @@ def test_a_tool_that_only_the_server_knows_is_served_recorded_and_not_learned_fr
         ({"stream": True, "stream_options": [1]}, "stream_options must be an object"),
         ({"max_tokens": True}, "max_tokens must be a whole number"),
         ({"max_completion_tokens": "8"}, "max_completion_tokens must be a whole number"),
-        ({"n": 0}, "n must be a whole number of at least 1"),
         ({"temperature": float("inf")}, "Infinity is no finite number"),
         ({"user": "a\0"}, "NUL"),
     ],

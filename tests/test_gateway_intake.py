@@ -210,7 +210,7 @@ def test_bad_lines_are_kept_aside_with_the_reason_and_good_ones_stored(tmp_path:
     ],
 )
 def test_a_bad_trajectory_is_refused_with_the_reason(shared: Gateway, fields: Any, said: str) -> None:
-    answer = shared.http.post("/v1/trajectories", json=episode("bad", **fields))
+    answer = shared.http.post("/v1/trajectories", content=json.dumps(episode("bad", **fields)))
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
     assert "bad" not in {t.id for t in read_trajectories(shared.store, "support")}

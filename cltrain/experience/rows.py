@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, bindparam, delete, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, Table, bindparam, delete, exists, func, insert, or_, select, update
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.records import Feedback, Generation, Message, Split, Tool, Trajectory
@@ -184,7 +184,7 @@ def write_trajectory(connection: Connection, trajectory: Trajectory) -> bool:
     return True
 
 
-def _named(connection: Connection, stored: Row[Any], given: Trajectory) -> bool:
+def _named(connection: Connection, stored: Any, given: Trajectory) -> bool:
     """Whether this episode names producers that the stored one lacks; then they are stored. Raises ConflictError."""
     if stored.agent != given.agent:
         raise ConflictError(f"{given.id!r} is already stored for agent {stored.agent!r}: use a new id")
