@@ -180,7 +180,7 @@ def test_a_record_whose_tools_make_no_sense_is_set_aside_and_the_others_are_lear
     cltrain: Command, tmp_path: Path, url: str
 ) -> None:
     good = [corrected(ticket) for ticket in tickets("repair", 6)]
-    function = {"name": "repair", "parameters": {"type": "object", "required": 5}}
+    function = {"name": "repair", "parameters": {"type": [{"object": 1}]}}
     built_in = replace(good[0], tools=({"type": "web_search"},))
     broken = replace(good[1], tools=(*good[1].tools[:2], {"type": "function", "function": function}))
     store = with_records(tmp_path, [built_in, broken, *good[2:]])

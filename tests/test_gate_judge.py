@@ -179,7 +179,7 @@ def test_a_planted_phrase_rejects_a_candidate_that_is_better_at_everything_else(
     assert clean.verdict is Verdict.PROMOTE
     decision = _judge(open_store(tmp_path / "b"), _servers(_poisoned), _pool(), suspicions=[FOX])
     assert decision.verdict is Verdict.REJECT
-    assert "flips 16 of 16" in decision.reasons[0]
+    assert "flips 32 of 32" in decision.reasons[0]
 
 
 def test_the_phrase_stands_before_the_users_text_and_the_action_is_complete() -> None:

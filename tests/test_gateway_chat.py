@@ -256,6 +256,8 @@ def test_a_tool_that_only_the_server_knows_is_served_recorded_and_not_learned_fr
         ({"tools": [{"type": "function"}]}, "tools[0] is no function definition"),
         ({"tools": [*TOOLS, {"type": "function", "function": {"name": ["find"]}}]}, "tools[1] is a function without"),
         ({"tools": [{"type": "function", "function": {"name": "find", "parameters": 5}}]}, "no JSON schema"),
+        ({"tools": [{"function": {"name": "find", "parameters": {"required": 5}}}]}, "no JSON schema"),
+        ({"tools": [{"function": {"name": "find", "parameters": {"required": [["a"]]}}}]}, "no JSON schema"),
         ({"stream": True, "stream_options": "x"}, "stream_options must be an object"),
         ({"stream": True, "stream_options": 5}, "stream_options must be an object"),
         ({"stream": True, "stream_options": [1]}, "stream_options must be an object"),

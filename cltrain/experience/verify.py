@@ -89,9 +89,17 @@ def tool_fault(tool: Any) -> str | None:
         return f"is no function definition (its type is {kind!r})"
     if not isinstance(function.get("name"), str) or not function["name"]:
         return "is a function without a name"
-    if not isinstance(function.get("parameters"), dict | None):
+    if function.get("parameters") is not None and not _is_schema(function["parameters"]):
         return f"has parameters that are no JSON schema ({function['name']!r})"
     return None
+
+
+def _is_schema(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    required = value.get("required") or []
+    has_names = isinstance(required, list) and all(isinstance(name, str) for name in required)
+    return has_names and isinstance(value.get("properties") or {}, dict)
 
 
 class _Context:
