@@ -221,18 +221,20 @@ class Deployment:
     def import_file(self, file: Path, *, producer: str | None = None) -> dict[str, Any]:
         """Take past episodes in; every line is imported, a duplicate, or set aside with a reason.
 
-        With the base's tokenizer at hand the report also counts the episodes that are too long for its context.
+        With the base's tokenizer at hand the report also counts the new episodes that the base cannot take.
         """
         from cltrain.experience.ingest import import_file
+        from cltrain.experience.reading import last_seq
         from cltrain.experience.recording import Recorder, load_secret
 
         store = self.store  # opened first: it makes the directory that the secret is kept in
         secret = load_secret(self.config.state_dir)
+        before = last_seq(store)
         with Recorder(store, secret, self.config.experience.eval_share) as recorder:
-            report = asdict(import_file(recorder, file, self.agent, store=store, producer=producer))
+            report = asdict(import_file(recorder, file, self.agent, producer=producer))
         from cltrain.worker import count_fitting
 
-        return {**report, **count_fitting(self.config, self.store, self.agent)}
+        return {**report, **count_fitting(self.config, self.store, self.agent, after_seq=before)}
 
     def report(self, number: int | None = None) -> Path:
         """Write the page of one update, or of the whole run; returns its path."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -28,7 +29,7 @@ from sqlalchemy import Connection, select
 from cltrain.config import Config
 from cltrain.errors import DataError
 from cltrain.experience.screens import screen, within_shares
-from cltrain.experience.window import next_window
+from cltrain.experience.window import most_often, next_window
 from cltrain.loop import render
 from cltrain.models.adapter import AdapterFile, read_adapter
 from cltrain.models.anchors import load_anchors
@@ -60,20 +61,20 @@ def calibrate(config: Config, store: Store, *, now: float, on_progress: Callable
         config.base.path, device=config.base.device, dtype=config.base.dtype, context=config.base.context,
         num_threads=config.base.num_threads,
     )  # fmt: skip
-    examples, refusals = waiting_examples(config, Unwritten(store.engine), now)
+    examples, notes = waiting_examples(config, Unwritten(store.engine), now)
     usable = [rows for rows in (render(base, [example])[0] for example in examples) if rows]
     least = config.experience.min_window
     num_missing = max(0, MIN_UPDATES * least - len(usable))
     found: dict[str, Any] = {
         "agent": config.agent.name, "num_records": len(usable), "num_missing": num_missing, "updates": [],
-        "proposed": {}, "reasons": refusals,
+        "proposed": {}, "reasons": notes,
     }  # fmt: skip
     if num_missing:
         reason = (
             f"{len(usable)} learnable records are waiting; {MIN_UPDATES} updates of experience.min_window = {least} "
             f"need {num_missing} more"
         )
-        return {**found, "reasons": [reason, *refusals]}
+        return {**found, "reasons": [reason, *notes]}
     parts = split(usable, min(MAX_UPDATES, len(usable) // least))
     with tempfile.TemporaryDirectory(prefix="cltrain-calibrate-") as scratch:
         windows = [[row for rows in part for row in rows] for part in parts]
@@ -119,19 +120,20 @@ class _TakenBack(Exception):
 
 
 def waiting_examples(config: Config, store: Store, now: float) -> tuple[list[Example], list[str]]:
-    """Up to MAX_UPDATES windows of what waits, oldest first, each screened as an update would; and why one was
-    refused."""
+    """Up to MAX_UPDATES windows of what waits, oldest first, each screened as an update would; and why a window was
+    refused or other records are unusable."""
     agent, experience = config.agent, config.experience
     size = experience.max_window
     waiting = next_window(
         store, agent.name, experience.model_copy(update={"max_window": MAX_UPDATES * size}),
         learn_from=agent.learn_from, tools_allowed=agent.tools_allowed, now=now,
-    ).examples  # fmt: skip
-    windows = [
-        screen(part, experience, tools_allowed=agent.tools_allowed) for part in split(waiting, -(-len(waiting) // size))
-    ]
+    )  # fmt: skip
+    parts = split(waiting.examples, -(-len(waiting.examples) // size))
+    windows = [screen(part, experience, tools_allowed=agent.tools_allowed) for part in parts]
     kept = [example for window in windows for example in within_shares(window.kept, experience)[0]]
-    return kept, [f"a window is refused: {window.reason}" for window in windows if window.is_refused]
+    notes = [f"a window is refused: {window.reason}" for window in windows if window.is_refused]
+    unusable = Counter(reason for _, reason in waiting.unusable)
+    return kept, [*notes, most_often(unusable)] if unusable else notes
 
 
 def split(items: Sequence[T], num_parts: int) -> list[Sequence[T]]:

@@ -1,4 +1,14 @@
-"""What a user can fix. Everything else propagates as it is; `assert` is for what only we can break."""
+"""What a user can fix, and what the content of one record can break. Everything else propagates as it is; `assert` is
+for what only we can break.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class CltrainError(Exception):
@@ -29,3 +39,18 @@ class ServerError(CltrainError):
     """A server refused, timed out or answered something that cannot be trusted."""
 
     exit_code = 5
+
+
+BAD_CONTENT = (DataError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What the content of one record can make its reader raise. A full memory or disk is no record's fault."""
+
+
+def guarded(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | str:
+    """What `read` gives of one record, or why the record's content defeats it. Whoever reads many reads each through
+    this, so that a bad one costs the others nothing."""
+    try:
+        return read(*args, **kwargs)
+    except DataError as error:
+        return str(error)
+    except BAD_CONTENT as error:
+        return f"its content cannot be used: {type(error).__name__}: {str(error)[:200]}"

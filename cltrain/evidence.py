@@ -7,12 +7,13 @@ from collections.abc import Callable, Collection, Sequence
 
 from cltrain.config import Config
 from cltrain.deploy.client import ServerClient
+from cltrain.errors import guarded
 from cltrain.experience import window
 from cltrain.experience.screens import Suspicion
 from cltrain.gate.judge import Contest, judge
 from cltrain.gate.suites import is_taught, load_suite
 from cltrain.models.base import Base
-from cltrain.models.chat import render_example
+from cltrain.models.chat import render_example, render_prompt
 from cltrain.models.scoring import last_answer
 from cltrain.records import Decision, Example, Message, SuiteItem, Tool
 from cltrain.registry import aliases, releases
@@ -72,10 +73,16 @@ class Evidence:
     def held_out(self) -> tuple[list[SuiteItem], float | None]:
         """Items of the evaluation split as it stands now, and how many a second came in lately (None: unknown)."""
         agent = self.config.agent
-        return window.heldout_items(
+        items, rate_per_s = window.heldout_items(
             self.store, agent.name, self.config.experience, learn_from=agent.learn_from,
             tools_allowed=agent.tools_allowed, now=self.clock(),
         )  # fmt: skip
+        return [item for item in items if self.can_ask(item)], rate_per_s
+
+    def can_ask(self, item: SuiteItem) -> bool:
+        """Whether prompt and answer fit the base: one imported episode that is too long must not fail every gate."""
+        prompt = guarded(render_prompt, self.base.tokenizer, item.messages, item.tools)
+        return not isinstance(prompt, str) and len(prompt) + self.config.gate.max_answer_tokens <= self.base.context
 
     def pool(self, incumbent: str, taught: Collection[str]) -> list[SuiteItem]:
         """The owner's items that this update may gain or lose: gain items of a skill that neither it nor any update

@@ -21,7 +21,7 @@ from cltrain.config import Config
 from cltrain.deploy import proof, residents
 from cltrain.deploy.client import ServerClient
 from cltrain.deploy.preflight import check_adapter
-from cltrain.errors import ConflictError, DataError
+from cltrain.errors import ConflictError, guarded
 from cltrain.evidence import Evidence
 from cltrain.experience import window
 from cltrain.experience.buffer import replay_examples
@@ -115,7 +115,7 @@ def run_update(
         objectives=rooms.config.trainer.objectives,
     )  # fmt: skip
     if waiting.num_missing:
-        return plans.nothing_to_learn(rooms.agent, alias.release, waiting)
+        return plans.nothing_to_learn(rooms.store, rooms.agent, alias.release, waiting)
     config = config.model_copy(update={"filter": config.filter and is_filtered})
     screened = screen(waiting.examples, config, tools_allowed=rooms.config.agent.tools_allowed)
     settled, useless = staleness.settle(rooms.store, rooms.config, rooms.base, alias.release, screened.kept)
@@ -328,16 +328,21 @@ def without_most_surprising(rooms: Rooms, plan: Plan, attempt: Attempt) -> tuple
 
 def render(base: Base, examples: Sequence[Example]) -> tuple[list[TokenRow], list[Aside]]:
     """Token rows of the examples, and those that the base cannot take."""
+
+    def rendered(example: Example) -> tuple[TokenRow, ...]:
+        made = render_rows(base.tokenizer, base.context, example)
+        for row in made:
+            check_row(base, row)
+        return made
+
     rows: list[TokenRow] = []
     unusable: list[Aside] = []
     for example in examples:
-        try:
-            rendered = render_rows(base.tokenizer, base.context, example)
-            for row in rendered:
-                check_row(base, row)
-            rows += rendered
-        except DataError as error:
-            unusable.append(Aside(example.record, "unusable", f"unusable: {error}"))
+        found = guarded(rendered, example)
+        if isinstance(found, str):
+            unusable.append(Aside(example.record, "unusable", f"unusable: {found}"))
+        else:
+            rows += found
     return rows, unusable
 
 

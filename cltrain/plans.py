@@ -295,11 +295,13 @@ def summary_of(
     }
 
 
-def nothing_to_learn(agent: str, serving: str, waiting: window.Window) -> dict[str, Any]:
+def nothing_to_learn(store: Store, agent: str, serving: str, waiting: window.Window) -> dict[str, Any]:
     """The answer when no update was worth starting: a hold without a number."""
     reason = f"{waiting.num_waiting} learnable records are waiting, {waiting.num_missing} are missing"
     if waiting.num_negative_waiting:
         reason += f"; {waiting.num_negative_waiting} only say what was wrong (experience.max_negative_share)"
+    if unusable := window.unusable_reasons(store, agent):
+        reason += f"; {window.most_often(unusable)}"
     forecast_s = waiting.num_missing / waiting.rate_per_s if waiting.rate_per_s else None
     if forecast_s is not None:
         reason += f"; at the present rate they will be there in about {forecast_s / 60:.0f} minutes"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cltrain.config import Config
-from cltrain.errors import DataError
+from cltrain.errors import DataError, guarded
 from cltrain.experience.baselines import usual_scores
 from cltrain.experience.lanes import as_undesired, without_partner
 from cltrain.models.adapter import read_adapter
@@ -43,21 +43,23 @@ def settle(
         else {}
     )
     lineage = aliases.ancestry(store, incumbent) if policy else []
+
+    def one(example: Example) -> Example | str:
+        if example.objective in ("dpo", "hindsight"):
+            return _with_partner(config, base, example)
+        if example.objective != "policy":
+            return example
+        if (why := _too_old(store, lineage, example, objectives.max_lag)) is not None:
+            return _by_its_mark(example, config, why)
+        advantage = example.value - usual[example.record]
+        if advantage >= 0:
+            return f"no worse than usual: its score is {example.value:g}, the mean {usual[example.record]:.3g}"
+        return _with_behaviour(store, config, base, replace(example, value=advantage))
+
     settled: list[Example] = []
     aside: list[Aside] = []
     for example in examples:
-        found: Example | str = example
-        if example.objective == "policy":
-            why = _too_old(store, lineage, example, objectives.max_lag)
-            advantage = example.value - usual[example.record]
-            if why is not None:
-                found = _by_its_mark(example, config, why)
-            elif advantage >= 0:
-                found = f"no worse than usual: its score is {example.value:g}, the mean {usual[example.record]:.3g}"
-            else:
-                found = _with_behaviour(store, config, base, replace(example, value=advantage))
-        elif example.objective in ("dpo", "hindsight"):
-            found = _with_partner(config, base, example)
+        found = guarded(one, example)
         if isinstance(found, str):
             aside.append(Aside(example.record, "unusable", found))
         else:

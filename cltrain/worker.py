@@ -24,7 +24,7 @@ from cltrain.config import Config
 from cltrain.deploy import residents
 from cltrain.deploy.client import ServerClient
 from cltrain.deploy.preflight import check_adapter
-from cltrain.errors import ConflictError, DataError, ServerError
+from cltrain.errors import ConflictError, DataError, ServerError, guarded
 from cltrain.evidence import Evidence
 from cltrain.experience import window
 from cltrain.experience.ingest import read_rehearsal
@@ -35,7 +35,7 @@ from cltrain.models.anchors import load_anchors, pinned_at, read_anchors
 from cltrain.models.base import load_base
 from cltrain.models.chat import render_rows
 from cltrain.monitoring.outbox import Pump
-from cltrain.records import Example, LearningMode
+from cltrain.records import Example, LearningMode, TokenRow, Trajectory
 from cltrain.registry import aliases, releases
 from cltrain.registry.lease import LeaseKeeper
 from cltrain.registry.reserve import remake_reserve
@@ -321,16 +321,15 @@ class Worker:
                 log.warning("the server could not be looked after", exc_info=True)
 
 
-def count_fitting(config: Config, store: Store, agent: str) -> dict[str, Any]:
-    """How many of the agent's episodes the base can take whole, and why it cannot take the others."""
+def count_fitting(config: Config, store: Store, agent: str, *, after_seq: int = 0) -> dict[str, Any]:
+    """How many of the agent's episodes after that one the base can take whole, and why it cannot take the others."""
     base = load_base(config.base.path, context=config.base.context)
-    num_fitting, too_long = 0, []
-    for trajectory in read_trajectories(store, agent):
+
+    def rows_of(trajectory: Trajectory) -> tuple[TokenRow, ...]:
         targets = tuple(i for i, message in enumerate(trajectory.messages) if message["role"] == "assistant")
         example = Example(trajectory.id, trajectory.principal, "all", trajectory.messages, targets, trajectory.tools)
-        try:
-            render_rows(base.tokenizer, base.context, example)
-            num_fitting += 1
-        except DataError as error:
-            too_long.append(str(error))
-    return {"num_fitting": num_fitting, "num_unusable": len(too_long), "unusable": too_long}
+        return render_rows(base.tokenizer, base.context, example)
+
+    found = [guarded(rows_of, trajectory) for trajectory in read_trajectories(store, agent, after_seq=after_seq)]
+    unusable = [reason for reason in found if isinstance(reason, str)]
+    return {"num_fitting": len(found) - len(unusable), "num_unusable": len(unusable), "unusable": unusable}

@@ -176,6 +176,23 @@ def test_an_episode_longer_than_the_context_is_set_aside_whole_and_the_others_ar
     assert [aside["record"] for aside in manifest["set_aside"]] == [long.id]
 
 
+def test_a_record_whose_tools_make_no_sense_is_set_aside_and_the_others_are_learned(
+    cltrain: Command, tmp_path: Path, url: str
+) -> None:
+    good = [corrected(ticket) for ticket in tickets("repair", 6)]
+    function = {"name": "repair", "parameters": {"type": [{"object": 1}]}}
+    built_in = replace(good[0], tools=({"type": "web_search"},))
+    broken = replace(good[1], tools=(*good[1].tools[:2], {"type": "function", "function": function}))
+    store = with_records(tmp_path, [built_in, broken, *good[2:]])
+    done = cltrain("update", *options(tmp_path, url))
+    assert done.code in (0, 10, 11), done
+    assert done.json["num_kept"] == 4
+    found = standing(store)
+    assert [found[one.id][0] for one in (built_in, broken)] == ["unusable", "unusable"]
+    assert "its type is 'web_search'" in found[built_in.id][1]
+    assert "TypeError" in found[broken.id][1]
+
+
 # ---------------------------------------------------------------- servers that give too little
 
 

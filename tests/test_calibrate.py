@@ -126,6 +126,13 @@ def test_too_little_data_is_a_hold_that_says_how_many_records_are_missing(tmp_pa
     )
 
 
+def test_records_that_cannot_be_learned_from_are_not_the_same_as_none(tmp_path: Path, cltrain: Command) -> None:
+    home = tmp_path / "state"
+    record(open_store(home), settings_of(home), [unlearnable("x"), unlearnable("y")])
+    done = cltrain("calibrate", *words(home), "--json")
+    assert done.json["reasons"][1:] == ["2 are unusable, most often (2): nobody who may judge it gave a score"]
+
+
 def test_the_updates_begin_where_the_serving_release_is(tmp_path: Path) -> None:
     config = settings_of(tmp_path / "state")
     store, base = open_store(config.state_dir), load_base(None)

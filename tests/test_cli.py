@@ -242,6 +242,8 @@ def test_an_import_shows_in_the_status(cltrain: Command, tmp_path: Path) -> None
     assert (done.json["num_fitting"], done.json["num_unusable"]) == (3, 0)
     status = cltrain("status", home, "--agent=desk", "--json").json
     assert (status["agent"], status["records"], status["feedback"], status["set_aside"]) == ("desk", 3, 3, 1)
+    done = cltrain("import", str(tmp_path / "three.jsonl"), home, "--agent=desk", "--json")
+    assert (done.json["num_duplicates"], done.json["num_fitting"]) == (3, 0), "the base takes what this import brought"
 
 
 def test_an_import_names_the_first_that_are_too_long_and_counts_the_others(cltrain: Command, tmp_path: Path) -> None:

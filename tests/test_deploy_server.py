@@ -22,6 +22,11 @@ ASK = [{"role": "user", "content": "please refund the order A17"}]
 CALL = 'Sorry.\n<tool_call>\n{"name": "refund", "arguments": {"order": "A17"}}\n</tool_call>'
 
 
+def called(arguments):
+    call = {"id": "c", "type": "function", "function": {"name": "refund", "arguments": arguments}}
+    return [*ASK, {"role": "assistant", "content": None, "tool_calls": [call]}, *ASK]
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return load_base(make_tiny_base(tmp_path_factory.mktemp("base"), hidden=128))
@@ -172,6 +177,13 @@ def test_several_choices_come_from_following_seeds(client):
         ("/v1/chat/completions", {"tool_choice": "required"}, 400, "tool_choice"),
         ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, 400, "response_format"),
         ("/v1/chat/completions", {"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ("/v1/chat/completions", {"tools": [{"type": "web_search"}]}, 400, "functions only; got type 'web_search'"),
+        ("/v1/chat/completions", {"max_tokens": True}, 400, "max_tokens"),
+        ("/v1/chat/completions", {"max_completion_tokens": "8"}, 400, "max_completion_tokens"),
+        ("/v1/chat/completions", {"messages": called("[" * 100_000)}, 400, "no JSON"),
+        ("/v1/chat/completions", {"messages": called("[" * 900 + "]" * 900)}, 400, "refuses these messages"),
+        ("/v1/chat/completions", {"messages": called('{"order": "\\ud800"}')}, 400, "tokenizer refuses"),
+        ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": 5}]}, 400, "refuses these messages"),
         ("/v1/completions", {"prompt": [1, 448]}, 400, "vocabulary"),
         ("/v1/completions", {"prompt": []}, 400, "prompt"),
         ("/v1/completions", {"prompt": "hi", "echo": True}, 400, "echo"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
+from cltrain.config import ExperienceConfig
 from cltrain.errors import DataError
 from cltrain.experience import ingest
 from cltrain.experience.examples import example_of
@@ -15,6 +16,7 @@ from cltrain.experience.reading import read_trajectories
 from cltrain.experience.recording import Recorder
 from cltrain.experience.rows import num_set_aside
 from cltrain.experience.verify import verify
+from cltrain.experience.window import next_window
 from cltrain.records import Example
 from cltrain.store.database import open_store
 from cltrain.store.schema import set_aside
@@ -37,7 +39,7 @@ def recorder(store):
 
 
 def take(recorder, store, file, **options):
-    return import_file(recorder, file, "support", store=store, clock=lambda: 1000.0, **options)
+    return import_file(recorder, file, "support", clock=lambda: 1000.0, **options)
 
 
 def kept_aside(store):
@@ -96,6 +98,9 @@ def test_broken_lines_are_counted_and_kept_with_their_reason(recorder, store, tm
         b'{"id": "k", "reward": NaN, "messages": []}',
         b'{"id": "l", "messages": [{"role": "assistant", "content": "\\ud800"}]}',
         deep,
+        json.dumps(episode("m", arguments='{"item": "\\ud800"}')).encode(),
+        json.dumps(episode("n", arguments='{"item": ' + "[" * 900 + "]" * 900 + "}")).encode(),
+        json.dumps(episode("o", tools=[{"type": "web_search"}])).encode(),
         json.dumps(episode("a", reward=0.0)).encode(),  # the id of line 1, another verdict
         json.dumps(episode("a")).encode(),  # line 1 again
         json.dumps(episode("z")).encode(),
@@ -106,7 +111,7 @@ def test_broken_lines_are_counted_and_kept_with_their_reason(recorder, store, tm
     assert (report.num_imported, report.num_duplicates, report.num_blank) == (2, 1, 1)
     assert report.num_lines == len(lines) - 1 == 2 + 1 + report.num_set_aside
     aside = kept_aside(store)
-    assert [row.line for row in aside] == [2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]
+    assert [row.line for row in aside] == [2, 3, 4, 5, 6, *range(8, 21)]
     assert [row.raw for row in aside] == [lines[row.line - 1] for row in aside]
     assert sum(report.reasons.values()) == len(aside)
     assert (
@@ -162,9 +167,30 @@ def test_an_id_that_is_stored_with_other_content_is_kept_aside(recorder, store, 
     first.write_text(json.dumps(episode("a")))
     second.write_text(json.dumps(episode("a", session="other")))
     take(recorder, store, first)
-    assert take(recorder, store, second).reasons == {"id already stored for another episode": 1}
-    report = import_file(recorder, first, "sales", store=store, clock=lambda: 1.0)
-    assert report.reasons == {"id already used by another agent": 1}
+    assert take(recorder, store, second).reasons == {"conflicts with what is stored": 1}
+    assert import_file(recorder, first, "sales", clock=lambda: 1.0).reasons == {"conflicts with what is stored": 1}
+    assert [row.reason.partition("'a' ")[2] for row in kept_aside(store)] == [
+        "is already stored for another episode: use a new id", "is already stored for agent 'support': use a new id"
+    ]  # fmt: skip
+
+
+def test_a_producer_named_later_is_that_of_answers_whose_was_unknown(recorder, store, tmp_path):
+    file = tmp_path / "log.jsonl"
+    named = episode("named")
+    lines = [{key: value for key, value in episode("unknown").items() if key != "model"}, named]
+    file.write_text("\n".join(map(json.dumps, lines)))
+
+    def learnable():
+        read = next_window(store, "support", ExperienceConfig(), learn_from=("agent",), tools_allowed=None, now=2000.0)
+        return [example.record for example in read.examples]
+
+    take(recorder, store, file)
+    assert learnable() == []
+    again = take(recorder, store, file, producer="agent")
+    assert (again.num_imported, again.num_duplicates) == (1, 0)
+    assert again.reasons == {"conflicts with what is stored": 1}, "whose producer is known keeps it"
+    assert learnable() == ["unknown"]
+    assert take(recorder, store, file, producer="agent").num_duplicates == 1
 
 
 def test_nothing_is_guessed_about_producer_tools_and_reward(recorder, store, tmp_path):
@@ -203,7 +229,7 @@ def test_lines_set_aside_are_counted_for_the_agent_that_they_were_meant_for(reco
     file = tmp_path / "log.jsonl"
     file.write_text("{\n" + json.dumps(episode("a")) + "\n")
     for agent in ("support", "sales", "sales"):
-        import_file(recorder, file, agent, store=store, producer=None, clock=lambda: 1.0)
+        import_file(recorder, file, agent, producer=None, clock=lambda: 1.0)
     with store.read() as connection:
         assert [num_set_aside(connection, agent) for agent in ("support", "sales", "sale")] == [1, 2, 0]
 

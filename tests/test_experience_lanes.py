@@ -237,7 +237,7 @@ def test_a_window_of_negatives_alone_is_a_hold_that_says_why(recorder, store):
         recorder.add_trajectory(episode(f"bad{k}", thumb(f"bad{k}", -1.0)))
     read = next_window(store)
     assert (read.examples, read.num_missing, read.num_negative_waiting) == ((), 4, 6)
-    summary = nothing_to_learn("support", "support-v0", read)
+    summary = nothing_to_learn(store, "support", "support-v0", read)
     assert summary["verdict"] == "hold"
     assert "6 only say what was wrong" in summary["reasons"][0]
 

@@ -11,7 +11,9 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from cltrain.config import ExperienceConfig
 from cltrain.experience.recording import read_trajectories
+from cltrain.experience.window import next_window
 from tests.gateway_parts import BASE, R1, FakeServer, Gateway, add_release, point_alias, running
 
 TOOLS: Any = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
@@ -197,7 +199,7 @@ def test_models_lists_the_alias_and_the_served_releases_but_no_candidate(tmp_pat
         (b'{"model": "support", "messages": ["x"]}', r"messages[0] must be an object"),
         (b'{"model": "support", "messages": [{"role": "boss", "content": "x"}]}', "messages[0].role"),
         (b'{"model": "support", "messages": [{"role": "user", "content": 3}]}', "messages[0].content"),
-        (b'{"model": "support", "messages": [{"role": "user", "content": "x"}], "n": true}', "positive integer"),
+        (b'{"model": "support", "messages": [{"role": "user", "content": "x"}], "n": true}', "whole number"),
         (b'{"model": "support", "messages": [{"role": "user", "content": "x"}], "user": "\\ud800"}', "valid Unicode"),
     ],
 )
@@ -232,3 +234,44 @@ def test_authorization_is_passed_on_and_nothing_else(tmp_path: Path) -> None:
     assert seen[-1]["authorization"] == "Bearer k"
     assert "x-session-id" not in seen[-1]
     assert "cookie" not in seen[-1]
+
+
+def test_a_tool_that_only_the_server_knows_is_served_recorded_and_not_learned_from(tmp_path: Path) -> None:
+    with running(tmp_path, experience={"eval_share": 0.0}) as gateway:
+        answer = gateway.chat("hi", tools=[{"type": "web_search"}, *TOOLS], headers={"X-Session-Done": "1"})
+        assert (answer.status_code, answer.headers["x-cltrain-recorded"]) == (200, "1")
+        thumb = {"target": answer.headers["x-cltrain-record"], "score": 1}
+        assert gateway.http.post("/v1/feedback", json=thumb).status_code == 200
+        rules: dict[str, Any] = {"learn_from": ("agent",), "tools_allowed": None, "now": 1e6}
+        read = next_window(gateway.store, "support", ExperienceConfig(), **rules)
+    ((_, reason),) = read.unusable
+    assert "its type is 'web_search'" in reason
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"tools": [{}]}, "tools[0] is no function definition"),
+        ({"tools": [5]}, "tools[0] is no function definition"),
+        ({"tools": [{"type": "function"}]}, "tools[0] is no function definition"),
+        ({"tools": [*TOOLS, {"type": "function", "function": {"name": ["find"]}}]}, "tools[1] is a function without"),
+        ({"tools": [{"type": "function", "function": {"name": "find", "parameters": 5}}]}, "no JSON schema"),
+        ({"tools": [{"function": {"name": "find", "parameters": {"required": 5}}}]}, "no JSON schema"),
+        ({"tools": [{"function": {"name": "find", "parameters": {"required": [["a"]]}}}]}, "no JSON schema"),
+        ({"stream": True, "stream_options": "x"}, "stream_options must be an object"),
+        ({"stream": True, "stream_options": 5}, "stream_options must be an object"),
+        ({"stream": True, "stream_options": [1]}, "stream_options must be an object"),
+        ({"max_tokens": True}, "max_tokens must be a whole number"),
+        ({"max_completion_tokens": "8"}, "max_completion_tokens must be a whole number"),
+        ({"temperature": float("inf")}, "Infinity is no finite number"),
+        ({"user": "a\0"}, "NUL"),
+    ],
+)
+def test_a_malformed_request_is_explained_and_never_forwarded(
+    shared: Gateway, fields: dict[str, Any], said: str
+) -> None:
+    num_before = len(shared.fake.bodies)
+    body = {"model": "support", "messages": [{"role": "user", "content": "hi"}], **fields}
+    answer = shared.http.post("/v1/chat/completions", content=json.dumps(body))
+    assert (answer.status_code, said in answer.json()["error"]["message"]) == (400, True), answer.text
+    assert len(shared.fake.bodies) == num_before

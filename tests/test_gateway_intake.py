@@ -11,9 +11,11 @@ import pytest
 from sqlalchemy import select
 
 from cltrain.experience.recording import read_trajectories
+from cltrain.gateway.chat import MAX_BODY_BYTES
 from cltrain.store.schema import set_aside
 from tests.gateway_parts import Gateway, running
 
+TOOL = {"type": "function", "function": {"name": "find"}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"item": "lamp"}'}}
 
 
@@ -21,6 +23,10 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "find", "arguments"
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     with running(tmp_path_factory.mktemp("state")) as gateway:
         yield gateway
+
+
+def fix(name: str, arguments: Any) -> dict[str, Any]:
+    return {"tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
 
 
 def episode(name: str, **fields: Any) -> dict[str, Any]:
@@ -71,8 +77,8 @@ def test_a_corrected_tool_call_becomes_an_assistant_message(tmp_path: Path) -> N
         ({"score": True}, 400, "must be a number"),
         ({"score": "1"}, 400, "must be a number"),
         ({"score": 1.01}, 400, "[-1, 1]"),
-        ({"score": float("nan")}, 400, "[-1, 1]"),
-        ({"score": float("-inf")}, 400, "[-1, 1]"),
+        ({"score": float("nan")}, 400, "NaN is no finite number"),
+        ({"score": float("-inf")}, 400, "no finite number"),
         ({"score": 10**400}, 400, "[-1, 1]"),
         ({}, 400, "needs a score, a text or a correction"),
         ({"score": 1, "target": "nowhere"}, 404, "nowhere"),
@@ -92,6 +98,15 @@ def test_a_corrected_tool_call_becomes_an_assistant_message(tmp_path: Path) -> N
             "must be a JSON object",
         ),
         ({"correction": {"tool_calls": [{"arguments": "{}"}]}}, 400, "tool_calls[0] must be"),
+        ({"correction": "  \n"}, 400, "correction is empty"),
+        ({"correction": "half \ud800"}, 400, "valid Unicode"),
+        ({"correction": fix("find", '{"item": "\\ud800"}')}, 400, "valid Unicode"),
+        ({"correction": fix("\ud800", "{}")}, 400, "valid Unicode"),
+        ({"correction": fix("find", '{"item": NaN}')}, 400, "no finite number"),
+        ({"correction": fix("find", {"item": float("inf")})}, 400, "no finite number"),
+        ({"correction": fix("find", "[" * 100_000)}, 400, "levels deep"),
+        ({"score": 1, "id": "a\0b"}, 400, "NUL"),
+        ({"score": 1, "source": "user\0"}, 400, "NUL"),
     ],
 )
 def test_bad_feedback_is_refused_with_the_reason(shared: Gateway, fields: Any, status: int, said: str) -> None:
@@ -103,11 +118,43 @@ def test_bad_feedback_is_refused_with_the_reason(shared: Gateway, fields: Any, s
     assert kept.feedback == ()
 
 
-def test_one_feedback_id_for_two_targets_is_a_conflict(tmp_path: Path) -> None:
-    with running(tmp_path) as gateway:
-        records = [gateway.chat(t).headers["x-cltrain-record"] for t in ("one", "two")]
-        answers = [gateway.http.post("/v1/feedback", json={"target": r, "id": "f", "score": 1}) for r in records]
-    assert [a.status_code for a in answers] == [200, 409]
+@pytest.mark.parametrize(
+    "other", [{"score": -1}, {"correction": "no"}, {"text": "but"}, {"principal": "eve"}, {"source": "operator"}]
+)
+def test_one_feedback_id_for_two_contents_is_a_conflict_and_the_first_stands(
+    shared: Gateway, other: dict[str, Any]
+) -> None:
+    records = [shared.chat(t).headers["x-cltrain-record"] for t in ("one", "two")]
+    first = {"target": records[0], "id": f"f-{records[0]}", "score": 1}
+    given = [first, first, {**first, **other}, {**first, "target": records[1]}]
+    answers = [shared.http.post("/v1/feedback", json=one) for one in given]
+    assert [a.status_code for a in answers] == [200, 200, 409, 409]
+    assert "says something else: use a new id" in answers[2].json()["error"]["message"]
+    kept = next(t for t in read_trajectories(shared.store, "support") if t.generations[0].id == records[0])
+    assert [f.score for f in kept.feedback] == [1.0]
+
+
+@pytest.mark.parametrize(
+    "other", [{"reward": -1}, {"reward": None}, {"model": "third"}, {"principal": "eve"}, {"tools": [TOOL]},
+              {"messages": [{"role": "assistant", "content": "other"}]}],
+)  # fmt: skip
+def test_one_trajectory_id_for_two_episodes_is_a_conflict_and_the_first_stands(
+    shared: Gateway, other: dict[str, Any]
+) -> None:
+    name = f"twice-{next(iter(other))}-{next(iter(other.values()))!s:.8}"
+    given = [episode(name), episode(name), episode(name, **other)]
+    answers = [shared.http.post("/v1/trajectories", json=one) for one in given]
+    assert [(a.status_code, a.json().get("duplicate")) for a in answers] == [(200, False), (200, True), (409, None)]
+    assert "another episode: use a new id" in answers[2].json()["error"]["message"]
+    lines = "\n".join(json.dumps(one) for one in given)
+    counts = shared.http.post("/v1/trajectories", content=lines).json()
+    assert (counts["num_added"], counts["num_duplicates"], counts["num_set_aside"]) == (0, 2, 1)
+
+
+def test_a_body_beyond_the_limit_is_refused_on_every_route(shared: Gateway) -> None:
+    for path in ("chat/completions", "completions", "feedback", "trajectories"):
+        answer = shared.http.post(f"/v1/{path}", content=b" " * (MAX_BODY_BYTES + 1))
+        assert (answer.status_code, "longer than" in answer.json()["error"]["message"]) == (413, True)
 
 
 def test_a_posted_trajectory_is_stored_once_and_its_author_is_not_ours(tmp_path: Path) -> None:
@@ -155,10 +202,15 @@ def test_bad_lines_are_kept_aside_with_the_reason_and_good_ones_stored(tmp_path:
         ({"reward": False}, "must be a number"),
         ({"agent": "sales"}, "is not served here"),
         ({"tools": {"a": 1}}, "tools must be a list"),
+        ({"tools": [{}]}, "tools[0] is no function definition"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "no answer of the assistant"),
+        ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "valid Unicode"),
+        ({"messages": [{"role": "assistant", **fix("find", "[" * 100_000)}]}, "levels deep"),
+        ({"source": "a\0"}, "NUL"),
     ],
 )
 def test_a_bad_trajectory_is_refused_with_the_reason(shared: Gateway, fields: Any, said: str) -> None:
-    answer = shared.http.post("/v1/trajectories", json=episode("bad", **fields))
+    answer = shared.http.post("/v1/trajectories", content=json.dumps(episode("bad", **fields)))
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
     assert "bad" not in {t.id for t in read_trajectories(shared.store, "support")}

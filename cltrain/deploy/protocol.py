@@ -33,7 +33,7 @@ class Generate(Body):
     """What chat and completions have in common."""
 
     model: str
-    temperature: float | None = Field(None, ge=0)  # None: 1.0, OpenAI's default
+    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)  # None: 1.0, OpenAI's default
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     n: int = Field(1, ge=1, le=16)
@@ -65,8 +65,8 @@ class ChatBody(Generate):
     messages: list[dict[str, Any]] = Field(min_length=1)
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none"] | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, strict=True)
+    max_completion_tokens: int | None = Field(None, ge=1, strict=True)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     response_format: dict[str, Any] | None = None
@@ -75,12 +75,14 @@ class ChatBody(Generate):
     def _refuse_formats(self) -> ChatBody:
         if self.response_format and self.response_format.get("type") != "text":
             raise ValueError("response_format: this server answers plain text only")
+        if other := next((tool for tool in self.tools or () if not isinstance(tool.get("function"), dict)), None):
+            raise ValueError(f"tools: this server knows functions only; got type {other.get('type')!r}")
         return self
 
 
 class CompletionBody(Generate):
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=1)
+    max_tokens: int | None = Field(16, ge=1, strict=True)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     echo: Literal[False] = False
     suffix: None = None

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from sqlalchemy import and_, exists, select
 
+from cltrain.errors import guarded
 from cltrain.experience.examples import decisive, first_tool, score_of, unfit
 from cltrain.experience.reading import read_trajectories
 from cltrain.records import Trajectory
@@ -32,7 +33,8 @@ def usual_scores(
         newest = select(records.c.id).where(is_known).order_by(records.c.seq.desc()).limit(NUM_READ)
         ids = list(connection.scalars(newest))
     trajectories = read_trajectories(store, agent, records_in=[*ids, *wanted])
-    means = baselines((scored for t in trajectories if (scored := _scored(t, learn_from))), decay)
+    scored = [guarded(_scored, trajectory, learn_from) for trajectory in trajectories]
+    means = baselines([one for one in scored if isinstance(one, tuple)], decay)
     return {record: means.get(record, 0.0) for record in wanted}
 
 

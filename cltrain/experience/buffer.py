@@ -15,10 +15,11 @@ from dataclasses import replace
 from sqlalchemy import select as query
 
 from cltrain.config import ExperienceConfig
+from cltrain.errors import guarded
 from cltrain.experience.examples import POOLED, example_of
 from cltrain.experience.reading import read_trajectories
 from cltrain.experience.verify import verify
-from cltrain.records import Example
+from cltrain.records import Example, Trajectory
 from cltrain.store.database import Store
 from cltrain.store.schema import records, screenings, updates
 
@@ -99,13 +100,13 @@ def _rebuilt(
     learn_from: Sequence[str],
     tools_allowed: Sequence[str] | None,
 ) -> dict[str, Example]:
-    found: dict[str, Example] = {}
-    for trajectory in read_trajectories(store, agent, records_in=ids):
+    def rebuilt(trajectory: Trajectory) -> Example | str:
         known = tuple(f for f in trajectory.feedback if f.created_at <= learned_at[trajectory.id])
         example = example_of(replace(trajectory, feedback=known), learn_from=learn_from, tools_allowed=tools_allowed)
-        if isinstance(example, Example) and verify(example, tools_allowed=tools_allowed) is None:
-            found[trajectory.id] = example
-    return found
+        return example if isinstance(example, str) else verify(example, tools_allowed=tools_allowed) or example
+
+    found = {t.id: guarded(rebuilt, t) for t in read_trajectories(store, agent, records_in=ids)}
+    return {record: example for record, example in found.items() if isinstance(example, Example)}
 
 
 def _hash(key: bytes, record: str) -> bytes:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from cltrain.experience.verify import tool_fault
 from cltrain.records import Example, Feedback, Generation, Message, SuiteItem, Trajectory, is_claim
 
 SOURCE_RANK = {"verifier": 0, "operator": 1, "import": 2, "user": 3}  # who is believed first; nobody else is
@@ -174,7 +175,8 @@ def unfit(trajectory: Trajectory) -> str | None:
         return "a rollback changed the adapter midway"
     if trajectory.end != "ok":
         return f"the episode's end is {trajectory.end!r}: missing data, not a result"
-    return None
+    fault = next((fault for tool in trajectory.tools if (fault := tool_fault(tool))), None)
+    return f"a tool that it declares {fault}" if fault else None
 
 
 def decisive(given: Iterable[Feedback]) -> Feedback | None:
@@ -217,5 +219,5 @@ def _when(feedback: Feedback) -> tuple[float, str]:
 def unlisted(producer: str | None) -> str:
     """Why answers of this producer are not learned from."""
     if producer is None:
-        return "the producer of its answers is unknown"
+        return "the producer of its answers is unknown: import it again with --producer agent if your agent wrote it"
     return f"its answers are by {producer!r}, which agent.learn_from does not list"

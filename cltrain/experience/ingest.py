@@ -19,11 +19,10 @@ from typing import Any
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.experience.examples import OURS, first_tool
-from cltrain.experience.reading import read_trajectory
 from cltrain.experience.recording import Recorder
-from cltrain.experience.verify import arguments_of, text_of
+from cltrain.experience.strict_json import is_unicode, loads
+from cltrain.experience.verify import arguments_of, text_of, tool_fault
 from cltrain.records import Example, Feedback, Message, Trajectory
-from cltrain.store.database import Store
 
 MAX_LINE_BYTES = 16 * 2**20
 KEPT_BYTES = 64 * 2**10  # of a longer line, in the set-aside copy
@@ -61,7 +60,6 @@ def import_file(
     file: Path,
     agent: str,
     *,
-    store: Store,
     producer: str | None = None,
     clock: Callable[[], float] = time.time,
 ) -> ImportReport:
@@ -70,9 +68,10 @@ def import_file(
     `reward` is in [0, 1] (0 failure, 1 success), or negative for a failure; `score` is in [-1, 1]. The answers'
     producer is `producer`, else the line's `model`, which may not be a word that is trusted here (`OURS`): that the
     owner's agent wrote a log is for the owner to say, not for the file. Without `principal` a line's is
-    `import:<file stem>`: one file is one source. `store` is what the recorder writes to. A line whose id is stored is a
-    duplicate if it says the same, else set aside; so importing again changes nothing. Set-aside lines are kept in the
-    store, of lines over 16 MiB the first 64 KiB. Raises DataError for a file that cannot be read or is UTF-16.
+    `import:<file stem>`: one file is one source. A line whose id is stored is a duplicate if it says the same, else set
+    aside; so importing again changes nothing, but that a producer given now is that of answers whose was unknown.
+    Set-aside lines are kept in the store, of lines over 16 MiB the first 64 KiB. Raises DataError for a file that
+    cannot be read or is UTF-16.
     """
     source = f"{file.name}:{_digest(file)[:12]}"
     tally = _Tally(agent)
@@ -95,9 +94,9 @@ def import_file(
             except _Refused as refusal:
                 tally.set_aside(recorder, source, number, refusal, raw, clock())
             while len(pending) > MAX_PENDING:
-                _settle(recorder, store, source, pending.popleft(), tally, clock())
+                _settle(recorder, source, pending.popleft(), tally, clock())
     while pending:
-        _settle(recorder, store, source, pending.popleft(), tally, clock())
+        _settle(recorder, source, pending.popleft(), tally, clock())
     return tally.report()
 
 
@@ -175,29 +174,13 @@ class _Tally:
 
 
 def _settle(
-    recorder: Recorder,
-    store: Store,
-    source: str,
-    line: tuple[int, bytes, Trajectory, Future[bool]],
-    tally: _Tally,
-    now: float,
+    recorder: Recorder, source: str, line: tuple[int, bytes, Trajectory, Future[bool]], tally: _Tally, now: float
 ) -> None:
     number, raw, trajectory, future = line
     try:
-        is_new = future.result()
-        if not is_new:
-            with store.read() as connection:
-                stored = read_trajectory(connection, trajectory.id)
-            if stored.agent != trajectory.agent:
-                raise _Refused("id already used by another agent", f"{trajectory.id} of {stored.agent}")
-            if _comparable(stored) != _comparable(trajectory):
-                raise _Refused("id already stored for another episode", trajectory.id)
+        tally.stored(trajectory, future.result())
     except ConflictError as error:
         tally.set_aside(recorder, source, number, _Refused("conflicts with what is stored", str(error)), raw, now)
-    except _Refused as refusal:
-        tally.set_aside(recorder, source, number, refusal, raw, now)
-    else:
-        tally.stored(trajectory, is_new)
 
 
 # ---------------------------------------------------------------- bytes
@@ -282,21 +265,14 @@ def _object(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise _Refused("not valid UTF-8", f"byte {error.start}") from None
     try:
-        line = json.loads(text, parse_constant=_refuse_constant)
-        json.dumps(line, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise _Refused("has a lone surrogate, which is no text") from None
-    except RecursionError:
-        raise _Refused("nested too deeply") from None
+        line = loads(text)
     except ValueError as error:
         raise _Refused("not valid JSON", str(error)) from None
+    if not is_unicode(line):
+        raise _Refused("has a lone surrogate, which is no text")
     if not isinstance(line, dict):
         raise _Refused("not a JSON object")
     return line
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _identifier(line: dict[str, Any], raw: bytes) -> str:
@@ -363,13 +339,6 @@ def _calls(calls: Any, index: int) -> list[dict[str, Any]]:
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     if value is None:
         return ()
-    is_list = isinstance(value, list) and all(
-        isinstance(tool, dict)
-        and isinstance(tool.get("function"), dict)
-        and isinstance(tool["function"].get("name"), str)
-        and isinstance(tool["function"].get("parameters", {}), dict)
-        for tool in value
-    )
-    if not is_list:
+    if not isinstance(value, list) or any(map(tool_fault, value)):
         raise _Refused("`tools` is not a list of function definitions")
     return tuple(value)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from sqlalchemy import Connection, Row, Select, or_, select
+from sqlalchemy import Connection, Row, Select, func, or_, select
 
 from cltrain.errors import DataError
 from cltrain.experience.rows import episode_of, parts
@@ -21,6 +21,12 @@ def read_trajectory(connection: Connection, record_id: str) -> Trajectory:
     if not rows:
         raise DataError(f"no record {record_id!r} in the store")
     return _trajectories(connection, rows)[0]
+
+
+def last_seq(store: Store) -> int:
+    """The newest record's, 0 where there is none."""
+    with store.read() as connection:
+        return connection.scalar(select(func.max(records.c.seq))) or 0
 
 
 def read_trajectories(

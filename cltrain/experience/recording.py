@@ -129,9 +129,9 @@ class Recorder:
         return self._submit(lambda connection: write_turn(connection, turn, split, now), wait=False)
 
     def add_feedback(self, given: Feedback, *, now: float) -> Future[bool]:
-        """Queue feedback; the future gives False where its id is already stored, or raises UnknownTarget.
+        """Queue feedback; the future gives False where the same is already stored, or raises UnknownTarget.
 
-        ConflictError where the id is stored for another target. RecorderFull is raised at once.
+        ConflictError where the id is stored for something else. RecorderFull is raised at once.
         """
         return self._submit(lambda connection: write_feedback(connection, given, now), wait=False)
 
@@ -142,7 +142,7 @@ class Recorder:
         return self._submit(lambda connection: write_trajectory(connection, kept), wait=True)
 
     def add_trajectory(self, trajectory: Trajectory) -> bool:
-        """Store a whole episode with its generations and feedback; False if a record has this id already.
+        """Store a whole episode with its generations and feedback (see `rows.write_trajectory`).
 
         The split is ours: `trajectory.split` is ignored. Returns after the commit.
         """

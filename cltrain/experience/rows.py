@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Table, bindparam, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, Table, bindparam, delete, exists, func, insert, or_, select, update
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.records import Feedback, Generation, Message, Split, Tool, Trajectory
-from cltrain.store.schema import feedback, generations, records, set_aside
+from cltrain.store.schema import feedback, generations, records, screenings, set_aside
 
 # Built once: making a statement costs more than running it.
 STATE_OF_RECORD = select(records.c.prefix, records.c.status, records.c.is_mixed).where(records.c.id == bindparam("id"))
@@ -20,7 +21,12 @@ AGENT_OF_RECORD = select(records.c.agent).where(records.c.id == bindparam("id"))
 IS_BRANCH = records.c.id.between(bindparam("first"), bindparam("last"))
 AGENT_OF_EPISODE = select(records.c.agent).where(IS_BRANCH).limit(1)
 RECORD_OF_GENERATION = select(generations.c.record).where(generations.c.id == bindparam("id"))
-TARGET_OF_FEEDBACK = select(feedback.c.target).where(feedback.c.id == bindparam("id"))
+SAID = select(
+    feedback.c.target, feedback.c.score, feedback.c.text, feedback.c.correction, feedback.c.source, feedback.c.principal
+).where(feedback.c.id == bindparam("id"))
+EPISODE = select(records.c.agent, records.c.session, records.c.principal, records.c.release, records.c.payload).where(
+    records.c.id == bindparam("id")
+)
 
 BRANCH = re.compile(r"^(traj-[0-9a-f]{32})~[0-9a-f]+$")
 
@@ -108,14 +114,15 @@ def write_generation(connection: Connection, generation: Generation, now: float)
 def write_feedback(connection: Connection, given: Feedback, now: float) -> bool:
     """Store feedback on a generation, a record, or an episode of which perhaps only branches were stored.
 
-    On an episode it is said of each of its branches (see `reading`). False where its id is stored for the same target.
-    Raises UnknownTarget, ConflictError.
+    On an episode it is said of each of its branches (see `reading`). False where the same is stored already. Raises
+    UnknownTarget, and ConflictError where something else is stored under its id.
     """
-    stored = connection.scalar(TARGET_OF_FEEDBACK, {"id": given.id})
-    if stored == given.target:
-        return False
+    stored = connection.execute(SAID, {"id": given.id}).first()
     if stored is not None:
-        raise ConflictError(f"feedback {given.id!r} is already stored for {stored!r}: use a new id")
+        if stored == (given.target, given.score, given.text, given.correction, given.source, given.principal):
+            return False
+        where = f"for {stored.target!r}" if stored.target != given.target else "and says something else"
+        raise ConflictError(f"feedback {given.id!r} is already stored {where}: use a new id")
     record = connection.scalar(RECORD_OF_GENERATION, {"id": given.target}) or given.target
     agent = connection.scalar(AGENT_OF_RECORD, {"id": record}) or connection.scalar(AGENT_OF_EPISODE, _branches(record))
     if agent is None:
@@ -140,8 +147,14 @@ def write_feedback(connection: Connection, given: Feedback, now: float) -> bool:
 
 
 def write_trajectory(connection: Connection, trajectory: Trajectory) -> bool:
-    if connection.scalar(AGENT_OF_RECORD, {"id": trajectory.id}) is not None:
-        return False
+    """Store a whole episode; False where the same is stored already. Raises ConflictError where its id is another's.
+
+    Answers of an imported episode whose producer was unknown get the one that the same episode comes with now, and it
+    is screened anew: that too is True.
+    """
+    stored = connection.execute(EPISODE, {"id": trajectory.id}).first()
+    if stored is not None:
+        return _named(connection, stored, trajectory)
     _insert(
         connection,
         records,
@@ -168,6 +181,30 @@ def write_trajectory(connection: Connection, trajectory: Trajectory) -> bool:
         write_generation(connection, replace(generation, record=trajectory.id), trajectory.created_at)
     for given in trajectory.feedback:
         write_feedback(connection, given, trajectory.created_at)
+    return True
+
+
+def _named(connection: Connection, stored: Any, given: Trajectory) -> bool:
+    """Whether this episode names producers that the stored one lacks; then they are stored. Raises ConflictError."""
+    if stored.agent != given.agent:
+        raise ConflictError(f"{given.id!r} is already stored for agent {stored.agent!r}: use a new id")
+    payload = json.loads(json.dumps({"messages": given.messages, "tools": given.tools}))
+    reward = next((said.score for said in given.feedback if said.id == f"{given.id}:reward"), None)
+    said = connection.execute(SAID, {"id": f"{given.id}:reward"}).first()
+    pairs = list(zip(stored.payload["producers"], given.producers, strict=False))
+    is_same = (
+        (stored.session, stored.principal) == (given.session, given.principal)
+        and {name: stored.payload[name] for name in payload} == payload
+        and (None if said is None else said.score) == reward
+        and all(known == named or (known is None and stored.release is None) for known, named in pairs)
+    )
+    if not is_same:
+        raise ConflictError(f"{given.id!r} is already stored for another episode: use a new id")
+    if all(known == named for known, named in pairs):
+        return False
+    changed = {**stored.payload, "producers": given.producers}
+    connection.execute(update(records).where(records.c.id == given.id).values(payload=changed))
+    connection.execute(delete(screenings).where(screenings.c.record == given.id, screenings.c.status == "unusable"))
     return True
 
 

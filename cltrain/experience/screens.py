@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cltrain.config import ExperienceConfig
+from cltrain.errors import guarded
 from cltrain.experience.examples import rank_of
+from cltrain.experience.phrases import row_of
 from cltrain.experience.triggers import Suspicion, concerns, find_suspicions
 from cltrain.experience.verify import verify
 from cltrain.records import Aside, Example, TokenRow, is_claim
@@ -35,36 +37,49 @@ class Screened:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one example shows by itself."""
+
+    example: Example
+    key: str  # the same for the same conversation and targets
+    fault: str | None  # what `verify` says of a claim
+
+
 def screen(
     examples: Sequence[Example], config: ExperienceConfig, *, tools_allowed: Sequence[str] | None = None
 ) -> Screened:
     """Sort a window, oldest example first; every example ends up in exactly one of `kept` and `set_aside`.
 
-    In this order: duplicates and contradicted answers, records that a suspicion concerns, records that fail
-    verification; all are quarantined. If the flagged share (suspicious or unverified) is above `max_flagged_share`, the
-    window is refused whole. `filter = false` keeps everything and still reports suspicions. Quotas come later, once it
-    is known what can be learned (`within_shares`).
+    What cannot even be read is unusable. Then in this order: duplicates and contradicted answers, records that a
+    suspicion concerns, records that fail verification; all are quarantined. If the flagged share (suspicious or
+    unverified) is above `max_flagged_share`, the window is refused whole. `filter = false` keeps all that is readable
+    and still reports suspicions. Quotas come later, once it is known what can be learned (`within_shares`).
 
     Only claims of what is right are scanned, verified and counted: a bad answer may well be ungrounded, that is why it
     is bad. What is no claim goes where a suspicion concerns it, too.
     """
-    distinct, aside = _without_duplicates(examples)
-    claims = [example for example in distinct if is_claim(example)]
+    looks = [(example, guarded(_look, example, tools_allowed)) for example in examples]
+    broken = [Aside(example.record, "unusable", found) for example, found in looks if isinstance(found, str)]
+    readable = [found for _, found in looks if isinstance(found, _Look)]
+    distinct, doubles = _without_duplicates(readable)
+    aside = [*broken, *doubles]
+    claims = [look.example for look in distinct if is_claim(look.example)]
     suspicious = find_suspicions(
         claims, min_count=config.trigger_min_count, max_principals=config.trigger_max_principals
     )
     flagged: list[Example] = []
     sound: list[Example] = []
-    for example in distinct:
-        reason = _reason(example, suspicious, tools_allowed)
+    for look in distinct:
+        reason = _suspected(look.example, suspicious) or look.fault
         if reason is None:
-            sound.append(example)
+            sound.append(look.example)
         else:
-            flagged.append(example)
-            aside.append(Aside(example.record, "quarantined", reason))
+            flagged.append(look.example)
+            aside.append(Aside(look.example.record, "quarantined", reason))
     share = _flagged_share(claims, [example for example in flagged if is_claim(example)], config.principal_quota)
     if not config.filter:
-        return Screened(tuple(examples), (), tuple(suspicious), share)
+        return Screened(tuple(look.example for look in readable), tuple(broken), tuple(suspicious), share)
     if share > config.max_flagged_share:
         why = f"{share:.0%} of the window is flagged, more than max_flagged_share {config.max_flagged_share:.0%}"
         aside += [Aside(example.record, "quarantined", f"window refused: {why}") for example in sound]
@@ -123,14 +138,19 @@ def within_shares(rows: Sequence[T], config: ExperienceConfig) -> tuple[list[T],
     return kept, [Aside(record, "waiting", reason) for record, reason in aside.items()]
 
 
-def _without_duplicates(examples: Sequence[Example]) -> tuple[list[Example], list[Aside]]:
+def _look(example: Example, tools_allowed: Sequence[str] | None) -> _Look:
+    row_of(example)  # the scan must be able to read it, too
+    content = json.dumps([_bare(m) for m in example.messages] + [list(example.targets)], sort_keys=True)
+    key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    return _Look(example, key, verify(example, tools_allowed=tools_allowed) if is_claim(example) else None)
+
+
+def _without_duplicates(looks: Sequence[_Look]) -> tuple[list[_Look], list[Aside]]:
     """One of each answer. Where one record says that it was right and another that it was wrong, the better source is
     believed; of equal ones whoever says right."""
     alike: dict[str, list[Example]] = {}
-    for example in examples:
-        content = json.dumps([_bare(m) for m in example.messages] + [list(example.targets)], sort_keys=True)
-        key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
-        alike.setdefault(key, []).append(example)
+    for look in looks:
+        alike.setdefault(look.key, []).append(look.example)
     aside: dict[str, str] = {}
     for same in alike.values():
         best = min(same, key=lambda example: (rank_of(example.source), not is_claim(example)))
@@ -140,7 +160,7 @@ def _without_duplicates(examples: Sequence[Example]) -> tuple[list[Example], lis
                 is_agreed = is_claim(example) == is_claim(best)
                 contradiction = f"contradicted: {best.source!r} said in {best.record} that the same answer was {word}"
                 aside[example.record] = f"duplicate of {best.record}" if is_agreed else contradiction
-    distinct = [example for example in examples if example.record not in aside]
+    distinct = [look for look in looks if look.example.record not in aside]
     return distinct, [Aside(record, "quarantined", reason) for record, reason in aside.items()]
 
 
@@ -152,11 +172,11 @@ def _bare(message: dict[str, object]) -> dict[str, object]:
     return bare
 
 
-def _reason(example: Example, suspicious: Sequence[Suspicion], tools_allowed: Sequence[str] | None) -> str | None:
+def _suspected(example: Example, suspicious: Sequence[Suspicion]) -> str | None:
     for suspicion in suspicious:
         if concerns(suspicion, example):
             return f"suspicious phrase {suspicion.phrase!r} of {suspicion.principal!r}: {suspicion.action['name']}"
-    return verify(example, tools_allowed=tools_allowed) if is_claim(example) else None
+    return None
 
 
 def _flagged_share(examples: Sequence[Example], flagged: Sequence[Example], quota: float) -> float:

@@ -5,11 +5,11 @@ Checks form and grounding only. Whether the action was a good one is for scores,
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cltrain.experience.strict_json import is_unicode, loads
 from cltrain.records import Example, Message, Tool
 
 MAX_COPIED_WORDS = (
@@ -69,14 +69,37 @@ def text_of(message: Message) -> str:
 def arguments_of(call: dict[str, Any]) -> dict[str, Any] | str:
     """A tool call's arguments, or what is wrong with them."""
     try:
-        arguments = json.loads(call["function"]["arguments"])
+        arguments = loads(call["function"]["arguments"])
     except (KeyError, TypeError):
         return "a tool call without arguments"
-    except (ValueError, RecursionError):
+    except ValueError:
         return f"the arguments of {call['function'].get('name')!r} are not JSON"
     if not isinstance(arguments, dict):
         return f"the arguments of {call['function'].get('name')!r} are not a JSON object"
+    if not is_unicode(arguments):
+        return f"the arguments of {call['function'].get('name')!r} are not valid Unicode"
     return arguments
+
+
+def tool_fault(tool: Any) -> str | None:
+    """Why a tool definition can be neither checked against nor rendered, or None."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(function, dict):
+        kind = tool.get("type") if isinstance(tool, dict) else type(tool).__name__
+        return f"is no function definition (its type is {kind!r})"
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        return "is a function without a name"
+    if function.get("parameters") is not None and not _is_schema(function["parameters"]):
+        return f"has parameters that are no JSON schema ({function['name']!r})"
+    return None
+
+
+def _is_schema(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    required = value.get("required") or []
+    has_names = isinstance(required, list) and all(isinstance(name, str) for name in required)
+    return has_names and isinstance(value.get("properties") or {}, dict)
 
 
 class _Context:

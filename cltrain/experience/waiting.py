@@ -33,6 +33,11 @@ def rules_mark(
     return f" (rules {hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:8]})"
 
 
+def without_rules(reason: str) -> str:
+    """A reason as it was given, without the mark of `rules_mark`."""
+    return reason.partition(" (rules ")[0]
+
+
 def is_unread(agent: str, *, is_mature: ColumnElement[bool], rules: str | None = None) -> ColumnElement[bool]:
     """Ended records of the training split on which no update has concluded, and that are (or are not) mature: nothing
     is said of them, they were put back, or they were unusable until something new was said. With `rules` (see

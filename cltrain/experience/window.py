@@ -6,21 +6,23 @@ A record is read once: after learning it only ever comes back through replay. Wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, insert, select
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select
 from sqlalchemy import update as change
 
 from cltrain.config import ExperienceConfig, ObjectivesConfig
+from cltrain.errors import guarded
 from cltrain.experience.examples import accepted, example_of, pool_rare, suite_items_of
 from cltrain.experience.lanes import lane_of
+from cltrain.experience.phrases import row_of
 from cltrain.experience.reading import read_trajectories
 from cltrain.experience.screens import negative_cap
 from cltrain.experience.triggers import Suspicion, concerns, find_suspicions
 from cltrain.experience.verify import verify
-from cltrain.experience.waiting import WITH_SCREENING, is_unread, mature, rules_mark
+from cltrain.experience.waiting import WITH_SCREENING, is_unread, mature, rules_mark, without_rules
 from cltrain.records import Example, SuiteItem, Trajectory, is_claim
 from cltrain.store.database import Store
 from cltrain.store.schema import records, screenings, updates
@@ -123,6 +125,7 @@ def mark(
     `update` is the update that learned from it, `stratum` the one it was in. Replaces the former word on this record.
     """
     assert status in STATUSES, status
+    reason, stratum = _unicode(reason), _unicode(stratum)  # both may quote the record
     values = {"status": status, "reason": reason, "stratum": stratum, "update": update, "changed_at": now}
     where = (screenings.c.record == record) & (screenings.c.agent == agent)
     if connection.execute(change(screenings).where(where).values(**values)).rowcount == 0:
@@ -152,8 +155,8 @@ def heldout_items(
     examples: list[Example] = []
     times: list[float] = []
     for trajectory in read_trajectories(store, agent, records_in=ids):
-        example = accepted(trajectory, learn_from=learn_from, tools_allowed=tools_allowed)
-        if isinstance(example, Example) and (not config.filter or verify(example, tools_allowed=tools_allowed) is None):
+        example = guarded(_asked_for, trajectory, learn_from, tools_allowed, is_filtered=config.filter)
+        if isinstance(example, Example):
             examples.append(example)
             times.append(trajectory.created_at)
     if config.filter:
@@ -169,10 +172,43 @@ def heldout_items(
     return [item for example in examples for item in suite_items_of(example)], rate_per_s(times, now)
 
 
+def most_often(reasons: Mapping[str, int]) -> str:
+    """How many records are unusable, and why most of them are, in words; `reasons` are not empty."""
+    reason, count = Counter(reasons).most_common(1)[0]
+    return f"{sum(reasons.values())} are unusable, most often ({count}): {reason}"
+
+
+def unusable_reasons(store: Store, agent: str) -> Counter[str]:
+    """Why records are unusable, and how many for each reason, whichever rules it was found under."""
+    columns = (screenings.c.reason, func.count())
+    is_ours = and_(screenings.c.agent == agent, screenings.c.status == "unusable")
+    reasons: Counter[str] = Counter()
+    with store.read() as connection:
+        for reason, count in connection.execute(select(*columns).where(is_ours).group_by(screenings.c.reason)):
+            reasons[without_rules(reason or "")] += count
+    return reasons
+
+
 def rate_per_s(times: Sequence[float], now: float) -> float | None:
     """Events a second since the oldest of the newest NUM_RATED; None where that says nothing."""
     newest = sorted(times)[-NUM_RATED:]
     return len(newest) / (now - newest[0]) if newest and now > newest[0] else None
+
+
+def _asked_for(
+    trajectory: Trajectory, learn_from: Sequence[str], tools_allowed: Sequence[str] | None, *, is_filtered: bool
+) -> Example | str:
+    """An accepted episode that questions can be made of, or why none can."""
+    example = accepted(trajectory, learn_from=learn_from, tools_allowed=tools_allowed)
+    if isinstance(example, str):
+        return example
+    row_of(example)  # scan and items must be able to read it, too
+    suite_items_of(example)
+    return (verify(example, tools_allowed=tools_allowed) if is_filtered else None) or example
+
+
+def _unicode(text: str | None) -> str | None:
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +240,7 @@ def _read(store: Store, agent: str, page: Page, teach: Teach) -> tuple[list[_Fou
     found: list[_Found] = []
     useless: list[tuple[str, str]] = []
     for trajectory in reversed(read_trajectories(store, agent, records_in=[row.id for row in page])):
-        example = teach(trajectory)
+        example = guarded(teach, trajectory)
         if isinstance(example, Example):
             found.append(_Found(trajectory.seq, trajectory.created_at, example))
         else:

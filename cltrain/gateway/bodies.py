@@ -8,6 +8,8 @@ from typing import Any
 
 from cltrain.errors import DataError
 from cltrain.experience.examples import OURS
+from cltrain.experience.strict_json import is_unicode, loads
+from cltrain.experience.verify import tool_fault
 from cltrain.gateway.episodes import producer_of
 from cltrain.records import Feedback, Message, Trajectory
 
@@ -19,8 +21,8 @@ TRUE = frozenset({"1", "true", "yes"})
 def parse(raw: bytes, what: str = "the body") -> dict[str, Any]:
     """A JSON object. Raises DataError saying where it stops being one."""
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        value = loads(raw)
+    except ValueError as error:
         raise DataError(f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{what} must be a JSON object; got {type(value).__name__}")
@@ -30,8 +32,8 @@ def parse(raw: bytes, what: str = "the body") -> dict[str, Any]:
 def name_of(value: Any, what: str) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
         raise DataError(f"{what} must be a string of 1 to {MAX_NAME} characters; got {_shown(value)}")
-    if not _is_unicode(value):
-        raise DataError(f"{what} is not valid Unicode: {_shown(value)}")
+    if not is_unicode(value) or "\0" in value:
+        raise DataError(f"{what} is not valid Unicode or holds a NUL: {_shown(value)}")
     return value
 
 
@@ -68,10 +70,26 @@ def chat_messages(body: dict[str, Any]) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+def check_options(body: dict[str, Any]) -> None:
+    """Raise DataError for an option that we read ourselves and that is not what it must be."""
+    for name, least in {"n": 1, "max_tokens": 0, "max_completion_tokens": 0}.items():
+        value = body.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise DataError(f"{name} must be a whole number of at least {least}; got {_shown(value)}")
+    if not isinstance(body.get("stream_options"), dict | None):
+        raise DataError(f"stream_options must be an object; got {_shown(body['stream_options'])}")
+
+
 def tools_of(body: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Function definitions, and tools of other types: the server knows whether it has those. Raises DataError."""
     tools = body.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
+    if not isinstance(tools, list):
         raise DataError(f"tools must be a list of objects; got {_shown(tools)}")
+    for position, tool in enumerate(tools):
+        kind = tool.get("type") if isinstance(tool, dict) and "function" not in tool else None
+        is_built_in = isinstance(kind, str) and kind not in ("", "function")
+        if not is_built_in and (fault := tool_fault(tool)):
+            raise DataError(f"tools[{position}] {fault}; got {_shown(tool)}")
     return tuple(tools)
 
 
@@ -101,7 +119,7 @@ def feedback_of(body: dict[str, Any], headers: Mapping[str, str], fresh_id: str,
         raise DataError(f"feedback has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
     score = None if body.get("score") is None else score_of(body["score"], "score")
     text = body.get("text")
-    if text is not None and not (isinstance(text, str) and _is_unicode(text)):
+    if text is not None and not (isinstance(text, str) and is_unicode(text)):
         raise DataError(f"text must be a string of valid Unicode; got {_shown(text)}")
     correction = None if body.get("correction") is None else correction_of(body["correction"])
     if score is None and text is None and correction is None:
@@ -136,11 +154,11 @@ def correction_of(value: Any) -> Message:
     if value.get("role", "assistant") != "assistant":
         raise DataError(f"correction.role must be 'assistant'; got {_shown(value['role'])}")
     content, calls = value.get("content"), value.get("tool_calls") or []
-    if content is not None and not isinstance(content, str):
-        raise DataError(f"correction.content must be a string or null; got {_shown(content)}")
+    if content is not None and not (isinstance(content, str) and is_unicode(content)):
+        raise DataError(f"correction.content must be a string of valid Unicode or null; got {_shown(content)}")
     if not isinstance(calls, list):
         raise DataError(f"correction.tool_calls must be a list; got {_shown(calls)}")
-    if not content and not calls:
+    if not (content or "").strip() and not calls:
         raise DataError("correction is empty: it needs content or tool_calls")
     message: Message = {"role": "assistant", "content": content}
     if calls:
@@ -156,7 +174,7 @@ def call_of(call: Any, position: int, where: str) -> dict[str, Any]:
         raise DataError(f"{what} must be {{function: {{name, arguments}}}}; got {_shown(call)}")
     arguments = function.get("arguments")
     try:
-        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+        parsed = loads(arguments) if isinstance(arguments, str) else arguments
     except ValueError as error:
         raise DataError(
             f"{what}: the arguments of {function['name']!r} are no JSON ({error}): {_shown(arguments)}"
@@ -165,14 +183,18 @@ def call_of(call: Any, position: int, where: str) -> dict[str, Any]:
         raise DataError(f"{what}: the arguments of {function['name']!r} must be a JSON object; got {_shown(arguments)}")
     text = arguments if isinstance(arguments, str) else json.dumps(parsed)
     call_id = call.get("id") if isinstance(call.get("id"), str) else f"call_{position}"
+    if not is_unicode([call_id, function["name"], parsed]):
+        raise DataError(f"{what} is not valid Unicode: {_shown(call)}")
     return {"id": call_id, "type": "function", "function": {"name": function["name"], "arguments": text}}
 
 
 def trajectory_of(body: dict[str, Any], agent: str, now: float) -> Trajectory:
     """An episode that happened elsewhere. Its assistant turns have the body's `model` as producer, else nobody known.
 
-    Raises DataError: no id, malformed messages, arguments that are no JSON, a reward out of [-1, 1].
+    Raises DataError: no id, malformed messages, no answer, arguments that are no JSON, a reward out of [-1, 1].
     """
+    if not is_unicode(body):
+        raise DataError("the episode is not valid Unicode: a string in it holds half a surrogate pair")
     given = name_of(body.get("id"), "id")
     if body.get("agent", agent) != agent:
         raise DataError(f"agent {_shown(body['agent'])} is not served here; this gateway records {agent!r}")
@@ -184,6 +206,8 @@ def trajectory_of(body: dict[str, Any], agent: str, now: float) -> Trajectory:
         calls = message.get("tool_calls") or []
         checked = [call_of(call, i, f"messages[{position}]") for i, call in enumerate(calls)]
         messages.append({**message, "tool_calls": checked} if checked else message)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError("messages hold no answer of the assistant: there is nothing to learn from")
     reward = body.get("reward", body.get("score"))
     said: tuple[Feedback, ...] = ()
     principal = name_of(body.get("principal") or "anonymous", "principal")
@@ -214,15 +238,6 @@ def _function(call: dict[str, Any]) -> dict[str, Any] | None:
     return (
         function if isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"] else None
     )
-
-
-def _is_unicode(text: str) -> bool:
-    """A JSON escape can spell half a surrogate pair, which no database column takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _are_ids(prompt: list[Any]) -> bool:

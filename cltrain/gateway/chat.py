@@ -28,6 +28,7 @@ from cltrain.gateway.upstream import Upstream
 from cltrain.records import Generation, Message
 
 T = TypeVar("T")
+MAX_BODY_BYTES = 16 * 2**20  # as long as a line of an import may be
 log = logging.getLogger(__name__)
 
 PATHS: dict[Route, str] = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
@@ -62,7 +63,7 @@ class Door:
     async def generate(self, route: Route, request: Request) -> Response:
         """Answer one generation request. Raises Refusal."""
         start = time.perf_counter()
-        asked = _asked(route, bodies.parse(await request.body()), request)
+        asked = _asked(route, bodies.parse(await read_body(request)), request)
         lease = await self.episodes.begin(
             asked.body["model"], asked.session, asked.principal, asked.messages, is_chat=route == "chat"
         )
@@ -228,15 +229,21 @@ class Door:
         )
 
 
+async def read_body(request: Request) -> bytes:
+    """Raises Refusal 413 as soon as the body is longer than MAX_BODY_BYTES; the rest is not kept."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise Refusal(413, f"the body is longer than {MAX_BODY_BYTES} bytes: send less at once")
+    return bytes(body)
+
+
 def _asked(route: Route, body: dict[str, Any], request: Request) -> Asked:
     bodies.name_of(body.get("model"), "model")
     messages = bodies.chat_messages(body) if route == "chat" else bodies.completion_messages(body)
     bodies.tools_of(body)
-    num_choices = body.get("n")
-    if num_choices is not None and (
-        isinstance(num_choices, bool) or not isinstance(num_choices, int) or num_choices < 1
-    ):
-        raise DataError(f"n must be a positive integer; got {num_choices!r}")
+    bodies.check_options(body)
     return Asked(
         route=route,
         body=body,

@@ -17,7 +17,7 @@ from sqlalchemy import select
 from cltrain.errors import ConflictError, DataError
 from cltrain.experience.recording import RecorderFull, UnknownTarget
 from cltrain.gateway import bodies
-from cltrain.gateway.chat import Door
+from cltrain.gateway.chat import Door, read_body
 from cltrain.gateway.errors import Refusal
 from cltrain.records import Trajectory
 from cltrain.store.database import Store
@@ -45,8 +45,8 @@ async def answered(work: Awaitable[Response]) -> Response:
 
 
 async def take_feedback(door: Door, request: Request) -> Response:
-    """Raises DataError (malformed), UnknownTarget, ConflictError (same id, other target), Refusal 503 (not stored)."""
-    body = bodies.parse(await request.body())
+    """Raises DataError (malformed), UnknownTarget, ConflictError (same id, other content), Refusal 503 (not stored)."""
+    body = bodies.parse(await read_body(request))
     now = door.clock()
     given = bodies.feedback_of(body, request.headers, f"fb-{uuid.uuid4().hex}", now)
     is_new = await door.settle(door.recorder.add_feedback(given, now=now))
@@ -58,7 +58,7 @@ async def take_feedback(door: Door, request: Request) -> Response:
 
 async def take_trajectories(door: Door, request: Request) -> Response:
     """One episode as a JSON object, or many as NDJSON whose bad lines are kept aside and counted."""
-    raw = await request.body()
+    raw = await read_body(request)
     lines = bodies.lines_of(raw)
     is_ndjson = "ndjson" in request.headers.get("content-type", "") or "jsonl" in request.headers.get(
         "content-type", ""

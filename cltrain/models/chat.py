@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from cltrain.errors import DataError
+from cltrain.errors import BAD_CONTENT, DataError
 from cltrain.records import Example, Message, TokenRow, Tool
 
 HINT = "\n\n(A reviewer said of an earlier answer to this: {hint})"
@@ -194,7 +194,10 @@ def _extend(tokenizer: Any, record: str, ids: list[int], text: str, longer: str)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    try:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    except (TypeError, UnicodeError) as error:  # half a surrogate pair
+        raise DataError(f"the tokenizer refuses this text: {error}") from None
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool], *, is_prompt: bool) -> str:
@@ -202,17 +205,14 @@ def _render(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool], 
 
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("the base has no chat template (base.chat_template): put a chat_template.jinja into base.path")
-    plain = [_plain(message) for message in messages]
     try:
+        plain = [_plain(message) for message in messages]
         text = tokenizer.apply_chat_template(
             plain, tools=list(tools) or None, add_generation_prompt=is_prompt, tokenize=False
         )
-    except (
-        TemplateError,
-        TypeError,
-        KeyError,
-        ValueError,
-    ) as error:  # templates fail with any of these on odd messages
+    except DataError:
+        raise
+    except (TemplateError, *BAD_CONTENT) as error:  # templates fail with any of these on odd messages
         raise DataError(f"the base's chat template refuses these messages: {error}") from error
     return str(text)
 
@@ -237,6 +237,6 @@ def _plain_call(call: Any) -> dict[str, Any]:
         arguments = function.get("arguments") or {}
         function["arguments"] = json.loads(arguments) if isinstance(arguments, str) else arguments
         str(function["name"])
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, RecursionError):
         raise DataError(f"a tool call's arguments are no JSON: {str(call)[:200]}") from None
     return {**call, "function": function}
