@@ -91,7 +91,7 @@ def words(path: Path) -> str:
 
 
 def test_update_page_says_what_came_in_what_moved_and_why(tmp_path: Path) -> None:
-    text = words(update_page(tmp_path / "u" / "7.html", UPDATE, HOLD, BOUNDS, run_page="index.html"))
+    text = words(update_page(tmp_path / "u" / "7.html", UPDATE, HOLD, BOUNDS, run_page="index.html", options=OPTIONS))
     for said in (
         "Update 7 of support", "On hold", "60 items missing", "90 min", "48 examples",
         "refund/good", "arguments are not JSON", "zq blue", "close_ticket", "3 others", "only 62% of it was kept",
