@@ -48,7 +48,12 @@ def test_a_gain_is_promoted_proved_and_served(made, server):
     directory = releases.release_dir(config.state_dir, release)
     assert release.digest == adapter_digest(directory)
     manifest = json.loads((directory / "manifest.json").read_text())
-    assert set(manifest["learned"]) == {ticket.id for ticket in tickets("repair", 24)}
+    assert (
+        set(manifest["learned"]) == {ticket.id for ticket in tickets("repair", 24)} == set(summary["window"]["learned"])
+    )
+    settings = {"trainer.remember": "kl, replay", "trainer.num_steps": 12, "bounds.drift_kl": config.bounds.drift_kl}
+    assert manifest["settings"].items() >= settings.items()
+    assert manifest["settings"] == summary["settings"]
     with deployment.store.read() as connection:
         read = set(connection.scalars(select(update_reads.c.record)))
         standing = set(connection.scalars(select(screenings.c.status)))
