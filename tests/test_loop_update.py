@@ -78,11 +78,15 @@ def test_observe_trains_and_judges_but_serves_the_base(made):
 def test_approve_waits_for_a_human_who_moves_the_anchor(made):
     config, deployment = made
     config = config.model_copy(update={"agent": config.agent.model_copy(update={"mode": LearningMode.APPROVE})})
+    index = config.state_dir / "reports" / "support" / "index.html"
     with worker(config, deployment.store) as learner:
         summary = learner.update()
-    assert aliases.read_alias(deployment.store, "support").release.startswith("support-v000000-")
-    alias = Deployment(config).promote(summary["candidate"])
+        assert f"cltrain promote {summary['candidate']} --home" in index.read_text()
+        assert aliases.read_alias(deployment.store, "support").release.startswith("support-v000000-")
+        alias = Deployment(config).promote(summary["candidate"])
+        learner._keep_pages_true()
     assert alias["release"] == summary["candidate"]
+    assert "cltrain promote" not in index.read_text()
     assert aliases.read_references(deployment.store, "support").anchor == summary["candidate"]
 
 
