@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import os
+import shlex
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -229,6 +230,8 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     gateway: GatewayConfig = GatewayConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+    _files: tuple[Path, ...] = ()  # what `load` read it from
+    _overrides: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _windows_fit(self) -> Config:
@@ -257,6 +260,13 @@ class Config(Section):
         """Everything that shapes an update; `home` and addresses do not."""
         return {name: value for name, value in self.resolved().items() if name not in NOT_SHAPING}
 
+    def options(self) -> str:
+        """The options of every command that opens this deployment again, from whatever directory."""
+        own = ("home=", "agent.name=")
+        words = [word for file in self._files for word in ("--config", str(file))]
+        words += [word for one in self._overrides if not one.startswith(own) for word in ("--set", one)]
+        return shlex.join([*words, "--home", str(self.state_dir), "--agent", self.agent.name])
+
     def digest(self) -> str:
         """sha256 of `shaping`."""
         return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()
@@ -284,7 +294,9 @@ def load(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
         merged = _merge(merged, _read(Path(file)))
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
-    return from_dict(merged)
+    config = from_dict(merged)
+    config._files, config._overrides = tuple(Path(file).resolve() for file in files), tuple(overrides)
+    return config
 
 
 def from_dict(values: dict[str, Any]) -> Config:

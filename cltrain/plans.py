@@ -25,7 +25,7 @@ from cltrain.experience import window
 from cltrain.experience.screens import Suspicion
 from cltrain.experience.waiting import rules_mark
 from cltrain.monitoring.outbox import emit
-from cltrain.monitoring.rows import update_event
+from cltrain.monitoring.rows import settings_of, tallies, update_event
 from cltrain.records import (
     Alias,
     Aside,
@@ -41,6 +41,7 @@ from cltrain.records import (
 from cltrain.registry.decisions import append
 from cltrain.store.database import Store
 from cltrain.store.schema import update_progress, update_reads, updates
+from cltrain.trainer.methods import method_of
 
 ROWS_FILE = "rows.json"
 CONCLUDED = ("done", "discarded")
@@ -127,6 +128,7 @@ def open_plan(
         "refusal": refusal,
         "is_trial": is_trial,
         "request": request,
+        "settings": settings_of(config, method_of(config.trainer).remember),
         "versions": {"cltrain": __version__, "python": platform.python_version()},
     }
     work_dir = config.state_dir / "updates" / plan_id
@@ -214,6 +216,7 @@ def manifest_of(plan: Plan, candidate: Candidate, attempt: int, learned: Sequenc
     return {
         **{key: plan.manifest[key] for key in kept if key in plan.manifest},
         "update": plan.id,
+        "settings": plan.manifest.get("settings", {}),
         "seed": plan.seed + attempt,
         "learned": [row.record for row in learned],
         "objectives": dict(Counter(row.objective for row in learned)),
@@ -245,8 +248,8 @@ def summary_of(
         reasons[0] = f"{reasons[0]} (a trial: thrown away)"
     elif decision.verdict is Verdict.PROMOTE and not is_served:
         reasons[0] = f"{reasons[0]} (mode {mode}: nothing moved)"
-    by_reason = Counter(aside.reason.split(":")[0] for aside in plan.set_aside)
     swap_s = seconds.get("swap")
+    records = list(dict.fromkeys(row.record for row in learned))
     return {
         "update": plan.id,
         "id": plan.id,
@@ -262,15 +265,15 @@ def summary_of(
         "serving": serving,
         "is_served": is_served,
         "num_window": len(plan.window),
-        "num_kept": len({row.record for row in learned}),
+        "num_kept": len(records),
         "is_refused": plan.refusal is not None,
         "suspicious": [asdict(s) for s in plan.suspicious],
         "window": {
-            "num_examples": len({row.record for row in learned}),
-            "strata": dict(Counter(stratum for _, stratum, _ in plan.window)),
-            "principals": dict(Counter(principal for _, _, principal in plan.window)),
+            "num_examples": len(records),
+            "learned": records,
+            **tallies(plan.window, records),
             "objectives": dict(Counter(row.objective for row in learned)),
-            "set_aside": dict(by_reason),
+            "set_aside": dict(Counter(aside.reason.split(":")[0] for aside in plan.set_aside)),
             "notes": dict(Counter(note.split(":")[0] for _, note in plan.notes)),
             "suspicious": [asdict(s) for s in plan.suspicious],
             "is_refused": plan.refusal is not None,
@@ -291,6 +294,7 @@ def summary_of(
             "base": plan.manifest["base"][:12],
             "anchors": plan.manifest["anchors"][:12],
         },
+        "settings": plan.manifest.get("settings", {}),
         "finished_at": now,
     }
 

@@ -75,6 +75,7 @@ class Worker:
         self._next_finish = 0.0
         self._next_answer = 0.0
         self._next_room = 0.0
+        self._next_pages = 0.0
 
     def __enter__(self) -> Worker:
         config, agent = self.config, self.config.agent.name
@@ -181,6 +182,7 @@ class Worker:
             try:
                 self._keep_room()
                 self._finish_what_is_open()
+                self._keep_pages_true()
                 if not self._answer_request():
                     self._learn_by_itself()
             except Exception as error:  # the store, a broken release, our own mistake: serving and the next try go on
@@ -222,6 +224,17 @@ class Worker:
             return
         self.finish_interrupted()
         self._next_finish = math.inf
+
+    def _keep_pages_true(self) -> None:
+        """What a person decided (a yes, a rollback, a freeze) shows on the pages soon after."""
+        if not self.config.monitoring.report or time.monotonic() < self._next_pages:
+            return
+        self._next_pages = time.monotonic() + TEND_S
+        try:
+            reporting.refresh(self.store, self.config)
+        except Exception:  # a full disk, most likely: no reason not to learn
+            log.warning("the pages could not be written", exc_info=True)
+            self._next_pages += RETRY_S
 
     def _answer_request(self) -> bool:
         """Do what was asked for first; whether anything was. An answer that cannot be written is given later."""
@@ -296,7 +309,7 @@ class Worker:
             with contextlib.suppress(ServerError):  # a server that is away is tidied after the next update
                 collect_garbage(self.rooms)
             if self.config.monitoring.report:
-                reporting.write_update(self.config, summary)
+                reporting.refresh(self.store, self.config)
         except Exception:  # a full disk, most likely: `cltrain report` writes the page again
             log.warning("update %d is concluded, but was not tidied up after", summary["number"], exc_info=True)
 

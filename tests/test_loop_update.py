@@ -50,7 +50,12 @@ def test_a_gain_is_promoted_proved_and_served(made, server):
     directory = releases.release_dir(config.state_dir, release)
     assert release.digest == adapter_digest(directory)
     manifest = json.loads((directory / "manifest.json").read_text())
-    assert set(manifest["learned"]) == {ticket.id for ticket in tickets("repair", 24)}
+    assert (
+        set(manifest["learned"]) == {ticket.id for ticket in tickets("repair", 24)} == set(summary["window"]["learned"])
+    )
+    settings = {"trainer.remember": "kl, replay", "trainer.num_steps": 12, "bounds.drift_kl": config.bounds.drift_kl}
+    assert manifest["settings"].items() >= settings.items()
+    assert manifest["settings"] == summary["settings"]
     with deployment.store.read() as connection:
         read = set(connection.scalars(select(update_reads.c.record)))
         standing = set(connection.scalars(select(screenings.c.status)))
@@ -75,11 +80,15 @@ def test_observe_trains_and_judges_but_serves_the_base(made):
 def test_approve_waits_for_a_human_who_moves_the_anchor(made):
     config, deployment = made
     config = config.model_copy(update={"agent": config.agent.model_copy(update={"mode": LearningMode.APPROVE})})
+    index = config.state_dir / "reports" / "support" / "index.html"
     with worker(config, deployment.store) as learner:
         summary = learner.update()
-    assert aliases.read_alias(deployment.store, "support").release.startswith("support-v000000-")
-    alias = Deployment(config).promote(summary["candidate"])
+        assert f"cltrain promote {summary['candidate']} --home" in index.read_text()
+        assert aliases.read_alias(deployment.store, "support").release.startswith("support-v000000-")
+        alias = Deployment(config).promote(summary["candidate"])
+        learner._keep_pages_true()
     assert alias["release"] == summary["candidate"]
+    assert "cltrain promote" not in index.read_text()
     assert aliases.read_references(deployment.store, "support").anchor == summary["candidate"]
 
 

@@ -13,6 +13,8 @@ COLOURS = {
     Verdict.HOLD.value: "#b7791f",
     Verdict.REJECT.value: "#c0392b",
     Verdict.ERROR.value: "#6b7280",
+    "waits": "#2563eb",
+    "rolled_back": "#7c3aed",
 }
 LINES = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#65a30d", "#db2777")
 INK, GRID, PALE = "#374151", "#e5e7eb", "#9ca3af"

@@ -1,12 +1,15 @@
 """Static pages that a person can judge an update by: one per update, one for the run. No scripts, no network.
 
-Everything that comes from data is escaped. A part whose numbers are missing is left out, never filled with zeros.
+Everything that comes from data is escaped. A part whose numbers are missing is left out, never filled with zeros. What
+became of an update after its verdict (a person's yes, a rollback) counts for more than the verdict.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,17 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from cltrain.errors import DataError
-from cltrain.monitoring import plots
+from cltrain.monitoring import plain, plots, verdicts
 from cltrain.records import BoundReport, Check, Decision, Verdict
 
-SAID = {
-    Verdict.PROMOTE.value: ("Promoted", "The candidate is better and broke nothing that is protected."),
-    Verdict.HOLD.value: ("On hold", "There is not enough evidence yet to say that the candidate may serve."),
-    Verdict.REJECT.value: ("Rejected", "The candidate may not serve. What served before goes on serving."),
-    Verdict.ERROR.value: ("No verdict", "Something failed on the way. What served before goes on serving."),
-}
-DISCARDED = ("Discarded", "The update was thrown away before it was judged. What served before goes on serving.")
-RUNNING = ("Under way", "This update has not ended yet.")
+KEPT = 10  # bars of one kind; the smallest are pooled
+MARK = re.compile(r'name="cltrain-facts" content="([^"]*)"')
 
 BUDGETS = (
     ("step_frobenius", "Size of this step", "of the base weights' norm"),
@@ -41,7 +38,8 @@ BUDGETS = (
 
 OPTIONAL = (
     "id", "mode", "state", "verdict", "reason", "parent", "candidate", "serving", "started_at", "finished_at", "window",
-    "replay", "metrics", "steps", "timings", "facts", "bounds", "truth", "is_caught", "page",
+    "replay", "metrics", "steps", "timings", "facts", "settings", "bounds", "decision", "truth", "is_caught", "page",
+    "standing", "history", "frozen", "as_of", "taught",
 )  # fmt: skip
 
 
@@ -51,43 +49,60 @@ def update_page(
     decision: Decision | None,
     bounds: BoundReport | None,
     *,
+    options: str,
     run_page: str | None = None,
+    mark: str = "",
 ) -> Path:
     """Write the page of one update and return its path.
 
     `update` has `agent` and `number`, and as far as known: `id`, `mode`, `state`, `verdict`, `reason` (why discarded),
     `parent`, `candidate`, `serving` (release names), `started_at`, `finished_at` (seconds since the epoch), `window`
-    {num_examples, num_waiting, strata, principals, objectives, set_aside, notes (each name -> count), suspicious (list
-    of {phrase, principal, action, count}), is_refused, reason}, `replay` (stratum -> count), `metrics` (name -> value),
-    `steps` (list of {step, loss, ...}), `timings` (stage -> seconds), `facts` (name -> text: digests, seed, versions).
-    `run_page` is a relative link. Raises DataError when `agent` or `number` is missing.
+    {num_examples, num_waiting, strata, principals (of what was learned), strata_left, principals_left (of the others),
+    objectives, set_aside, notes (each name -> count), suspicious (list of {phrase, principal, action, count}),
+    is_refused, reason}, `replay` (stratum -> count), `metrics` (name -> value), `steps` (list of {step, loss, ...}),
+    `timings` (stage -> seconds), `facts` (name -> text: digests, seed, versions), `settings` (name -> value).
+    What became of it: `standing` (a key of verdicts.SINCE, or `serves`), `history` (list of {kind, at, payload} of the
+    log of decisions), `frozen` (why learning is), `as_of` (when all this was read). What it learned: `taught` {shown
+    (list of {record, principal, by, asked, said, learned}), num_learned, num_gone, judges (principal -> text)}.
+
+    `options` make a command about this deployment, `run_page` is a relative link, `mark` is kept for `mark_of`.
+    Raises DataError when `agent` or `number` is missing.
     """
     update = _complete(update)
     verdict = _verdict(update, decision)
-    headline, meaning = _said(update, verdict)
+    standing = verdicts.standing(update, verdict)
+    headline, meaning = verdicts.said(update, standing, verdict)
     window = update["window"] or {}
     steps = update["steps"] or []
     names = sorted({name for step in steps for name in step} - {"step"})
     checks = decision.checks if decision else ()
+    settings = update["settings"] or {}
     return _write(
         path,
         "update.html",
         update=update,
         agent=update["agent"],
         title=f"Update {update['number']} of {update['agent']}",
-        tone=verdict or "none",
+        tone=standing or verdict or "none",
         headline=headline,
         meaning=meaning,
-        reasons=_reasons(update, decision, window),
-        consequence=_consequence(update, verdict),
+        reasons=verdicts.reasons(update, decision, window),
+        history=verdicts.history(update),
+        can_promote=standing in ("waits", "observed"),
+        options=options,
+        mark=mark,
         decision=decision,
         window=window,
-        strata=_bars(window.get("strata")),
-        principals=_bars(window.get("principals")),
+        taught=update["taught"] or {},
+        strata=_parted(window.get("strata"), window.get("strata_left")),
+        principals=_parted(window.get("principals"), window.get("principals_left")),
         objectives=_bars(window.get("objectives")),
         replay=_bars(update.get("replay")),
-        set_aside=sorted((window.get("set_aside") or {}).items(), key=lambda item: (-item[1], item[0])),
-        notes=sorted((window.get("notes") or {}).items(), key=lambda item: (-item[1], item[0])),
+        set_aside=_grouped(window.get("set_aside")),
+        notes=_grouped(window.get("notes")),
+        settings=settings,
+        sentences={check.name: plain.sentence(check, settings) for check in checks},
+        glossary=plain.GLOSSARY,
         budgets=_budgets(bounds),
         bounds=bounds,
         interval_plot=plots.intervals(checks),
@@ -111,10 +126,14 @@ def run_page(
     agent: str,
     updates: Sequence[Mapping[str, Any]],
     *,
+    options: str,
     serving: str | None = None,
+    frozen: str | None = None,
+    as_of: float | None = None,
     curves: Mapping[str, Mapping[str, plots.Points]] | None = None,
     comparison: Mapping[str, Mapping[str, Any]] | None = None,
     note: str | None = None,
+    mark: str = "",
 ) -> Path:
     """Write the page of the whole run and return its path.
 
@@ -126,7 +145,8 @@ def run_page(
     updates = sorted((_complete(update) for update in updates), key=lambda update: update["number"])
     rows = [_row(update) for update in updates]
     marks = {float(row["number"]): row["tone"] for row in rows}
-    counts = {v.value: sum(row["tone"] == v.value for row in rows) for v in Verdict}
+    counts = Counter(row["tone"] for row in rows)
+    tiles = {tone: text for tone, text in verdicts.TILES.items() if tone not in verdicts.SINCE or counts[tone]}
     return _write(
         path,
         "run.html",
@@ -134,8 +154,13 @@ def run_page(
         title=f"How {agent} learned",
         tone="none",
         rows=rows,
-        counts=counts,
+        tiles=[(tone, text, counts[tone]) for tone, text in tiles.items()],
+        waiting=[row for row in rows if row["tone"] == "waits"],
         serving=serving,
+        frozen=frozen,
+        as_of=as_of,
+        options=options,
+        mark=mark,
         note=note,
         curves=[
             (title, plots.lines(series, x="update", y="share right", is_share=True, marks=marks))
@@ -177,26 +202,34 @@ def _verdict(update: Mapping[str, Any], decision: Decision | None) -> str | None
     return str(update["verdict"]) if update.get("verdict") else None
 
 
-def _said(update: Mapping[str, Any], verdict: str | None) -> tuple[str, str]:
-    if verdict in SAID:
-        return SAID[verdict]
-    return DISCARDED if update.get("state") == "discarded" else RUNNING
+def mark_of(page: Path) -> str | None:
+    """The `mark` that a page was written with; None for no page or an older one."""
+    try:
+        with page.open(encoding="utf-8") as file:
+            found = MARK.search(file.read(400))
+    except OSError:
+        return None
+    return found.group(1) if found else None
 
 
-def _reasons(update: Mapping[str, Any], decision: Decision | None, window: Mapping[str, Any]) -> list[str]:
-    reasons = list(decision.reasons) if decision else []
-    reasons += [str(text) for text in (update.get("reason"), window.get("reason")) if text]
-    return list(dict.fromkeys(reasons))
+def _parted(taken: Mapping[str, int] | None, left: Mapping[str, int] | None) -> list[tuple[str, int, int, float]]:
+    """(name, learned, not learned, one record's share of the widest bar), most learned first, the rest pooled."""
+    taken, left = taken or {}, left or {}
+    names = sorted({*taken, *left}, key=lambda name: (-taken.get(name, 0), -left.get(name, 0), name))
+    rows = [(name, taken.get(name, 0), left.get(name, 0)) for name in names]
+    if len(rows) > KEPT:
+        rest = rows[KEPT - 1 :]
+        rows = [*rows[: KEPT - 1], (f"{len(rest)} others", sum(r[1] for r in rest), sum(r[2] for r in rest))]
+    widest = max((row[1] + row[2] for row in rows), default=0) or 1
+    return [(*row, 1 / widest) for row in rows]
 
 
-def _consequence(update: Mapping[str, Any], verdict: str | None) -> str | None:
-    candidate, serving, mode = update.get("candidate"), update.get("serving"), update.get("mode")
-    if verdict == Verdict.PROMOTE.value and candidate and candidate != serving:
-        if mode == "observe":
-            return f"Nothing changed: {update['agent']} only observes. In mode auto, {candidate} would serve now."
-        if mode == "approve":
-            return f"{candidate} waits for a person to say yes."
-    return f"{serving} serves." if serving else None
+def _grouped(counts: Mapping[str, int] | None) -> list[tuple[str, int]]:
+    """(reason, how often), most often first; which record is doubled is no reason of its own."""
+    grouped: Counter[str] = Counter()
+    for reason, count in (counts or {}).items():
+        grouped[re.sub(r"^duplicate of .*", "duplicate of another record", reason, flags=re.DOTALL)] += count
+    return sorted(grouped.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _budgets(bounds: BoundReport | Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -212,7 +245,7 @@ def _budgets(bounds: BoundReport | Mapping[str, Any] | None) -> list[dict[str, A
 
 
 def _bars(
-    counts: Mapping[str, float] | None, *, keep: int = 10, is_sorted: bool = True
+    counts: Mapping[str, float] | None, *, keep: int = KEPT, is_sorted: bool = True
 ) -> list[tuple[str, float, float]]:
     """(name, value, share of the largest) with everything after the first `keep` pooled."""
     items = list((counts or {}).items())
@@ -225,15 +258,19 @@ def _bars(
 
 
 def _row(update: Mapping[str, Any]) -> dict[str, Any]:
-    verdict = _verdict(update, None)
-    headline, meaning = _said(update, verdict)
+    decision = read_decision(update["decision"]) if update["decision"] else None
+    verdict = _verdict(update, decision)
+    standing = verdicts.standing(update, verdict)
+    headline, meaning = verdicts.said(update, standing, verdict)
     window = update.get("window") or {}
     values = update.get("bounds")
+    since = verdicts.history(update) if standing else []
+    why = since[-1][1] if since else " ".join(verdicts.reasons(update, decision, window)) or meaning
     return {
         **update,
-        "tone": verdict or "none",
+        "tone": standing or verdict or "none",
         "headline": headline,
-        "reason": "; ".join(_reasons(update, None, window)) or meaning,
+        "reason": why,
         "budgets": _budgets(values),
         "shrink": None
         if values is None

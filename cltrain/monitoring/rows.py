@@ -1,12 +1,22 @@
-"""One flat row of numbers per update: the names that wandb, dashboards and exports share."""
+"""What an update is summed up in: the flat row of numbers that wandb, dashboards and exports share, its settings by
+name, who and what its records were.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from cltrain.config import Config
 from cltrain.records import BoundReport, Decision
+
+SETTINGS = {
+    "trainer": ("method", "lr", "num_steps", "batch_size", "replay_share", "kl_beta", "kl_to"),
+    "adapter": ("rank", "alpha"),
+    "gate": ("promote_on", "alpha", "margin", "stratum_margin", "items_per_gate", "base_kl", "trigger_lift"),
+}
 
 
 def update_event(update: Mapping[str, Any], decision: Decision | None, bounds: BoundReport | None) -> dict[str, Any]:
@@ -38,3 +48,24 @@ def update_event(update: Mapping[str, Any], decision: Decision | None, bounds: B
             if number is not None:
                 values[f"gate/{check.name}/{name}"] = float(number)
     return {"number": int(update["number"]), "verdict": verdict, "values": values}
+
+
+def settings_of(config: Config, remember: Collection[str]) -> dict[str, Any]:
+    """The main settings of an update by their names in the configuration, and every bound; `remember`: what its method
+    combines."""
+    values = config.resolved()
+    chosen = {f"{section}.{name}": values[section][name] for section, names in SETTINGS.items() for name in names}
+    bounds = {f"bounds.{name}": limit for name, limit in values["bounds"].items()}
+    return {"trainer.remember": ", ".join(sorted(remember)) or "nothing", **chosen, **bounds}
+
+
+def tallies(window: Sequence[tuple[str, str, str]], learned: Collection[str]) -> dict[str, dict[str, int]]:
+    """Records of a window, each (record, stratum, principal), by stratum and by principal: those that were learned, and
+    under `<name>_left` the others."""
+    taken, left = ([one for one in window if (one[0] in learned) is is_learned] for is_learned in (True, False))
+    return {
+        "strata": dict(Counter(stratum for _, stratum, _ in taken)),
+        "strata_left": dict(Counter(stratum for _, stratum, _ in left)),
+        "principals": dict(Counter(principal for _, _, principal in taken)),
+        "principals_left": dict(Counter(principal for _, _, principal in left)),
+    }
