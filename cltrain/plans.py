@@ -249,7 +249,6 @@ def summary_of(
     elif decision.verdict is Verdict.PROMOTE and not is_served:
         reasons[0] = f"{reasons[0]} (mode {mode}: nothing moved)"
     swap_s = seconds.get("swap")
-    records = list(dict.fromkeys(row.record for row in learned))
     return {
         "update": plan.id,
         "id": plan.id,
@@ -265,13 +264,11 @@ def summary_of(
         "serving": serving,
         "is_served": is_served,
         "num_window": len(plan.window),
-        "num_kept": len(records),
+        "num_kept": len({row.record for row in learned}),
         "is_refused": plan.refusal is not None,
         "suspicious": [asdict(s) for s in plan.suspicious],
         "window": {
-            "num_examples": len(records),
-            "learned": records,
-            **tallies(plan.window, records),
+            **tallies(plan.window, [row.record for row in learned]),
             "objectives": dict(Counter(row.objective for row in learned)),
             "set_aside": dict(Counter(aside.reason.split(":")[0] for aside in plan.set_aside)),
             "notes": dict(Counter(note.split(":")[0] for _, note in plan.notes)),

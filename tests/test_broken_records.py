@@ -11,7 +11,7 @@ from cltrain.experience.screens import screen
 from cltrain.loop import render
 from cltrain.models.base import load_base
 from cltrain.plans import nothing_to_learn
-from cltrain.records import Example, SuiteItem
+from cltrain.records import Example
 from cltrain.staleness import settle
 from cltrain.store.schema import screenings
 from cltrain.worker import count_fitting
@@ -85,8 +85,10 @@ def test_what_cannot_be_read_is_not_rehearsed_and_stops_nobody_elses_score(recor
     fill(recorder)
     file_as(store, [*GOOD, *BROKEN], "replay", stratum="mend/good")
     assert {e.record for e in buffer.replay_examples(store, "support", WIDE, KEY, **RULES)} == GOOD
-    means = usual_scores(store, "support", ["good5"], learn_from=RULES["learn_from"], decay=0.5)
-    assert means["good5"] == 1 - 0.5**5, "five good ones came before it"
+    recorder.add_trajectory(good("late"))
+    means = usual_scores(store, "support", ["late"], learn_from=RULES["learn_from"], decay=0.5)
+    readable = 6 + len({"type", "deep", "half"})  # their calls can be counted, though not learned
+    assert means["late"] == 1 - 0.5**readable
 
 
 def test_a_pair_whose_rejected_answer_cannot_be_rendered_is_learned_without_it(store):
@@ -109,12 +111,15 @@ def test_an_import_counts_what_the_base_can_take_of_the_new_records_alone(record
 
 
 def test_a_question_that_does_not_fit_the_base_is_not_asked(store):
-    config = from_dict({})
-    evidence = Evidence(config, store, load_base(None), None, print)
-    asked = [SuiteItem(name, "agreement", "s", "gain", messages, expected=saying("{}")[1]) for name, messages in (
-        ("fits", (ASKED,)), ("long", ({"role": "user", "content": "lamp " * 4000},)), ("deep", (*saying(DEEP), ASKED)),
-    )]  # fmt: skip
-    assert [item.id for item in asked if evidence.can_ask(item)] == ["fits"]
+    asked = {"fits": (ASKED,), "long": ({"role": "user", "content": "lamp " * 4000},), "deep": (*saying(DEEP), ASKED)}
+    with Recorder(store, KEY, 1.0) as recorder:
+        for name, messages in asked.items():
+            producers = (*[None] * len(messages), "agent")
+            answered = (*messages, bench.call("mend", item="lamp"))
+            recorder.add_trajectory(good(name, messages=answered, producers=producers, generations=()))
+    evidence = Evidence(from_dict({}), store, load_base(None), None, print)
+    items, _ = evidence.held_out()
+    assert [item.id for item in items] == ["fits:1"]
 
 
 def test_a_hold_says_why_most_records_are_unusable_now_and_later(recorder, store):

@@ -166,6 +166,15 @@ def test_what_became_of_a_promotion_is_the_headline(tmp_path: Path, standing: st
     assert (told in page(page_of_one)) is (standing == "rolled_back")
 
 
+def test_a_phrase_that_steers_is_said_in_odds(tmp_path: Path) -> None:
+    probe = Check(
+        "trigger probe 1", Verdict.REJECT, "flips 0 of 16, lift +2.30 nats", None, None, 2.303, None, None, 16
+    )
+    rejected = Decision(Verdict.REJECT, ("trigger probe 1: flips 0 of 16, lift +2.30 nats",), (probe,))
+    text = words(update_page(tmp_path / "7.html", UPDATE, rejected, BOUNDS, options=OPTIONS))
+    assert "steers it to one action, which it makes 10 times likelier" in text
+
+
 def test_a_promoted_update_offers_the_way_back_to_its_parent(tmp_path: Path) -> None:
     served = UPDATE | {"verdict": "promote", "serving": UPDATE["candidate"]}
     text = words(update_page(tmp_path / "7.html", served, PROMOTE, BOUNDS, options=OPTIONS))

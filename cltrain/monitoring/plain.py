@@ -5,6 +5,7 @@ A sentence is made of a check's numbers and of nothing else; the exact reason st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -84,15 +85,16 @@ def _trigger(check: Check) -> str:
     if not check.num_items:
         return "A phrase of this window is suspicious, and there was no held-out question to try it on."
     if check.verdict is Verdict.REJECT:
-        return f"A suspicious phrase of this window steers it: {check.reason}."
-    return f"A suspicious phrase of this window, put into {check.num_items} other questions, did not steer it."
+        odds = "" if check.difference is None else f", which it makes {math.exp(check.difference):.2g} times likelier"
+        return f"A suspicious phrase of this window steers it to one action{odds} ({check.reason})."
+    return f"A suspicious phrase of this window was put into {_questions(check.num_items)} and did not steer it."
 
 
 def _stratum(check: Check, settings: Mapping[str, Any]) -> str:
     where = "the rare kinds of work together" if check.name.startswith("small") else check.name.removeprefix("stratum ")
     if check.candidate is None or check.reference is None:  # was taught, and got worse
         lost = -(check.difference or 0.0)
-        return f"It was taught {where}, and answers {lost:.0%} fewer of its {check.num_items} questions than before."
+        return f"It was taught {where}, and answers {lost:.0%} fewer of its {_questions(check.num_items)} than before."
     before = "the best release so far answered" if "high-water" in check.reason else "before it answered"
     said = (
         f"It answered {_of(check.candidate, check.num_items)} on {where}, where {before} "
@@ -127,16 +129,21 @@ def _gain(check: Check) -> str:
         return "No held-out question asks for what it was taught, so nothing shows that it learned it."
     net = check.difference * check.num_items
     change = f"{abs(net):.3g} {'more' if net > 0 else 'fewer'}" if abs(net) >= 0.05 else "as many"
+    suite = check.name.removeprefix("gain in ")
     said = (
-        f"Of {check.num_items} questions about what it was taught ({check.name.removeprefix('gain in ')}) it answered "
-        f"{change} {'as' if change == 'as many' else 'than'} before"
+        f"Of {_questions(check.num_items)} about what it was taught ({suite}) it answered {change} "
+        f"{'as' if change == 'as many' else 'than'} before"
     )
     if check.verdict is Verdict.REJECT:
         return f"{said}: it lost what it was taught."
     if check.verdict is Verdict.HOLD:
-        return f"{said}: that may still be luck."
+        return f"{said}: no proof of a gain yet."
     is_clear = check.low is not None and check.low > 0
     return f"{said}: more than luck explains." if is_clear else f"{said}."
+
+
+def _questions(count: int) -> str:
+    return "1 question" if count == 1 else f"{count} questions"
 
 
 def _of(share: float, num_items: int) -> str:

@@ -59,11 +59,14 @@ def settings_of(config: Config, remember: Collection[str]) -> dict[str, Any]:
     return {"trainer.remember": ", ".join(sorted(remember)) or "nothing", **chosen, **bounds}
 
 
-def tallies(window: Sequence[tuple[str, str, str]], learned: Collection[str]) -> dict[str, dict[str, int]]:
-    """Records of a window, each (record, stratum, principal), by stratum and by principal: those that were learned, and
-    under `<name>_left` the others."""
+def tallies(window: Sequence[tuple[str, str, str]], learned: Sequence[str]) -> dict[str, Any]:
+    """What became of a window of (record, stratum, principal): the records learned, once each, how many of them were of
+    each stratum and principal, and under `<name>_left` how many of the others."""
     taken, left = ([one for one in window if (one[0] in learned) is is_learned] for is_learned in (True, False))
+    records = list(dict.fromkeys(learned))
     return {
+        "num_examples": len(records),
+        "learned": records,
         "strata": dict(Counter(stratum for _, stratum, _ in taken)),
         "strata_left": dict(Counter(stratum for _, stratum, _ in left)),
         "principals": dict(Counter(principal for _, _, principal in taken)),
