@@ -119,7 +119,8 @@ def within_shares(rows: Sequence[T], config: ExperienceConfig) -> tuple[list[T],
         return list(rows), []
     each = {row.record: row for row in rows}  # of some records there are several rows
     counts = Counter(row.principal for row in each.values() if is_claim(row))
-    cap = quota_cap(list(counts.values()), config.principal_quota)
+    has_quota = config.principal_quota < 1
+    cap = quota_cap(list(counts.values()), config.principal_quota) if has_quota else len(each)
     seen: Counter[str] = Counter()
     num_right = num_negative = 0
     aside: dict[str, str] = {}
