@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cltrain.objectives.bounds import between, largest_step, norm_step, step_quartic, within_ball
+from cltrain.objectives.bounds import between, largest_step, norm_step, step_quartic
 from cltrain.objectives.geometry import delta_norms, difference_norms
+from cltrain.objectives.projections import within_ball
 from tests.deltas import dense, make_adapter
 
 SIZES = [(1, 1, 1), (17, 33, 4), (65, 17, 8), (33, 65, 1)]
@@ -63,5 +64,5 @@ def test_what_left_the_ball_comes_back_to_its_surface_in_its_own_direction_and_n
     assert delta_norms(back)["m0"] == pytest.approx(radii["m0"], rel=1e-6)
     assert dense(back).allclose(dense(outside) / 2, rtol=1e-6)
     assert difference_norms(back, inside)["m0"] <= difference_norms(outside, inside)["m0"]
-    assert within_ball(inside, radii, 0.05) is inside
-    assert within_ball(outside, radii, 0.6) is outside
+    for same, least in ((inside, 0.05), (outside, 0.6)):
+        assert dense(within_ball(same, radii, least)).equal(dense(same))

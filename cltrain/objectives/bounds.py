@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cltrain.models.adapter import AdapterFile
-from cltrain.objectives.geometry import delta_norms, inner
+from cltrain.objectives.geometry import inner
 
 BISECTIONS = 60  # halvings of an interval within [0, 1]: to float64's resolution
 
@@ -64,23 +64,6 @@ def norm_step(start: AdapterFile, end: AdapterFile, references: dict[str, float]
     """Largest c in [0, 1] up to which every module's step stays within `limit` relative to `references`."""
     quartics = {module: step_quartic(start, end, module) for module in end.factors}
     return min(largest_step(quartic, (limit * references[module]) ** 2) for module, quartic in quartics.items())
-
-
-def within_ball(adapter: AdapterFile, radii: dict[str, float], least: float) -> AdapterFile:
-    """The nearest adapter each of whose deltas has at most its radius as Frobenius norm: the same direction, B scaled;
-    itself where a B would be scaled below `least`.
-
-    The projection onto a ball brings no two points further apart: what was within a step of the incumbent, which lies
-    inside, still is.
-    """
-    norms = delta_norms(adapter)
-    scales = {module: min(1.0, radii[module] / norm) if norm > 0 else 1.0 for module, norm in norms.items()}
-    if min(scales.values()) == 1.0 or min(scales.values()) < least:
-        return adapter
-    factors = {
-        module: (a_RK, (scales[module] * b_NR.double()).float()) for module, (a_RK, b_NR) in adapter.factors.items()
-    }
-    return adapter.with_factors(factors)
 
 
 def between(start: AdapterFile, end: AdapterFile, c: float) -> AdapterFile:

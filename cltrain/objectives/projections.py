@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cltrain.errors import ConfigError
-from cltrain.models.adapter import AdapterFile, Factors
+from cltrain.models.adapter import AdapterFile, Factors, snapshot
 from cltrain.models.base import Base
 from cltrain.objectives.geometry import inner
 
@@ -65,6 +65,17 @@ def keep_within(live: Factors, scale: float, radii: Mapping[str, float], least: 
             norm = scale * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
             c = (radii[module] / norm).clamp(max=1.0)
             b_NR *= torch.where(c < least, 1.0, c).to(b_NR.dtype)
+
+
+def within_ball(adapter: AdapterFile, radii: Mapping[str, float], least: float) -> AdapterFile:
+    """The adapter after `keep_within`.
+
+    The projection onto a ball brings no two points further apart: what was within a step of the incumbent, which lies
+    inside, still is.
+    """
+    factors = snapshot(adapter.factors)
+    keep_within(factors, adapter.scale, radii, least)
+    return adapter.with_factors(factors)
 
 
 def overlap(adapter: AdapterFile, subspaces: Subspaces) -> float:

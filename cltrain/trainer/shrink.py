@@ -19,7 +19,7 @@ from cltrain.errors import DataError
 from cltrain.models.adapter import AdapterFile, Factors, attach, parameters_of, set_factors
 from cltrain.models.base import Base, stop_ids
 from cltrain.models.forward import next_log_probs, predicted, token_kl
-from cltrain.objectives.bounds import between, max_ratio, norm_step, within_ball
+from cltrain.objectives.bounds import between, max_ratio, norm_step
 from cltrain.objectives.geometry import (
     base_norms,
     combine,
@@ -27,6 +27,7 @@ from cltrain.objectives.geometry import (
     difference_norms,
     spectral_norms,
 )
+from cltrain.objectives.projections import within_ball
 from cltrain.records import BoundReport, TokenRow
 from cltrain.trainer.reference import Reference
 
