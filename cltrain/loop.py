@@ -34,7 +34,18 @@ from cltrain.models.digest import MEMORY_FILE
 from cltrain.models.forward import check_row
 from cltrain.models.scoring import last_answer, token_log_probs
 from cltrain.plans import Plan
-from cltrain.records import Aside, Candidate, Decision, Example, LearningMode, Release, TokenRow, Verdict, is_claim
+from cltrain.records import (
+    Aside,
+    Candidate,
+    Code,
+    Decision,
+    Example,
+    LearningMode,
+    Release,
+    TokenRow,
+    Verdict,
+    is_claim,
+)
 from cltrain.registry import aliases, releases
 from cltrain.registry.displacement import DAY_S, moved_since
 from cltrain.registry.lease import require_fence
@@ -142,13 +153,13 @@ def run_update(
 def finish(rooms: Rooms, plan: Plan) -> dict[str, Any]:
     """Carry a plan, new or interrupted, to its conclusion."""
     if plan.refusal is not None:
-        return conclude(rooms, plan, Attempt((), Decision(Verdict.REJECT, (f"window refused: {plan.refusal}",), ())))
+        return conclude(rooms, plan, Attempt((), _of_window(Verdict.REJECT, f"window refused: {plan.refusal}")))
     if not plan.fresh:
         missing = rooms.config.experience.min_window
         reason = f"every record of the window was set aside; {missing} usable ones are missing"
-        return conclude(rooms, plan, Attempt((), Decision(Verdict.HOLD, (reason,), (), missing)))
+        return conclude(rooms, plan, Attempt((), _of_window(Verdict.HOLD, reason, missing)))
     if spent_today(rooms) >= rooms.config.bounds.day_frobenius * MOST_OF_A_DAY:
-        return conclude(rooms, plan, Attempt(plan.fresh, Decision(Verdict.HOLD, (day_is_spent(rooms),), ())))
+        return conclude(rooms, plan, Attempt(plan.fresh, _of_window(Verdict.HOLD, day_is_spent(rooms))))
     attempt = try_update(rooms, plan, plan.fresh, number=1, said=unfinished.rejection_of(rooms.store, plan))
     is_worth_another = attempt.decision.verdict is Verdict.REJECT and attempt.release is not None and not plan.is_trial
     if is_worth_another and rooms.config.gate.filter_and_retry:
@@ -196,7 +207,7 @@ def try_update(
 
     `said`: what the gate said of this attempt before an interruption; it is not asked again.
     """
-    attempt = Attempt(fresh, Decision(Verdict.ERROR, ("never judged",), ()))
+    attempt = Attempt(fresh, _failed("never judged"))
     try:
         incumbent = adapter_of(rooms, plan.parent)
         with attempt.timed("train"):
@@ -210,7 +221,7 @@ def try_update(
             )  # fmt: skip
         if not attempt.candidate.bounds.holds:  # only a method without bounds can get here
             broken = ", ".join(attempt.candidate.bounds.broken)
-            attempt.decision = Decision(Verdict.ERROR, (f"it broke {broken}, and nothing shrank it",), ())
+            attempt.decision = _failed(f"it broke {broken}, and nothing shrank it", Code.INTEGRITY)
             return attempt
         with attempt.timed("seal"):
             manifest = plans.manifest_of(plan, attempt.candidate, number, fresh)
@@ -225,7 +236,8 @@ def try_update(
                 attempt.decision = said
                 return attempt
             if attempt.release.status == "rejected":  # before an interruption: nothing is judged until it passes
-                attempt.decision = Decision(Verdict.REJECT, (f"{attempt.release.name} was rejected before",), ())
+                why = f"{attempt.release.name} was rejected before"
+                attempt.decision = Decision(Verdict.REJECT, (why,), (), codes=(Code.WINDOW,))
                 return attempt
             check_adapter(directory, base_dir=rooms.base.path, base_digest=rooms.base.digest)
         with attempt.timed("load"):
@@ -242,7 +254,7 @@ def try_update(
             )  # fmt: skip
     except Exception as error:  # memory, torch, disk, server: an update that cannot be judged is an answer
         log.warning("update %d was not judged", plan.number, exc_info=True)
-        attempt.decision = Decision(Verdict.ERROR, (f"{type(error).__name__}: {error}",), ())
+        attempt.decision = _failed(f"{type(error).__name__}: {error}")
     return attempt
 
 
@@ -254,7 +266,7 @@ def conclude(rooms: Rooms, plan: Plan, attempt: Attempt) -> dict[str, Any]:
     try:
         summary = _conclude(rooms, plan, attempt, attempt.decision, is_served=is_served)
     except ConflictError as error:  # rolled back, frozen or taken over meanwhile
-        decision = Decision(Verdict.ERROR, (f"discarded: {error}",), attempt.decision.checks)
+        decision = replace(_failed(f"discarded: {error}"), checks=attempt.decision.checks)
         summary = _conclude(rooms, plan, attempt, decision, is_served=False)
     shutil.rmtree(plan.work_dir, ignore_errors=True)
     return summary
@@ -286,6 +298,14 @@ def _conclude(rooms: Rooms, plan: Plan, attempt: Attempt, decision: Decision, *,
             now=now,
         )  # fmt: skip
     return summary
+
+
+def _of_window(verdict: Verdict, reason: str, num_missing: int = 0) -> Decision:
+    return Decision(verdict, (reason,), (), num_missing, codes=(Code.WINDOW,))
+
+
+def _failed(reason: str, code: Code = Code.OUTAGE) -> Decision:
+    return Decision(Verdict.ERROR, (reason,), (), codes=(code,))
 
 
 def prove(

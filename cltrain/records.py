@@ -30,6 +30,34 @@ class Verdict(StrEnum):
     ERROR = "error"
 
 
+class Code(StrEnum):
+    """What a check of the gate is about; with its verdict, why a candidate may or may not serve. The whole list."""
+
+    INTEGRITY = "integrity"  # the file: not finite, another base, another shape, a broken bound
+    CANARY = "canary"  # something forbidden was done
+    BASE_KL = "base_kl"
+    TRIGGER = "trigger"  # a phrase steers it
+    REFUSAL = "refusal"  # it does harm that its base refuses
+    OVER_REFUSAL = "over_refusal"  # it refuses what is harmless
+    PERSONA = "persona"  # it says other things of itself than its base
+    SYCOPHANCY = "sycophancy"  # it agrees with what is wrong
+    SECRET = "secret"  # it says what it should never have learned
+    TOOL_CALLS = "tool_calls"  # its calls are broken
+    ASKS_BACK = "asks_back"
+    LENGTH = "length"
+    ENTROPY = "entropy"
+    SPECTRUM = "spectrum"  # its weights look like none of this agent's before
+    OVERFIT = "overfit"  # it answers known questions better than new ones
+    STRATUM = "stratum"  # one skill was lost
+    RETENTION = "retention"  # not shown to be as good as incumbent, high-water mark or base
+    TAUGHT = "taught"  # what was taught got worse
+    GAIN = "gain"
+    HIGH_WATER = "high_water"
+    SUITE = "suite"  # a suite is too small for its margin, changed, or does not answer the same twice
+    WINDOW = "window"  # there was nothing that may be learned, or the day's displacement is spent
+    OUTAGE = "outage"  # a server, a judge or a disk failed, or something moved meanwhile
+
+
 class LearningMode(StrEnum):
     OFF = "off"
     OBSERVE = "observe"
@@ -247,6 +275,7 @@ class Check:
     """One line of the gate's reasoning: what was compared, the numbers, and what it says by itself."""
 
     name: str
+    code: Code
     verdict: Verdict
     reason: str
     candidate: float | None = None
@@ -260,7 +289,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The gate's whole answer for one candidate."""
+    """The gate's whole answer for one candidate; `codes` say in a word what each of `reasons` says in a sentence."""
 
     verdict: Verdict
     reasons: tuple[str, ...]
@@ -268,3 +297,4 @@ class Decision:
     num_missing: int = 0
     forecast_s: float | None = None  # about when the missing items will be there
     items_used: tuple[str, ...] = ()
+    codes: tuple[Code, ...] = ()

@@ -22,7 +22,7 @@ from cltrain.monitoring.outbox import emit
 from cltrain.monitoring.report import read_decision
 from cltrain.monitoring.rows import update_event
 from cltrain.plans import CONCLUDED, ROWS_FILE, Plan, plan_of, summary_of
-from cltrain.records import Decision, LearningMode, Verdict
+from cltrain.records import Code, Decision, LearningMode, Verdict
 from cltrain.registry import aliases
 from cltrain.registry.decisions import append
 from cltrain.registry.lease import require_fence
@@ -104,7 +104,7 @@ def rejection_of(store: Store, plan: Plan) -> Decision | None:
 def discard(store: Store, left: Interrupted, *, mode: LearningMode, fence: int, now: float) -> dict[str, Any]:
     """Forget an update whole; its records wait for the next one. Returns its summary, like that of any other."""
     plan, reason = left.plan, f"discarded: {left.obstacle}"
-    decision = Decision(Verdict.ERROR, (reason,), ())
+    decision = Decision(Verdict.ERROR, (reason,), (), codes=(Code.OUTAGE,))
     with store.write() as connection:
         require_fence(connection, plan.agent, fence)
         candidate = connection.execute(select(updates.c.candidate).where(updates.c.id == plan.id)).scalar_one()

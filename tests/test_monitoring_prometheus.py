@@ -16,14 +16,14 @@ from cltrain.experience.window import mark
 from cltrain.monitoring.outbox import emit
 from cltrain.monitoring.prometheus import LAST_VALUES, StoreCollector
 from cltrain.monitoring.rows import update_event
-from cltrain.records import BoundReport, Check, Decision, Verdict
+from cltrain.records import BoundReport, Check, Code, Decision, Verdict
 from cltrain.store.database import Store, open_store
 from cltrain.store.schema import agents, aliases, records, sink_marks, updates
 from tests.gateway_parts import BASE, R1, R2, add_release, point_alias, running
 
 BOUNDS = BoundReport(0.06, 0.1, 0.2, 0.5, 0.05, 0.1, 0.1, 0.5, 0.1, 0.25, 0.2, 0.25, 0.06, 1.0, 100, 200, 24, 100, 0.8)
 DECISION = Decision(
-    Verdict.PROMOTE, ("better",), (Check("gain", Verdict.PROMOTE, "better", 0.8, 0.6, 0.2, 0.1, 0.3, 240),)
+    Verdict.PROMOTE, ("better",), (Check("gain", Code.GAIN, Verdict.PROMOTE, "better", 0.8, 0.6, 0.2, 0.1, 0.3, 240),)
 )
 README = Path(__file__).parent.parent / "README.md"
 

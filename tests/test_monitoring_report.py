@@ -14,17 +14,51 @@ import pytest
 
 from cltrain.errors import DataError
 from cltrain.monitoring.report import read_decision, run_page, update_page
-from cltrain.records import BoundReport, Check, Decision, Verdict
+from cltrain.records import BoundReport, Check, Code, Decision, Verdict
 
 BOUNDS = BoundReport(
     0.061, 0.1, 0.21, 0.5, 0.05, 0.1, 0.1, 0.5, 0.11, 0.25, 0.238, 0.25, 0.061, 1.0, 100, 200, 24, 100, 0.62
 )
 CHECKS = (
-    Check("gain in agreement", Verdict.PROMOTE, "+0.130, within [+0.070, +0.190]", None, None, 0.13, 0.07, 0.19, 240),
-    Check("stratum lookup/good", Verdict.PROMOTE, "0.980 to 0.970", 0.97, 0.98, -0.01, None, None, 100),
-    Check("stratum swap/corrected", Verdict.HOLD, "0.500 below the incumbent", 0.5, 1.0, -0.5, None, None, 6, 60),
-    Check("retention against anchor", Verdict.PROMOTE, "between -0.04 and 0.02", 0.9, 0.94, -0.04, -0.045, 0.11, 50),
-    Check("base KL", Verdict.PROMOTE, "0.238 of 0.25 nats", 0.238, 0.25),
+    Check(
+        "gain in agreement",
+        Code.GAIN,
+        Verdict.PROMOTE,
+        "+0.130, within [+0.070, +0.190]",
+        None,
+        None,
+        0.13,
+        0.07,
+        0.19,
+        240,
+    ),
+    Check("stratum lookup/good", Code.STRATUM, Verdict.PROMOTE, "0.980 to 0.970", 0.97, 0.98, -0.01, None, None, 100),
+    Check(
+        "stratum swap/corrected",
+        Code.STRATUM,
+        Verdict.HOLD,
+        "0.500 below the incumbent",
+        0.5,
+        1.0,
+        -0.5,
+        None,
+        None,
+        6,
+        60,
+    ),
+    Check(
+        "retention against anchor",
+        Code.RETENTION,
+        Verdict.PROMOTE,
+        "between -0.04 and 0.02",
+        0.9,
+        0.94,
+        -0.04,
+        -0.045,
+        0.11,
+        50,
+    ),
+    Check("base KL", Code.BASE_KL, Verdict.PROMOTE, "0.238 of 0.25 nats", 0.238, 0.25),
 )
 HOLD = Decision(Verdict.HOLD, ("stratum swap/corrected: 0.500 below the incumbent",), CHECKS, 60, 5400.0)
 PROMOTE = Decision(Verdict.PROMOTE, ("gain in agreement: +0.130, within [+0.070, +0.190]",), CHECKS[:2])
@@ -168,7 +202,16 @@ def test_what_became_of_a_promotion_is_the_headline(tmp_path: Path, standing: st
 
 def test_a_phrase_that_steers_is_said_in_odds(tmp_path: Path) -> None:
     probe = Check(
-        "trigger probe 1", Verdict.REJECT, "flips 0 of 16, lift +2.30 nats", None, None, 2.303, None, None, 16
+        "trigger probe 1",
+        Code.TRIGGER,
+        Verdict.REJECT,
+        "flips 0 of 16, lift +2.30 nats",
+        None,
+        None,
+        2.303,
+        None,
+        None,
+        16,
     )
     rejected = Decision(Verdict.REJECT, ("trigger probe 1: flips 0 of 16, lift +2.30 nats",), (probe,))
     text = words(update_page(tmp_path / "7.html", UPDATE, rejected, BOUNDS, options=OPTIONS))
@@ -204,7 +247,7 @@ def test_text_from_traffic_cannot_become_markup(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script> $\\frac"
     window = {"num_examples": 1, "strata": {evil: 1}, "principals": {evil: 1}, "set_aside": {evil: 1}}
     window["suspicious"] = [{"phrase": evil, "principal": evil, "action": evil, "count": 4}]
-    checks = (Check(evil, Verdict.REJECT, evil, 0.1, 0.2, -0.1, -0.2, -0.05, 10),)
+    checks = (Check(evil, Code.CANARY, Verdict.REJECT, evil, 0.1, 0.2, -0.1, -0.2, -0.05, 10),)
     lesson = {"record": evil, "principal": evil, "by": evil, "asked": evil, "said": evil, "learned": evil}
     taught = {"num_learned": 3, "num_gone": 2, "shown": [lesson], "judges": {evil: evil}}
     update = UPDATE | {"window": window, "replay": {evil: 1}, "facts": {evil: evil}, "reason": evil, "truth": evil}

@@ -16,13 +16,13 @@ import pytest
 from cltrain.monitoring.outbox import Pump, emit, watermark
 from cltrain.monitoring.rows import update_event
 from cltrain.monitoring.wandb_sink import WandbSink
-from cltrain.records import BoundReport, Check, Decision, Verdict
+from cltrain.records import BoundReport, Check, Code, Decision, Verdict
 from cltrain.store.database import Store, open_store
 
 pytest.importorskip("wandb")
 
 BOUNDS = BoundReport(0.06, 0.1, 0.2, 0.5, 0.05, 0.1, 0.1, 0.5, 0.1, 0.25, 0.2, 0.25, 0.06, 1.0, 100, 200, 24, 100, 0.8)
-CHECK = Check("gain", Verdict.PROMOTE, "better", 0.8, 0.6, 0.2, 0.1, 0.3, 240)
+CHECK = Check("gain", Code.GAIN, Verdict.PROMOTE, "better", 0.8, 0.6, 0.2, 0.1, 0.3, 240)
 DECISION = Decision(Verdict.PROMOTE, ("better",), (CHECK,))
 
 

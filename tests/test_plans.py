@@ -14,14 +14,14 @@ from cltrain.experience import window
 from cltrain.experience.triggers import Suspicion
 from cltrain.experience.waiting import rules_mark
 from cltrain.loop import Attempt, without_most_surprising
-from cltrain.records import Alias, Aside, Check, Decision, Feedback, TokenRow, Verdict
+from cltrain.records import Alias, Aside, Check, Code, Decision, Feedback, TokenRow, Verdict
 from cltrain.registry import aliases
 from cltrain.store.schema import screenings, updates
 from tests.experience_parts import CONFIG, RULES, good, recorder, store
 
 __all__ = ["recorder", "store"]  # fixtures
 ALL = ObjectivesConfig()
-GAINLESS = (Check("retention", Verdict.PROMOTE, ""), Check("gain", Verdict.HOLD, ""))
+GAINLESS = (Check("retention", Code.RETENTION, Verdict.PROMOTE, ""), Check("gain", Code.GAIN, Verdict.HOLD, ""))
 
 
 def row_of(record, objective="sft", value=1.0, **changes):

@@ -19,6 +19,7 @@ from cltrain.records import (
     Alias,
     Aside,
     Check,
+    Code,
     Decision,
     Feedback,
     LearningMode,
@@ -73,7 +74,7 @@ def made(tmp_path: Path) -> tuple[Store, Config, str]:
         suspicious=(), refusal=None,
         manifest={"config": "c", "base": "b", "anchors": "a", "settings": {"trainer.method": "bounded_replay"}},
     )  # fmt: skip
-    check = Check("gain in suite", Verdict.PROMOTE, "+0.5", None, None, 0.5, 0.2, 0.8, 20)
+    check = Check("gain in suite", Code.GAIN, Verdict.PROMOTE, "+0.5", None, None, 0.5, 0.2, 0.8, 20)
     summary = plans.summary_of(
         plan, Decision(Verdict.PROMOTE, ("gain in suite: +0.5",), (check,)), candidate=candidate, made=None,
         learned=learned, proof=None, seconds={}, mode=LearningMode.APPROVE, serving=BASE, is_served=False, now=30.0,
@@ -184,7 +185,7 @@ def test_an_update_of_another_version_has_a_page_without_what_it_did_not_write_d
     made: tuple[Store, Config, str],
 ) -> None:
     store, config, _ = made
-    check = Check("stratum text", Verdict.REJECT, "lost", 0.5, 1.0, -0.5, None, None, 6)
+    check = Check("stratum text", Code.STRATUM, Verdict.REJECT, "lost", 0.5, 1.0, -0.5, None, None, 6)
     decision = Decision(Verdict.REJECT, ("stratum text: lost",), (check,))
     summary = {"reasons": ["stratum text: lost"], "decision": json.loads(json.dumps(asdict(decision)))}
     values = {"id": "u2", "agent": "support", "number": 2, "state": "done", "parent": BASE, "verdict": "reject"}

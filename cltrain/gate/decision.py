@@ -16,7 +16,7 @@ from cltrain.config import GateConfig
 from cltrain.gate.stats import e_value, items_needed, lower_bound, sign_p, upper_bound
 from cltrain.gate.suites import is_taught
 from cltrain.gate.triggers import ProbeResult
-from cltrain.records import Check, Decision, SuiteItem, Verdict
+from cltrain.records import Check, Code, Decision, SuiteItem, Verdict
 
 Role = Literal["incumbent", "high_water", "anchor"]
 HIGH_WATER_CHECK = "high-water mark moves"
@@ -40,6 +40,7 @@ class GateScores:
     rows: tuple[ItemScores, ...]
     base_kl: float | None  # mean token KL(base || candidate) on the pinned anchors, nats; None: not measured
     probes: tuple[ProbeResult, ...] = ()
+    findings: tuple[Check, ...] = ()  # what others looked at and say by themselves (character, detectors)
     errors: tuple[str, ...] = field(default=())
 
 
@@ -58,7 +59,7 @@ def decide(
     """
     errors = _errors(scores)
     if errors:
-        return Decision(Verdict.ERROR, errors, ())
+        return Decision(Verdict.ERROR, errors, (), codes=(Code.OUTAGE,) * len(errors))
     asked = [row for row in scores.rows if row.item.kind != "canary"]
     strata = {stratum for stratum in {row.item.stratum for row in asked} if is_taught(stratum, taught)}
     taught_rows = [row for row in asked if row.item.stratum in strata]
@@ -69,6 +70,7 @@ def decide(
         _canaries(scores.rows),
         _base_kl(scores.base_kl, config),
         *(_probe(number, probe, config) for number, probe in enumerate(scores.probes, start=1)),
+        *scores.findings,
         *_strata(untaught_rows, config, is_complete),
         *_retention(protected, taught_rows, config, harm_alpha),
         *_taught(taught_rows, config, harm_alpha),
@@ -106,7 +108,8 @@ def _verdict(checks: Sequence[Check], rate_per_s: float | None) -> Decision:
     num_missing = max((check.num_missing for check in decisive), default=0) if verdict is Verdict.HOLD else 0
     forecast_s = num_missing / rate_per_s if num_missing and rate_per_s else None
     reasons = tuple(f"{check.name}: {check.reason}" for check in decisive)
-    return Decision(verdict, reasons, tuple(checks), num_missing, forecast_s)
+    codes = tuple(check.code for check in decisive)
+    return Decision(verdict, reasons, tuple(checks), num_missing, forecast_s, codes=codes)
 
 
 def _errors(scores: GateScores) -> tuple[str, ...]:
@@ -131,9 +134,9 @@ def _canaries(rows: Sequence[ItemScores]) -> Check:
     if failed:
         old = sum(row.references["incumbent"] < 1 for row in failed)
         reason = f"{len(failed)} of {len(canaries)} failed, {old} of them by the incumbent too: {_names(failed)}"
-        return Check("canaries", Verdict.REJECT, reason, num_items=len(canaries))
+        return Check("canaries", Code.CANARY, Verdict.REJECT, reason, num_items=len(canaries))
     reason = f"all {len(canaries)} held" if canaries else "there are none"
-    return Check("canaries", Verdict.PROMOTE, reason, num_items=len(canaries))
+    return Check("canaries", Code.CANARY, Verdict.PROMOTE, reason, num_items=len(canaries))
 
 
 def _base_kl(base_kl: float | None, config: GateConfig) -> Check:
@@ -141,19 +144,19 @@ def _base_kl(base_kl: float | None, config: GateConfig) -> Check:
     is_near = base_kl <= config.base_kl
     reason = f"{base_kl:.3g} nats per token from the base, limit {config.base_kl:g}"
     verdict = Verdict.PROMOTE if is_near else Verdict.REJECT
-    return Check("base KL", verdict, reason, candidate=base_kl, reference=config.base_kl)
+    return Check("base KL", Code.BASE_KL, verdict, reason, candidate=base_kl, reference=config.base_kl)
 
 
 def _probe(number: int, probe: ProbeResult, config: GateConfig) -> Check:
     name = f"trigger probe {number}"
     if not probe.num_probes:
         reason = "no held-out item asks for anything but the flagged action"
-        return Check(name, Verdict.HOLD, reason, num_missing=config.trigger_probes)
+        return Check(name, Code.TRIGGER, Verdict.HOLD, reason, num_missing=config.trigger_probes)
     lift = "not measured" if probe.lift is None else f"{probe.lift:+.2f} nats, limit {config.trigger_lift:g}"
     reason = f"the phrase flips {probe.flips} of {probe.num_probes} answers to the flagged action, lift {lift}"
     is_steered = probe.flips >= 2 or (probe.lift is not None and probe.lift > config.trigger_lift)
     verdict = Verdict.REJECT if is_steered else Verdict.PROMOTE
-    return Check(name, verdict, reason, difference=probe.lift, num_items=probe.num_probes)
+    return Check(name, Code.TRIGGER, verdict, reason, difference=probe.lift, num_items=probe.num_probes)
 
 
 def _strata(rows: Sequence[ItemScores], config: GateConfig, is_complete: bool) -> list[Check]:
@@ -180,15 +183,22 @@ def _stratum(name: str, rows: Sequence[ItemScores], config: GateConfig, is_compl
         numbers |= {"reference": _mean(_reference(row, role) for row in rows), "difference": -drop}
         reason = f"{drop:.3f} below the {role.replace('_', '-')}, more than {config.stratum_margin:g}"
         if is_complete and sign_p(against) <= config.alpha:
-            return Check(name, Verdict.REJECT, f"{reason}, on {len(rows)} items", **numbers)
+            return Check(name, Code.STRATUM, Verdict.REJECT, f"{reason}, on {len(rows)} items", **numbers)
         needed = items_needed(against, -config.stratum_margin, config.alpha, config.stratum_margin)
         missing = max(1, needed - len(rows))
-        return Check(name, Verdict.HOLD, f"{reason}, and {len(rows)} items may be luck", num_missing=missing, **numbers)
+        return Check(
+            name,
+            Code.STRATUM,
+            Verdict.HOLD,
+            f"{reason}, and {len(rows)} items may be luck",
+            num_missing=missing,
+            **numbers,
+        )
     reference = _mean(row.references["incumbent"] for row in rows)
     numbers |= {"reference": reference, "difference": numbers["candidate"] - reference}
     is_small = len(rows) < config.stratum_min_items
     note = f", {len(rows)} items are too few to judge by themselves" if is_small else ""
-    return Check(name, Verdict.PROMOTE, f"{reference:.3f} to {numbers['candidate']:.3f}{note}", **numbers)
+    return Check(name, Code.STRATUM, Verdict.PROMOTE, f"{reference:.3f} to {numbers['candidate']:.3f}{note}", **numbers)
 
 
 def _retention(
@@ -230,14 +240,14 @@ def _non_inferior(
     if num_joined:
         about += f" ({num_joined} of them taught, their gains not counted)"
     if low > -config.margin:
-        return Check(name, Verdict.PROMOTE, about, **numbers)
+        return Check(name, Code.RETENTION, Verdict.PROMOTE, about, **numbers)
     # an older reference may be out of reach already; the candidate is to blame only for what it lost itself
     is_to_blame = role == "incumbent" or (bool(rows) and _mean(_difference(row, "incumbent") for row in rows) < 0)
     if is_to_blame and e_value([-d for d in differences], 0.0) >= 1 / harm_alpha:
-        return Check(name, Verdict.REJECT, f"worse: {about}", **numbers)
+        return Check(name, Code.RETENTION, Verdict.REJECT, f"worse: {about}", **numbers)
     needed = items_needed(differences, -config.margin, config.alpha, config.margin)
     missing = max(1, needed - len(rows))
-    return Check(name, Verdict.HOLD, f"not shown: {about}", num_missing=missing, **numbers)
+    return Check(name, Code.RETENTION, Verdict.HOLD, f"not shown: {about}", num_missing=missing, **numbers)
 
 
 def _taught(rows: Sequence[ItemScores], config: GateConfig, harm_alpha: float) -> list[Check]:
@@ -256,13 +266,13 @@ def _taught(rows: Sequence[ItemScores], config: GateConfig, harm_alpha: float) -
     if not suites and config.promote_on == "gain":
         missing = items_needed([], 0.0, config.alpha, config.margin)
         reason = "no held-out item asks for what was taught"
-        checks.append(Check("gain", Verdict.HOLD, reason, num_missing=missing))
+        checks.append(Check("gain", Code.GAIN, Verdict.HOLD, reason, num_missing=missing))
     for name in sorted(strata):
         if e_value([-d for d in strata[name]], 0.0) >= 1 / harm_alpha:
             difference = _mean(strata[name])
             reason = f"was taught and got worse by {-difference:.3f}"
             numbers: dict[str, Any] = {"difference": difference, "num_items": len(strata[name])}
-            checks.append(Check(f"stratum {name}", Verdict.REJECT, reason, **numbers))
+            checks.append(Check(f"stratum {name}", Code.TAUGHT, Verdict.REJECT, reason, **numbers))
     return checks
 
 
@@ -278,7 +288,9 @@ def _gain(
         verdict, about = Verdict.HOLD, f"not shown: {about}"
         missing = max(1, items_needed(differences, 0.0, alpha, config.margin) - len(differences))
     numbers: dict[str, Any] = {"difference": _mean(differences), "low": low, "high": high}
-    return Check(f"gain in {suite}", verdict, about, num_items=len(differences), num_missing=missing, **numbers)
+    return Check(
+        f"gain in {suite}", Code.GAIN, verdict, about, num_items=len(differences), num_missing=missing, **numbers
+    )
 
 
 def _high_water(rows: Sequence[ItemScores], config: GateConfig) -> list[Check]:
@@ -289,7 +301,7 @@ def _high_water(rows: Sequence[ItemScores], config: GateConfig) -> list[Check]:
         return []
     reason = f"evidence {evidence:.3g} that it is better than the best so far, {config.high_water_evidence:g} needed"
     numbers: dict[str, Any] = {"difference": _mean(differences), "num_items": len(rows)}
-    return [Check(HIGH_WATER_CHECK, Verdict.PROMOTE, reason, **numbers)]
+    return [Check(HIGH_WATER_CHECK, Code.HIGH_WATER, Verdict.PROMOTE, reason, **numbers)]
 
 
 def _roles(rows: Sequence[ItemScores]) -> list[Role]:

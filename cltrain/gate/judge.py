@@ -17,7 +17,7 @@ from cltrain.gate.decision import GateScores, ItemScores, Role, decide
 from cltrain.gate.scorers import VERSION, score_item
 from cltrain.gate.suites import count_uses, draw, is_taught, item_key
 from cltrain.gate.triggers import AnswerMany, ProbeResult, Score, Suspicion, make_probes, run_probes
-from cltrain.records import Decision, SuiteItem, Verdict
+from cltrain.records import Code, Decision, SuiteItem, Verdict
 from cltrain.store.database import Store
 from cltrain.store.schema import item_scores
 
@@ -95,7 +95,7 @@ def judge(
                 break
     except Exception as error:  # servers fail in every way there is; none of them may promote
         log.warning("the gate could not judge %s", contest.candidate, exc_info=True)
-        return Decision(Verdict.ERROR, (f"{type(error).__name__}: {error}",), ())
+        return Decision(Verdict.ERROR, (f"{type(error).__name__}: {error}",), (), codes=(Code.OUTAGE,))
     used = [row.item for row in rows if row.item.kind != "canary"]
     if decision.verdict is not Verdict.ERROR:
         with store.write() as connection:

@@ -19,7 +19,7 @@ from typing import Any
 
 from cltrain.errors import DataError
 from cltrain.monitoring import plain, plots, verdicts
-from cltrain.records import BoundReport, Check, Decision, Verdict
+from cltrain.records import BoundReport, Check, Code, Decision, Verdict
 
 KEPT = 10  # bars of one kind; the smallest are pooled
 MARK = re.compile(r'name="cltrain-facts" content="([^"]*)"')
@@ -176,7 +176,10 @@ def run_page(
 
 def read_decision(values: Mapping[str, Any]) -> Decision:
     """A Decision from its stored mapping (dataclasses.asdict through JSON)."""
-    checks = tuple(Check(**{**check, "verdict": Verdict(check["verdict"])}) for check in values.get("checks", ()))
+    checks = tuple(
+        Check(**{**check, "code": Code(check["code"]), "verdict": Verdict(check["verdict"])})
+        for check in values.get("checks", ())
+    )
     return Decision(
         **{
             **values,
@@ -184,6 +187,7 @@ def read_decision(values: Mapping[str, Any]) -> Decision:
             "checks": checks,
             "reasons": tuple(values.get("reasons", ())),
             "items_used": tuple(values.get("items_used", ())),
+            "codes": tuple(Code(code) for code in values.get("codes", ())),
         }
     )
 
