@@ -24,7 +24,7 @@ from cltrain.deploy.preflight import check_adapter
 from cltrain.errors import ConflictError, guarded
 from cltrain.evidence import Evidence
 from cltrain.experience import window
-from cltrain.experience.buffer import replay_examples
+from cltrain.experience.buffer import doubtful, replay_examples
 from cltrain.experience.screens import screen, within_shares
 from cltrain.gate.decision import moves_high_water
 from cltrain.models.adapter import AdapterFile, read_adapter
@@ -84,6 +84,7 @@ class Attempt:
     candidate: Candidate | None = None
     release: Release | None = None
     proof: proof.Proof | None = None
+    doubtful: frozenset[str] = frozenset()  # records that the candidate, right after learning them, would not repeat
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -233,7 +234,10 @@ def try_update(
                 tidy_server(rooms)
                 rooms.server.load(attempt.release.name, directory)
         with attempt.timed("prove"):
-            attempt.proof = prove(rooms, plan, attempt.release.name, read_adapter(directory), incumbent, fresh)
+            exported = read_adapter(directory)
+            attempt.proof = prove(rooms, plan, attempt.release.name, exported, incumbent, fresh)
+            values = token_log_probs(rooms.base, exported, fresh)
+            attempt.doubtful = doubtful(fresh, values, rooms.config.experience.doubtful_share)
         with attempt.timed("gate"):
             kl = attempt.candidate.bounds.drift_kl
             attempt.decision = rooms.evidence.judge(
@@ -279,11 +283,12 @@ def _conclude(rooms: Rooms, plan: Plan, attempt: Attempt, decision: Decision, *,
         summary = plans.summary_of(
             plan, decision, candidate=name, made=attempt.candidate,
             learned=attempt.learned, proof=attempt.proof.verdict if attempt.proof else None, seconds=attempt.seconds,
-            mode=mode, serving=aliases.serving_in(connection, rooms.agent), is_served=is_served, now=now,
+            mode=mode, serving=aliases.serving_in(connection, rooms.agent), doubtful=attempt.doubtful,
+            is_served=is_served, now=now,
         )  # fmt: skip
         plans.close_plan(
-            connection, plan, attempt.candidate, summary, decision, learned=attempt.learned, is_served=is_served,
-            now=now,
+            connection, plan, attempt.candidate, summary, decision, learned=attempt.learned,
+            doubtful=attempt.doubtful, is_served=is_served, now=now,
         )  # fmt: skip
     return summary
 

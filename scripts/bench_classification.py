@@ -30,12 +30,13 @@ import torch
 from cltrain.config import Config, load
 from cltrain.demo import classes, exam, text, world
 from cltrain.demo.classes import Task, Text
-from cltrain.experience.buffer import select
+from cltrain.experience.buffer import doubtful, select
 from cltrain.models.adapter import AdapterFile, attach, read_adapter
 from cltrain.models.anchors import load_anchors
 from cltrain.models.base import Base, load_base
 from cltrain.models.chat import render_example
 from cltrain.models.forward import batches_of, next_log_probs, predicted
+from cltrain.models.scoring import token_log_probs
 from cltrain.records import Example, TokenRow
 from cltrain.trainer.memory import read_memory
 from cltrain.trainer.reference import Reference
@@ -183,7 +184,11 @@ def run_method(stage: Stage, method: str, directory: Path) -> dict[str, Any]:
                 path = Path(candidate.path)
                 adapter = read_adapter(path)
                 shrinks.append(candidate.bounds.shrink)
-                learned |= {row.record: row for row in fresh}
+                unsure: frozenset[str] = frozenset()
+                if method == OURS:
+                    log_probs = token_log_probs(base, adapter, fresh)
+                    unsure = doubtful(fresh, log_probs, config.experience.doubtful_share)
+                learned |= {row.record: row for row in fresh if row.record not in unsure}
             seconds += time.process_time() - began
             num_updates += 1
         found = stage.scores(adapter)

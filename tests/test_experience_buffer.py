@@ -4,6 +4,7 @@ import random
 from collections import Counter
 
 from cltrain.experience import bench, buffer
+from cltrain.records import TokenRow
 from tests.experience_parts import CONFIG, KEY, RULES, episode, file_as, good, recorder, store
 
 __all__ = ["recorder", "store"]  # fixtures
@@ -117,3 +118,22 @@ def test_a_stratum_that_one_principal_alone_taught_is_rehearsed_within_its_quota
 
 def test_an_empty_buffer_is_no_error(store):
     assert rehearsed(store) == []
+
+
+def row_of(record, stratum="mend/good", **changes):
+    return TokenRow(record, stratum, "p", (1, 2, 3), (0.0, 1.0, 1.0), **changes)
+
+
+def test_doubtful_is_the_worst_fifth_of_a_stratum_where_the_learner_would_write_something_else():
+    sure, odd = [-0.1, -0.1], [-0.1, -0.7]  # e^-0.7 < 0.5: another token may be likelier
+    rows = [*(row_of(f"m{k}") for k in range(10)), *(row_of(f"w{k}", "wire/good") for k in range(10))]
+    values = [*([odd] * 2 + [sure] * 8), *[sure] * 10]
+    assert buffer.doubtful(rows, values, 0.2) == {"m0", "m1"}
+    values[2:10] = [[-0.1, -0.9 - k / 10] for k in range(8)]
+    assert buffer.doubtful(rows, values, 0.2) == {"m8", "m9"}, "no more than the fifth that surprises most"
+    assert buffer.doubtful(rows, values, 0.0) == frozenset()
+
+
+def test_what_only_says_what_was_wrong_is_no_matter_of_doubt():
+    rows = [row_of("bad", objective="kto", value=-1.0), *(row_of(f"m{k}") for k in range(5))]
+    assert buffer.doubtful(rows, [[-9.0]] + [[-0.1]] * 4 + [[-2.0]], 0.2) == {"m4"}

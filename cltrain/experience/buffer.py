@@ -1,4 +1,5 @@
-"""The replay buffer: per stratum the k records with the smallest keyed hash, of those that were learned and verified.
+"""The replay buffer: per stratum the k records with the smallest keyed hash, of those that were learned and verified
+and that the adapter which had just learned them agreed with.
 
 No principal has more than its quota of the k slots. Uniform within a principal, whatever the order of arrival; deleting
 a record touches its own slot only, and the next one moves up. What has no slot stays in the store: nothing is evicted.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,9 +21,11 @@ from cltrain.errors import guarded
 from cltrain.experience.examples import POOLED, example_of
 from cltrain.experience.reading import read_trajectories
 from cltrain.experience.verify import verify
-from cltrain.records import Example, Trajectory
+from cltrain.records import Example, TokenRow, Trajectory, is_claim
 from cltrain.store.database import Store
 from cltrain.store.schema import records, screenings, updates
+
+SURE = 0.5  # above it greedy decoding is certain to write the token
 
 
 def select(strata: Mapping[str, Iterable[str]], k: int, key: bytes) -> dict[str, list[str]]:
@@ -30,6 +34,22 @@ def select(strata: Mapping[str, Iterable[str]], k: int, key: bytes) -> dict[str,
         stratum: sorted(set(ids), key=lambda record: (_hash(key, record), record))[:k]
         for stratum, ids in strata.items()
     }
+
+
+def doubtful(rows: Sequence[TokenRow], log_probs: Sequence[Sequence[float]], share: float) -> frozenset[str]:
+    """The records that an adapter which has just learned these rows would not repeat: probably mislabelled, and not to
+    be rehearsed.
+
+    `log_probs`: per row, those of its tokens under that adapter. Doubtful is a row with a token that the adapter gives
+    less than SURE, if it is one of the `share` of its stratum's rows that are surest to be wrong by that token. Only to
+    be asked right after learning: later, what was forgotten would look the same.
+    """
+    strata: dict[str, list[tuple[float, str]]] = {}
+    for row, values in zip(rows, log_probs, strict=True):
+        if is_claim(row):
+            strata.setdefault(row.stratum, []).append((min(values), row.record))
+    worst = (one for its in strata.values() for one in sorted(its)[: round(share * len(its))])
+    return frozenset(record for value, record in worst if value < math.log(SURE))
 
 
 def replay_examples(
