@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Attempt:
     candidate: Candidate | None = None
     release: Release | None = None
     proof: proof.Proof | None = None
-    doubtful: frozenset[str] = frozenset()  # records that the candidate, right after learning them, would not repeat
+    doubtful: frozenset[str] = frozenset()  # records that the candidate learned, and would not repeat
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -236,8 +237,8 @@ def try_update(
         with attempt.timed("prove"):
             exported = read_adapter(directory)
             attempt.proof = prove(rooms, plan, attempt.release.name, exported, incumbent, fresh)
-            values = token_log_probs(rooms.base, exported, fresh)
-            attempt.doubtful = doubtful(fresh, values, rooms.config.experience.doubtful_share)
+            score, share = partial(token_log_probs, rooms.base, exported), rooms.config.experience.max_doubtful_share
+            attempt.doubtful = doubtful(fresh, plan.replay, plan.taught, score, share)
         with attempt.timed("gate"):
             kl = attempt.candidate.bounds.drift_kl
             attempt.decision = rooms.evidence.judge(
@@ -287,8 +288,8 @@ def _conclude(rooms: Rooms, plan: Plan, attempt: Attempt, decision: Decision, *,
             is_served=is_served, now=now,
         )  # fmt: skip
         plans.close_plan(
-            connection, plan, attempt.candidate, summary, decision, learned=attempt.learned,
-            doubtful=attempt.doubtful, is_served=is_served, now=now,
+            connection, plan, attempt.candidate, summary, decision, learned=attempt.learned, is_served=is_served,
+            now=now,
         )  # fmt: skip
     return summary
 

@@ -45,7 +45,7 @@ from cltrain.trainer.methods import method_of
 
 ROWS_FILE = "rows.json"
 CONCLUDED = ("done", "discarded")
-DOUBTFUL = "doubtful and never rehearsed"
+DOUBTFUL = "doubted and not rehearsed"
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,6 @@ def close_plan(
     decision: Decision,
     *,
     learned: Sequence[TokenRow],
-    doubtful: Collection[str] = (),
     is_served: bool,
     now: float,
 ) -> None:
@@ -190,7 +189,7 @@ def close_plan(
             [{"update": plan.id, "step": r.step, "slot": r.slot, "record": r.record} for r in candidate.reads],
         )
     if not plan.is_trial:
-        _file_records(connection, plan, learned, decision, doubtful=doubtful, is_served=is_served, now=now)
+        _file_records(connection, plan, learned, decision, summary["doubtful"], is_served=is_served, now=now)
     payload = {key: summary[key] for key in ("update", "verdict", "candidate", "is_served")}
     append(connection, plan.agent, "verdict", payload, now)
     event = update_event(summary, decision, candidate.bounds if candidate else None)
@@ -321,14 +320,16 @@ def _file_records(
     plan: Plan,
     learned: Sequence[TokenRow],
     decision: Decision,
+    doubtful: Collection[str],
     *,
-    doubtful: Collection[str] = (),
     is_served: bool,
     now: float,
 ) -> None:
     """Where each record of the window goes: where it was set aside to, or with the others by the verdict."""
     aside = {one.record: one for one in plan.set_aside}
     claims = {row.record for row in learned if is_claim(row)}
+    if is_served:
+        window.forget_rehearsal(connection, plan.agent, doubtful, reason=f"update {plan.number}: {DOUBTFUL}", now=now)
     began_at = connection.execute(select(updates.c.started_at).where(updates.c.id == plan.id)).scalar_one()
     for record, stratum, _ in plan.window:
         one = aside.get(record)

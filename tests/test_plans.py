@@ -49,7 +49,7 @@ def filed(store, plan, decision, *, is_served=False, learned=None, doubtful=()):
             values = {"id": "u", "agent": "support", "number": 1, "state": "done", "parent": "x", "candidate": "y"}
             connection.execute(insert(updates).values(**values, mode="auto", fence=1, manifest={}, started_at=10.0))
         rows = plan.fresh if learned is None else learned
-        plans._file_records(connection, plan, rows, decision, doubtful=doubtful, is_served=is_served, now=20.0)
+        plans._file_records(connection, plan, rows, decision, doubtful, is_served=is_served, now=20.0)
         return {row.record: (row.status, row.reason, row.update) for row in connection.execute(select(screenings))}
 
 
@@ -85,7 +85,23 @@ def test_what_the_adapter_doubts_right_after_learning_it_leaves_the_window_and_i
     rows = (row_of("right"), row_of("odd"))
     found = filed(store, plan_of(rows), decision, is_served=is_served, doubtful={"odd"})
     assert [found[row.record][0] for row in rows] == expected
-    assert plans.DOUBTFUL in found["odd"][1] and plans.DOUBTFUL not in found["right"][1]
+    assert [plans.DOUBTFUL in found[row.record][1] for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize("is_served", [True, False])
+def test_what_was_rehearsed_and_is_doubted_leaves_the_buffer_only_once_the_doubter_serves(store, is_served):
+    with store.write() as connection:
+        for name in ("old", "odd"):
+            window.mark(connection, "support", name, "replay", now=1.0, stratum="mend/good", update="before")
+        window.mark(connection, "support", "undone", "quarantined", now=1.0, stratum="mend/good", update="before")
+    verdict = Decision(Verdict.PROMOTE, ("",), ())
+    found = filed(
+        store, plan_of((row_of("right"),)), verdict, is_served=is_served, doubtful={"odd", "undone", "owners"}
+    )
+    assert found["odd"][::2] == ("learned" if is_served else "replay", "before"), "a rollback still finds it"
+    assert {name: one[0] for name, one in found.items() if name in ("old", "undone", "owners")} == {
+        "old": "replay", "undone": "quarantined"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("verdict", [Verdict.PROMOTE, Verdict.REJECT])

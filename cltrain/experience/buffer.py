@@ -1,5 +1,5 @@
 """The replay buffer: per stratum the k records with the smallest keyed hash, of those that were learned and verified
-and that the adapter which had just learned them agreed with.
+and that the adapter which had just learned their stratum agrees with.
 
 No principal has more than its quota of the k slots. Uniform within a principal, whatever the order of arrival; deleting
 a record touches its own slot only, and the next one moves up. What has no slot stays in the store: nothing is evicted.
@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from sqlalchemy import select as query
@@ -36,20 +36,32 @@ def select(strata: Mapping[str, Iterable[str]], k: int, key: bytes) -> dict[str,
     }
 
 
-def doubtful(rows: Sequence[TokenRow], log_probs: Sequence[Sequence[float]], share: float) -> frozenset[str]:
-    """The records that an adapter which has just learned these rows would not repeat: probably mislabelled, and not to
-    be rehearsed.
+def doubtful(
+    fresh: Sequence[TokenRow],
+    replay: Sequence[TokenRow],
+    taught: Collection[str],
+    log_probs_of: Callable[[Sequence[TokenRow]], Sequence[Sequence[float]]],
+    max_share: float,
+) -> frozenset[str]:
+    """The records that an adapter which has just learned `fresh` would not repeat: probably mislabelled, and not to be
+    rehearsed, or no longer.
 
-    `log_probs`: per row, those of its tokens under that adapter. Doubtful is a row with a token that the adapter gives
-    less than SURE, if it is one of the `share` of its stratum's rows that are surest to be wrong by that token. Only to
-    be asked right after learning: later, what was forgotten would look the same.
+    Not repeated is what has a token that the adapter (`log_probs_of`) gives less than SURE. Each stratum of `fresh` is
+    judged together with what is rehearsed of it. Where more than `max_share` of it is not repeated, the adapter does
+    not know that work yet, and nothing of it is doubted. What was rehearsed is only doubted in the strata `taught` just
+    now: elsewhere, what is forgotten would look the same.
     """
-    strata: dict[str, list[tuple[float, str]]] = {}
-    for row, values in zip(rows, log_probs, strict=True):
-        if is_claim(row):
-            strata.setdefault(row.stratum, []).append((min(values), row.record))
-    worst = (one for its in strata.values() for one in sorted(its)[: round(share * len(its))])
-    return frozenset(record for value, record in worst if value < math.log(SURE))
+    strata = {row.stratum for row in fresh}
+    rows = [row for row in (*fresh, *replay) if row.stratum in strata and is_claim(row)]
+    worst = [min(values, default=0.0) for values in (log_probs_of(rows) if rows else ())]
+    unsure = [row for row, value in zip(rows, worst, strict=True) if value < math.log(SURE)]
+    sizes, num_unsure = (Counter(row.stratum for row in its) for its in (rows, unsure))
+    new = {row.record for row in fresh}
+    return frozenset(
+        row.record
+        for row in unsure
+        if num_unsure[row.stratum] <= max_share * sizes[row.stratum] and (row.record in new or row.stratum in taught)
+    )
 
 
 def replay_examples(
