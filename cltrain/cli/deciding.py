@@ -1,0 +1,56 @@
+"""Commands by which a person decides, and the log of what was decided."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cltrain.cli.parts import AsJson, Chosen, Reason, about_one, print_out
+
+
+@about_one
+def promote(
+    chosen: Chosen,
+    release: Annotated[str, typer.Argument(help="A release that the gate would promote, or how its name begins.")],
+    again: Annotated[bool, typer.Option("--again", help="Also one that was rolled back.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A human's yes: serve this release and make it the anchor."""
+    alias = chosen.open().promote(release, again=again)
+    print_out(alias, as_json, [f"{alias['agent']} now answers with {alias['release']} (before: {alias['previous']})"])
+
+
+@about_one
+def rollback(
+    chosen: Chosen,
+    to: Annotated[str | None, typer.Option(help="A release, or how its name begins; default the one before.")] = None,
+    keep_learning: Annotated[bool, typer.Option("--keep-learning", help="Do not freeze learning.")] = False,
+    reason: Reason = "asked for by the owner",
+    as_json: AsJson = False,
+) -> None:
+    """Serve an earlier release again, set aside what was learned since, and freeze learning."""
+    alias = chosen.open().rollback(to=to, keep_learning=keep_learning, reason=reason)
+    state = "goes on" if keep_learning else "is frozen (cltrain unfreeze)"
+    print_out(alias, as_json, [f"{alias['agent']} answers with {alias['release']} again; learning {state}"])
+
+
+@about_one
+def freeze(
+    chosen: Chosen,
+    reason: Reason = "asked for by the owner",
+    as_json: AsJson = False,
+) -> None:
+    """Stop learning at once; serving goes on."""
+    state = chosen.open().freeze(reason)
+    print_out(state, as_json, [f"{state['agent']}: learning is frozen ({reason})"])
+
+
+@about_one
+def unfreeze(
+    chosen: Chosen,
+    as_json: AsJson = False,
+) -> None:
+    """Let learning go on."""
+    state = chosen.open().unfreeze()
+    print_out(state, as_json, [f"{state['agent']}: learning goes on in mode {state['mode']}"])
