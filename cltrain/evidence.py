@@ -10,7 +10,7 @@ from cltrain.deploy.client import ServerClient
 from cltrain.errors import guarded
 from cltrain.experience import window
 from cltrain.experience.screens import Suspicion
-from cltrain.gate.judge import Contest, judge
+from cltrain.gate.judge import Contest, judge, scores_of
 from cltrain.gate.suites import is_taught, load_suite
 from cltrain.models.base import Base
 from cltrain.models.chat import render_example, render_prompt
@@ -94,6 +94,10 @@ class Evidence:
             earned |= set(release.manifest.get("taught", ()))
             name = release.parent
         return [item for item in self.suite if item.kind != "gain" or is_taught(item.stratum, earned)]
+
+    def scores_of(self, release: str, items: Sequence[SuiteItem]) -> list[float]:
+        """How a release that the server has loaded answers these items; what is known already is not asked again."""
+        return scores_of(self.store, release, items, self.config.gate, self.answer_many)
 
     def answer_many(self, release: str, items: Sequence[SuiteItem]) -> list[Message]:
         """One greedy answer per item, by exactly that release."""

@@ -104,6 +104,13 @@ def judge(
     return replace(decision, items_used=tuple(item.id for item in used))
 
 
+def scores_of(
+    store: Store, release: str, items: Sequence[SuiteItem], config: GateConfig, answer_many: AnswerMany
+) -> list[float]:
+    """How one release answers these items, each in [0, 1]; what the store knows is not asked again."""
+    return _scores(store, release, items, config, answer_many)
+
+
 def _probe(
     suspicion: Suspicion,
     items: Sequence[SuiteItem],
