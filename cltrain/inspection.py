@@ -1,6 +1,6 @@
 """What an audit looks at: the log, the alias, the sealed files, the server, the canaries, and how what serves stands.
 
-Each look returns checks: REJECT is an alarm, HOLD a warning. What cannot be measured raises; the audit calls it an error.
+Each look returns checks: REJECT is an alarm, HOLD a warning. What cannot be measured raises.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from datetime import UTC, datetime
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +19,17 @@ def promote(
 ) -> None:
     """A human's yes: serve this release and make it the anchor."""
     alias = chosen.open().promote(release, again=again)
+    print_out(alias, as_json, [f"{alias['agent']} now answers with {alias['release']} (before: {alias['previous']})"])
+
+
+@about_one
+def approve(
+    chosen: Chosen,
+    release: Annotated[str | None, typer.Argument(help="Which one, if several wait; or how its name begins.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A human's yes to the candidate that waits for it in mode approve: serve it and make it the anchor."""
+    alias = chosen.open().approve(release)
     print_out(alias, as_json, [f"{alias['agent']} now answers with {alias['release']} (before: {alias['previous']})"])
 
 
@@ -54,3 +66,31 @@ def unfreeze(
     """Let learning go on."""
     state = chosen.open().unfreeze()
     print_out(state, as_json, [f"{state['agent']}: learning goes on in mode {state['mode']}"])
+
+
+@about_one
+def log(
+    chosen: Chosen,
+    verify: Annotated[bool, typer.Option("--verify", help="Recompute the chain; exit code 3 if it is broken.")] = False,
+    head: Annotated[
+        str | None, typer.Option(help="A head noted elsewhere: is the log still the same up to it?")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every decision about the agent, and the head of the log: note it somewhere else to notice a cut-off tail."""
+    found = chosen.open().log(verify=verify, head=head)
+    lines = [log_line(entry) for entry in found["entries"]]
+    if found["num_verified"] is not None:
+        lines.append(f"{found['num_verified']} entries of all agents hang together")
+    if found["num_since"] is not None:
+        lines.append(f"{found['num_since']} of them came after {head}")
+    print_out(found, as_json, [*lines, f"head {found['head']}"])
+
+
+def log_line(entry: dict[str, Any]) -> str:
+    """Number, time, kind, and what it says, on one line."""
+    told = ((key, value) for key, value in entry["payload"].items() if value not in (None, "", [], {}))
+    said = "  ".join(f"{key}={' '.join(str(value).split())}" for key, value in told)
+    return (
+        f"{entry['seq']:>6}  {datetime.fromtimestamp(entry['at'], UTC):%Y-%m-%d %H:%M:%S}  {entry['kind']:<9}  {said}"
+    )

@@ -9,6 +9,8 @@ import typer
 
 from cltrain.cli.parts import AsJson, Chosen, Overrides, about_one, config_app, print_out
 
+AUDIT_EXIT = {"ok": 0, "warning": 0, "alarm": 11, "error": 12}
+
 
 @about_one
 def status(
@@ -59,3 +61,18 @@ def doctor(
     lines = [f"{f['state']:<5} {f['what']:<12} {f['detail']}" for f in findings]
     print_out({"num_bad": num_bad, "findings": findings}, as_json, lines)
     raise typer.Exit(1 if num_bad else 0)
+
+
+@about_one
+def audit(
+    chosen: Chosen,
+    as_json: AsJson = False,
+) -> None:
+    """Look at what serves now, as a whole: by the running worker if there is one, else here."""
+    found = chosen.open().audit(on_progress=lambda line: typer.echo(line, err=True))
+    lines = [f"{found['outcome']}: {found['release']}" + (f"; {found['action']}" if found["action"] else "")]
+    told = zip(found["codes"], found["reasons"], strict=True)
+    lines += [f"  {code:<10} {reason}" for code, reason in told]
+    lines += [f"  trend      {trend['name']}: {trend['says']}" for trend in found["trends"]]
+    print_out(found, as_json, lines)
+    raise typer.Exit(AUDIT_EXIT[found["outcome"]])

@@ -103,6 +103,14 @@ def verify_chain(store: Store) -> Chain:
     return Chain(count, previous)
 
 
+def head_of(store: Store) -> str:
+    """The newest entry's hash, as it is written; `verify_chain` says whether it is right."""
+    with store.read() as connection:
+        return (
+            connection.execute(select(decisions.c.hash).order_by(decisions.c.seq.desc()).limit(1)).scalar() or GENESIS
+        )
+
+
 def entries_since(store: Store, head: str) -> int:
     """How many entries were added since the log ended with that hash (or one that begins so, 12 digits at least).
 
