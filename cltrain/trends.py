@@ -52,6 +52,7 @@ class Trend:
     limit: float
     is_ceiling: bool  # else a floor
     points: tuple[Point, ...]
+    num_fitted: int  # of the points: the newest that were not rolled back
     version: Crossing | None
     at: Crossing | None
 
@@ -95,7 +96,7 @@ def sentence(trend: Trend) -> str:
     kind = "limit" if trend.is_ceiling else "floor"
     now = f"{last.value:.3g} at v{last.number:06d}, {kind} {trend.limit:.3g}"
     if trend.version is None:
-        return f"{now}; not enough versions for a forecast: {len(trend.points)} of {MIN_VERSIONS}"
+        return f"{now}; not enough versions for a forecast: {trend.num_fitted} of {MIN_VERSIONS}"
     if trend.version.expected is None:
         soonest = trend.version.earliest
         return now + ("; not heading there" if soonest is None else f"; not before about v{math.floor(soonest):06d}")
@@ -154,7 +155,7 @@ def _trend(name: str, limit: float, is_ceiling: bool, points: Sequence[Point], k
     ys = [point.value for point in fitted]
     numbers, times = [float(point.number) for point in fitted], [point.at for point in fitted]
     return Trend(
-        name, limit, is_ceiling, tuple(points), forecast(numbers, ys, limit, is_ceiling=is_ceiling),
+        name, limit, is_ceiling, tuple(points), len(fitted), forecast(numbers, ys, limit, is_ceiling=is_ceiling),
         forecast(times, ys, limit, is_ceiling=is_ceiling),
     )  # fmt: skip
 
