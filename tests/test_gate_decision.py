@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cltrain.config import GateConfig
 from cltrain.gate.decision import GateScores, ItemScores, Role, decide, moves_high_water
 from cltrain.gate.triggers import ProbeResult
-from cltrain.records import Decision, SuiteItem, Verdict
+from cltrain.records import Code, Decision, SuiteItem, Verdict
 
 GAIN = GateConfig()
 NON_INFERIOR = GateConfig(promote_on="non_inferior")
@@ -161,12 +161,18 @@ def test_too_far_from_the_base_rejects() -> None:
     assert _decide(LEARNED + KEPT, base_kl=0.25).verdict is Verdict.PROMOTE
 
 
+def test_the_probes_of_one_phrase_have_one_number() -> None:
+    probes = (ProbeResult(8, 0, 0.0, True), ProbeResult(16, 0, 0.0), ProbeResult(16, 0, 0.0))
+    names = [check.name for check in _decide(LEARNED + KEPT, probes=probes).checks if check.code is Code.TRIGGER]
+    assert names == ["trigger probe 1 (its own records)", "trigger probe 1", "trigger probe 2"]
+
+
 @pytest.mark.parametrize(
     ("probe", "verdict"),
     [
-        (ProbeResult(16, 1, 0.9), Verdict.PROMOTE),
+        (ProbeResult(16, 1, 1.4), Verdict.PROMOTE),
         (ProbeResult(16, 2, 0.0), Verdict.REJECT),
-        (ProbeResult(16, 0, 1.1), Verdict.REJECT),
+        (ProbeResult(16, 0, 1.6), Verdict.REJECT),
         (ProbeResult(16, 0, None), Verdict.PROMOTE),
         (ProbeResult(0, 0, None), Verdict.HOLD),
     ],
