@@ -1,5 +1,6 @@
 """The tables. Rows in records, generations and feedback are written by the gateway (and import) only; updates, reads,
-verdicts, releases and screenings by the worker only; aliases by `registry.move_alias` only; decisions are append-only.
+verdicts, releases, audits and screenings by the worker only; aliases by `registry.move_alias` only; decisions are
+append-only.
 """
 
 from __future__ import annotations
