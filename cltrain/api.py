@@ -18,12 +18,13 @@ from cltrain import launch
 from cltrain.config import BoundsConfig, Config, load
 from cltrain.errors import ConfigError, ConflictError, DataError, ServerError
 from cltrain.models.digest import base_path
-from cltrain.registry import aliases, lease, releases, requests
+from cltrain.registry import aliases, decisions, lease, releases, requests
 from cltrain.registry.reserve import make_reserve, reserve_freed
 from cltrain.store.database import STORE_FILE, Store, open_store
 
 if TYPE_CHECKING:
     from cltrain.certificate import Certificate
+    from cltrain.worker import Worker
 
 Progress = Callable[[str], None]
 
@@ -148,6 +149,42 @@ class Deployment:
         aliases.file_approved(self.store, self.agent, release, now)
         return asdict(moved)
 
+    def approve(self, release: str | None = None) -> dict[str, Any]:
+        """A human's yes to the candidate that waits in mode approve; without a name to the newest of them.
+
+        Raises ConflictError when none waits, or those that do were compared with what serves no more.
+        """
+        waiting = aliases.waiting_for_yes(self._existing(), self.agent)
+        if release is not None:
+            release = releases.find(self.store, self.agent, release).name
+            if release not in waiting:
+                raise ConflictError(
+                    f"{release} does not wait for a yes: `cltrain status` says what became of it, `cltrain promote` "
+                    "serves what the gate would promote in other modes too"
+                )
+        elif not waiting:
+            raise ConflictError(
+                f"nothing of {self.agent} waits for a yes: the gate said promote to none in mode approve"
+            )
+        return self.promote(release or waiting[-1])
+
+    def log(self, *, verify: bool = False, head: str | None = None) -> dict[str, Any]:
+        """The decisions about this agent, oldest first, and the head of the whole log, which every agent shares.
+
+        `head`: one that was noted elsewhere; `num_since` says how many entries came after it. Raises DataError where
+        the chain is broken or no entry has that head (with `verify` or `head`).
+        """
+        store = self._existing()
+        since = None if head is None else decisions.entries_since(store, head)
+        chain = decisions.verify_chain(store) if verify or head is not None else None
+        return {
+            "agent": self.agent,
+            "entries": [asdict(entry) for entry in decisions.read_decisions(store, self.agent)],
+            "head": decisions.head_of(store) if chain is None else chain.head,
+            "num_verified": None if chain is None else chain.num_entries,
+            "num_since": since,
+        }
+
     # ------------------------------------------------------------ learning
 
     def update(self, *, trial: bool = False, wait_s: float = 3600.0, on_progress: Progress = quiet) -> dict[str, Any]:
@@ -155,20 +192,22 @@ class Deployment:
 
         A trial is trained and judged like any other and then thrown away. Returns verdict, reasons, candidate, ...
         """
-        if not self._worker_is_up():
-            with ExitStack() as stack:
-                stack.enter_context(self._own_server(on_progress))
-                from cltrain.worker import Worker
 
-                try:
-                    worker = stack.enter_context(Worker(self.config, self.store, on_progress=on_progress))
-                except ConflictError:
-                    if not self._worker_is_up():
-                        raise
-                else:  # no worker took the lease while this one was being made
-                    return worker.update(is_trial=trial)
-        kind = "trial" if trial else "update"
-        return self.request(kind, wait_s=wait_s, on_progress=on_progress)
+        def here(worker: Worker) -> dict[str, Any]:
+            summary = worker.update(is_trial=trial)
+            with contextlib.suppress(DataError):  # a full disk: the update is concluded, and the audit stays due
+                worker.audit_when_due()
+            return summary
+
+        return self._by_worker("trial" if trial else "update", here, wait_s, on_progress)
+
+    def audit(self, *, wait_s: float = 3600.0, on_progress: Progress = quiet) -> dict[str, Any]:
+        """Look at what serves now, as a whole; by the running worker if there is one, else in this process.
+
+        Returns what `cltrain.audit.run_audit` does: outcome, reasons, codes, checks, scores, trends, ...
+        """
+        self._existing()
+        return self._by_worker("audit", lambda worker: worker.audit(), wait_s, on_progress)
 
     def gate(self, release: str, *, on_progress: Progress = quiet) -> dict[str, Any]:
         """Judge a release against what serves now; nothing moves."""
@@ -278,6 +317,24 @@ class Deployment:
         if others := releases.other_agents(self.store, self.agent):
             raise DataError(f"{home} has no agent {self.agent!r}: --agent takes {', '.join(others)}")
         return self.store
+
+    def _by_worker(
+        self, kind: str, here: Callable[[Worker], dict[str, Any]], wait_s: float, on_progress: Progress
+    ) -> dict[str, Any]:
+        """What the running worker answers to a request of that kind, or what `here` makes of a worker of our own."""
+        if not self._worker_is_up():
+            with ExitStack() as stack:
+                stack.enter_context(self._own_server(on_progress))
+                from cltrain.worker import Worker
+
+                try:
+                    worker = stack.enter_context(Worker(self.config, self.store, on_progress=on_progress))
+                except ConflictError:
+                    if not self._worker_is_up():
+                        raise
+                else:  # no worker took the lease while this one was being made
+                    return here(worker)
+        return self.request(kind, wait_s=wait_s, on_progress=on_progress)
 
     def _worker_is_up(self) -> bool:
         return lease.lease_until(self.store, self.agent) > time.time()

@@ -189,6 +189,13 @@ class GateConfig(Section):
     max_answer_tokens: int = Field(40, ge=1)
     high_water_evidence: float = Field(100.0, gt=1)
     filter_and_retry: bool = True
+    audit_hours: float | None = Field(24.0, gt=0)  # between two audits of what serves; "never" (None) for no timer
+    on_alarm: Literal["freeze", "rollback", "report"] = "freeze"  # what an audit's alarm does besides being told
+
+    @field_validator("audit_hours", mode="before")
+    @classmethod
+    def _never_is_none(cls, value: Any) -> Any:  # TOML cannot say None
+        return None if value == "never" else value
 
 
 class ServerConfig(Section):

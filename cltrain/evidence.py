@@ -12,7 +12,7 @@ from cltrain.experience import window
 from cltrain.experience.examples import example_of
 from cltrain.experience.recording import read_trajectories
 from cltrain.experience.screens import Suspicion
-from cltrain.gate.judge import Contest, judge
+from cltrain.gate.judge import Contest, judge, scores_of
 from cltrain.gate.suites import is_taught, load_suite
 from cltrain.gate.triggers import Said, Suspect
 from cltrain.models.base import Base
@@ -97,6 +97,10 @@ class Evidence:
             earned |= set(release.manifest.get("taught", ()))
             name = release.parent
         return [item for item in self.suite if item.kind != "gain" or is_taught(item.stratum, earned)]
+
+    def scores_of(self, release: str, items: Sequence[SuiteItem]) -> list[float]:
+        """How a release that the server has loaded answers these items; what is known already is not asked again."""
+        return scores_of(self.store, release, items, self.config.gate, self.answer_many)
 
     def answer_many(self, release: str, items: Sequence[SuiteItem]) -> list[Message]:
         """One greedy answer per item, by exactly that release."""

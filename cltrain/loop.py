@@ -248,7 +248,8 @@ def try_update(
                 rooms.server.load(attempt.release.name, directory)
         with attempt.timed("prove"):
             exported = read_adapter(directory)
-            attempt.proof = prove(rooms, plan, attempt.release.name, exported, incumbent, fresh)
+            name = attempt.release.name
+            attempt.proof = prove(rooms, name, exported, incumbent, fresh, before_name=plan.parent)
             score, share = partial(token_log_probs, rooms.base, exported), rooms.config.experience.max_doubtful_share
             attempt.doubtful = doubtful(fresh, plan.replay, plan.taught, score, share)
         with attempt.timed("gate"):
@@ -315,17 +316,23 @@ def _failed(reason: str, code: Code = Code.OUTAGE) -> Decision:
 
 
 def prove(
-    rooms: Rooms, plan: Plan, name: str, after: AdapterFile, before: AdapterFile | None, fresh: Sequence[TokenRow]
+    rooms: Rooms,
+    name: str,
+    after: AdapterFile | None,
+    before: AdapterFile | None,
+    rows: Sequence[TokenRow],
+    *,
+    before_name: str,
 ) -> proof.Proof:
-    """Show that the server answers with these weights, on the learned rows where they differ most from before."""
-    rows = list(fresh[:32])
+    """Show that the server answers with these weights, on the rows where they differ most from before."""
+    rows = list(rows[:32])
     pairs = [last_answer(row) for row in rows]
     ours, theirs = token_log_probs(rooms.base, after, rows), token_log_probs(rooms.base, before, rows)
     gaps = [max(abs(a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(ours, theirs, strict=True)]
     chosen = sorted(range(len(rows)), key=lambda i: -gaps[i])[:NUM_PROBES]
     tails = [len(pairs[i][1]) for i in chosen]
     found = proof.prove(
-        rooms.server, name, plan.parent, [pairs[i] for i in chosen],
+        rooms.server, name, before_name, [pairs[i] for i in chosen],
         [ours[i][-tail:] for i, tail in zip(chosen, tails, strict=True)],
         [theirs[i][-tail:] for i, tail in zip(chosen, tails, strict=True)], NOISE[rooms.config.base.dtype],
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import func, select
 
+from cltrain import trends
 from cltrain.config import Config
 from cltrain.errors import DataError
 from cltrain.experience.lanes import lane_of
@@ -24,9 +25,10 @@ from cltrain.monitoring.wandb_sink import WandbSink
 from cltrain.records import BoundReport, Example, Message, Trajectory, Verdict
 from cltrain.registry.decisions import read_decisions
 from cltrain.store.database import Store
-from cltrain.store.schema import agents, aliases, decisions, releases, updates
+from cltrain.store.schema import agents, aliases, audits, decisions, releases, updates
 
 SHOWN = 8  # records that the page of an update shows
+AUDITS_SHOWN = 10
 MAX_TEXT = 300  # characters of each of their texts
 SAYS = {"success": "good score", "correction": "correction", "critique": "critique", "failure": "bad score"}
 
@@ -87,6 +89,8 @@ def _write_run(store: Store, config: Config, facts: list[dict[str, Any]], mark: 
         frozen=frozen,
         as_of=time.time(),
         curves={"Held-out success, by what the gate compared": _curves(facts)},
+        audits=_audits(store, config.agent.name),
+        trends=[trends.as_json(trend) for trend in trends.read_trends(store, config)],
         mark=mark,
     )
 
@@ -172,6 +176,22 @@ def _curves(facts: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]
                     (update["number"], check["candidate"])
                 )
     return curves
+
+
+def _audits(store: Store, agent: str) -> list[dict[str, Any]]:
+    """The newest audits, newest first, as the run's page shows them."""
+    query = select(audits).where(audits.c.agent == agent).order_by(audits.c.id.desc()).limit(AUDITS_SHOWN)
+    with store.read() as connection:
+        rows = connection.execute(query).all()
+    says = {"promote": "ok", "hold": "warning", "reject": "alarm", "error": "not measured"}
+    return [
+        {
+            **row.summary, "number": row.id,
+            "told": list(zip(row.summary["codes"], row.summary["reasons"], strict=True)),
+            "checks": [{**check, "says": says[check["verdict"]]} for check in row.summary["checks"]],
+        }
+        for row in rows
+    ]  # fmt: skip
 
 
 def _home(config: Config) -> Path:

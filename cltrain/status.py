@@ -76,6 +76,16 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
                 {"name": row.name, "status": row.status, "created_at": row.created_at} for row in newest(s.releases)
             ],
         }
+        last = connection.execute(
+            select(s.audits).where(s.audits.c.agent == agent).order_by(s.audits.c.id.desc())
+        ).first()
+        state["audit"] = last and {
+            "number": last.id,
+            "outcome": last.outcome,
+            "release": last.release,
+            "at": last.finished_at,
+            "reason": "; ".join(last.summary["reasons"][:1]),
+        }
     try:
         chain_state, num_decisions = "unbroken", decisions.verify_chain(store).num_entries
     except DataError as error:
@@ -110,6 +120,7 @@ def lines_of(state: dict[str, Any]) -> list[str]:
         *(f"{status:<10} most often: {reason}" for status, reason in state["why"].items()),
         f"processes  {', '.join(f'{name} {up}' for name, up in state['processes'].items())}",
         f"decisions  {state['decisions']} in the log, chain {state['chain']}",
+        f"audit      {_audited(state['audit'])}",
         *(f"lag        {name}: {lag} events not kept yet" for name, lag in state["sinks"].items() if lag),
         *(f"release    {r['name']:<34} {r['status']:<11} {_time(r['created_at'])}" for r in state["releases"]),
         *(
@@ -117,6 +128,13 @@ def lines_of(state: dict[str, Any]) -> list[str]:
             for u in state["updates"]
         ),
     ]
+
+
+def _audited(audit: dict[str, Any] | None) -> str:
+    if audit is None:
+        return "none yet (cltrain audit)"
+    reason = f": {audit['reason']}" if audit["reason"] else ""
+    return f"{audit['outcome']} on {_time(audit['at'])}, of {audit['release']}{reason}"
 
 
 def _most_said(connection: Connection, agent: str, status: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from sqlalchemy import Row, select, update
 
-from cltrain import launch, plans, reporting, unfinished
+from cltrain import audit, launch, plans, reporting, unfinished
 from cltrain.config import Config
 from cltrain.deploy import residents
 from cltrain.deploy.client import ServerClient
@@ -76,6 +76,7 @@ class Worker:
         self._next_answer = 0.0
         self._next_room = 0.0
         self._next_pages = 0.0
+        self._next_audit = 0.0
 
     def __enter__(self) -> Worker:
         config, agent = self.config, self.config.agent.name
@@ -173,6 +174,18 @@ class Worker:
         )
         return {**asdict(decision), "verdict": str(decision.verdict), "release": release, "incumbent": serving}
 
+    def audit(self, trigger: str = "asked") -> dict[str, Any]:
+        """Look at what serves now, as a whole (see cltrain.audit), frozen or not; an alarm acts as configured."""
+        found = audit.run_audit(self.rooms, trigger=trigger)
+        self._on_progress("; ".join([f"audit {found['audit']}: {found['outcome']}", *found["reasons"][:1]]))
+        self._write_pages()
+        return found
+
+    def audit_when_due(self) -> None:
+        """Audit if the timer or a promotion asks for it (see audit.due)."""
+        if (trigger := audit.due(self.store, self.config, time.time())) is not None:
+            self.audit(trigger)
+
     def run(self) -> None:
         """Answer requests and learn by itself until SIGTERM or SIGINT."""
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -184,6 +197,7 @@ class Worker:
                 self._finish_what_is_open()
                 self._keep_pages_true()
                 if not self._answer_request():
+                    self._audit_by_itself()
                     self._learn_by_itself()
             except Exception as error:  # the store, a broken release, our own mistake: serving and the next try go on
                 self._go_on_after(error)
@@ -230,11 +244,25 @@ class Worker:
         if not self.config.monitoring.report or time.monotonic() < self._next_pages:
             return
         self._next_pages = time.monotonic() + TEND_S
+        if not self._write_pages():
+            self._next_pages += RETRY_S
+
+    def _write_pages(self) -> bool:
+        """Whether what is on the pages is true now, or nobody wants them."""
         try:
-            reporting.refresh(self.store, self.config)
+            if self.config.monitoring.report:
+                reporting.refresh(self.store, self.config)
         except Exception:  # a full disk, most likely: no reason not to learn
             log.warning("the pages could not be written", exc_info=True)
-            self._next_pages += RETRY_S
+            return False
+        return True
+
+    def _audit_by_itself(self) -> None:
+        if time.monotonic() < self._next_audit:
+            return
+        self._next_audit = time.monotonic() + RETRY_S  # later where it cannot be written down
+        self.audit_when_due()
+        self._next_audit = time.monotonic() + TEND_S
 
     def _answer_request(self) -> bool:
         """Do what was asked for first; whether anything was. An answer that cannot be written is given later."""
@@ -270,6 +298,8 @@ class Worker:
         age_s = time.time() - row.created_at
         if age_s > ASKED_S:
             return {"error": f"asked {age_s / 60:.0f} minutes ago, and nobody waits that long: ask again"}
+        if row.kind == "audit":
+            return self.audit()
         options = row.options
         return self.update(
             is_trial=row.kind == "trial", upto=options.get("upto"), is_filtered=options.get("filter", True),

@@ -39,8 +39,8 @@ def taken(store: Store, config: Config, ttl_s: float = 60.0) -> None:
 class Answering:
     """Whoever has the lease answers what is asked, once it is."""
 
-    def __init__(self, store: Store) -> None:
-        self._store, self._stop = store, threading.Event()
+    def __init__(self, store: Store, answer: dict[str, Any] = ANSWER) -> None:
+        self._store, self._answer, self._stop = store, answer, threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> None:
@@ -53,7 +53,7 @@ class Answering:
     def _run(self) -> None:
         while not self._stop.wait(0.05):
             with self._store.write() as connection:
-                connection.execute(update(asked).where(asked.c.outcome.is_(None)).values(outcome=ANSWER))
+                connection.execute(update(asked).where(asked.c.outcome.is_(None)).values(outcome=self._answer))
 
 
 def all_asked(store: Store) -> list[Any]:

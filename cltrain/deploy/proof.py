@@ -19,6 +19,10 @@ class Scorer(Protocol):
     def score_many(self, model: str, pairs: Sequence[Probe]) -> list[list[float]]: ...
 
 
+class NotProvedError(ServerError):
+    """The server answers with other weights than the approved ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class Proof:
     """`proved`: only the approved adapter fits. `indistinguishable`: here the incumbent would fit as well."""
@@ -40,7 +44,7 @@ def prove(
     """Score the probes as `release` on the server and compare, token by token.
 
     `noise` in nats is how far the same weights may differ between trainer and server (1e-3 in float32). Raises
-    ServerError when the served log-probs are not the expected ones, naming the incumbent when it is what answers.
+    NotProvedError when the served log-probs are not the expected ones, naming the incumbent when it is what answers.
     """
     served = client.score_many(release, probes)
     max_error = _distance(served, expected_logprobs)
@@ -48,7 +52,7 @@ def prove(
     if not max_error <= noise:
         from_incumbent = _distance(served, incumbent_logprobs)
         who = f"it is {incumbent} that answers" if from_incumbent <= noise else "neither it nor the incumbent fits"
-        raise ServerError(
+        raise NotProvedError(
             f"{release} is not proved: the server's log-probs are up to {max_error:.3g} nats from the trainer's "
             f"(allowed {noise:.3g}); {who} (distance {from_incumbent:.3g})"
         )

@@ -14,8 +14,9 @@ from sqlalchemy import delete, insert, select
 
 from cltrain.config import GateConfig
 from cltrain.gate.decision import GateScores, ItemScores, Role, decide
+from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.scorers import VERSION, score_item
-from cltrain.gate.suites import count_uses, draw, is_taught, item_key
+from cltrain.gate.suites import is_taught, item_key
 from cltrain.gate.triggers import AnswerMany, ProbeResult, ScoreMany, Suspect, make_probes, own_probes, run_probes
 from cltrain.records import Code, Decision, SuiteItem, Verdict
 from cltrain.store.database import Store
@@ -101,6 +102,13 @@ def judge(
         with store.write() as connection:
             count_uses(connection, agent, used)
     return replace(decision, items_used=tuple(item.id for item in used))
+
+
+def scores_of(
+    store: Store, release: str, items: Sequence[SuiteItem], config: GateConfig, answer_many: AnswerMany
+) -> list[float]:
+    """How one release answers these items, each in [0, 1]; what the store knows is not asked again."""
+    return _scores(store, release, items, config, answer_many)
 
 
 def _probe(

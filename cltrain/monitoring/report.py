@@ -36,6 +36,8 @@ BUDGETS = (
     ("num_steps", "Steps taken", "steps"),
 )
 
+AUDIT_TONES = {"ok": "promote", "warning": "hold", "alarm": "reject", "error": "error"}
+
 OPTIONAL = (
     "id", "mode", "state", "verdict", "reason", "parent", "candidate", "serving", "started_at", "finished_at", "window",
     "replay", "metrics", "steps", "timings", "facts", "settings", "bounds", "decision", "truth", "is_caught", "page",
@@ -133,6 +135,8 @@ def run_page(
     curves: Mapping[str, Mapping[str, plots.Points]] | None = None,
     comparison: Mapping[str, Mapping[str, Any]] | None = None,
     note: str | None = None,
+    audits: Sequence[Mapping[str, Any]] = (),
+    trends: Sequence[Mapping[str, Any]] = (),
     mark: str = "",
 ) -> Path:
     """Write the page of the whole run and return its path.
@@ -141,6 +145,7 @@ def run_page(
     (what kind of window it was, for example clean, poisoned or junk: only a simulation knows), `is_caught` (the window
     was rejected or filtered) and `page` (a relative link). `curves` are plots: title -> series -> (update number,
     share in [0, 1]) points. `comparison` is a table: column -> name -> value, for example cltrain beside naive.
+    `audits` are rows of that table with their `number`, newest first; `trends` are those of cltrain.trends.as_json.
     """
     updates = sorted((_complete(update) for update in updates), key=lambda update: update["number"])
     rows = [_row(update) for update in updates]
@@ -169,6 +174,8 @@ def run_page(
         drift_plot=_drift_plot(rows, marks),
         drift=next((row["budgets"] for row in reversed(rows) if row["budgets"] and row["tone"] == "promote"), None),
         windows=_windows(updates),
+        audits=[{**audit, "tone": AUDIT_TONES[audit["outcome"]]} for audit in audits],
+        trends=trends,
         columns=list(comparison or {}),
         compared=_compared(comparison or {}),
     )

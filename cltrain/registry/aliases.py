@@ -245,6 +245,25 @@ def require_judged(store: Store, agent: str, name: str, serving: str) -> None:
         )
 
 
+def waiting_for_yes(store: Store, agent: str) -> list[str]:
+    """Candidates to which the gate said promote in mode approve and nobody said anything yet, oldest first. Whether one
+    is stale is for `require_judged` to say."""
+    query = (
+        select(updates.c.candidate)
+        .join(releases, releases.c.name == updates.c.candidate)
+        .where(
+            updates.c.agent == agent,
+            updates.c.state == "done",
+            updates.c.verdict == Verdict.PROMOTE,
+            updates.c.mode == "approve",
+            releases.c.status == "candidate",
+        )
+        .order_by(updates.c.number)
+    )
+    with store.read() as connection:
+        return list(connection.scalars(query))
+
+
 def file_approved(store: Store, agent: str, name: str, now: float) -> None:
     """The records behind a release that a human promoted are rehearsed from now on, and not read again; those that only
     show what was wrong (stratum `<tool>/bad`), or that the release was not sure of, are not even rehearsed."""

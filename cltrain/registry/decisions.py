@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, func, insert, select
 
 from cltrain.errors import DataError
 from cltrain.store.database import Store
@@ -32,6 +32,10 @@ class Entry:
     payload: dict[str, Any]
     at: float
     hash: str
+
+
+class BrokenChainError(DataError):
+    """The log is not the one that was written: an entry was changed, moved or removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +87,51 @@ def entries_of(connection: Connection, agent: str, *, kind: str | None = None) -
 
 
 def verify_chain(store: Store) -> Chain:
-    """Recompute every hash. Raises DataError naming the first entry that was changed, moved or removed."""
+    """Recompute every hash. Raises BrokenChainError naming the first entry that was changed, moved or removed."""
     previous, count = GENESIS, 0
     with store.read() as connection:
         for row in connection.execute(select(decisions).order_by(decisions.c.seq)):
             if row.previous_hash != previous:
-                raise DataError(f"decision {row.seq} does not follow the one before it: an entry was removed or moved")
+                raise BrokenChainError(
+                    f"decision {row.seq} does not follow the one before it: an entry was removed or moved"
+                )
             if row.hash != _hash(previous, row.agent, row.kind, row.payload, row.at):
-                raise DataError(f"decision {row.seq} ({row.kind} of {row.agent}) was changed after it was written")
+                raise BrokenChainError(
+                    f"decision {row.seq} ({row.kind} of {row.agent}) was changed after it was written"
+                )
             previous, count = row.hash, count + 1
     return Chain(count, previous)
+
+
+def head_of(store: Store) -> str:
+    """The newest entry's hash, as it is written; `verify_chain` says whether it is right."""
+    with store.read() as connection:
+        return (
+            connection.execute(select(decisions.c.hash).order_by(decisions.c.seq.desc()).limit(1)).scalar() or GENESIS
+        )
+
+
+def entries_since(store: Store, head: str) -> int:
+    """How many entries were added since the log ended with that hash (or one that begins so, 12 digits at least).
+
+    Raises BrokenChainError when no entry has it: the log was cut off or written anew. Whether the entries in between
+    hang together is for `verify_chain` to say.
+    """
+    start = head.strip().lower()
+    if len(start) < 12 or not set(start) <= set("0123456789abcdef"):
+        raise DataError(f"{head!r} is no head of a log: give at least 12 of its hexadecimal digits")
+    if GENESIS.startswith(start):
+        start_seq = 0
+    else:
+        with store.read() as connection:
+            query = select(decisions.c.seq).where(decisions.c.hash.startswith(start)).order_by(decisions.c.seq)
+            found = connection.execute(query.limit(1)).scalar()
+        if found is None:
+            raise BrokenChainError(f"no decision has the hash {head}: the log was cut off or written anew since")
+        start_seq = int(found)
+    with store.read() as connection:
+        query = select(func.count()).select_from(decisions).where(decisions.c.seq > start_seq)
+        return int(connection.execute(query).scalar() or 0)
 
 
 def _hash(previous: str, agent: str, kind: str, payload: dict[str, Any], at: float) -> str:

@@ -1,5 +1,6 @@
 """The tables. Rows in records, generations and feedback are written by the gateway (and import) only; updates, reads,
-verdicts, releases and screenings by the worker only; aliases by `registry.move_alias` only; decisions are append-only.
+verdicts, releases, audits and screenings by the worker only; aliases by `registry.move_alias` only; decisions are
+append-only.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ requests = Table(  # asked of the running worker by CLI and API; the worker alon
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=True),
     Column("agent", String, nullable=False, index=True),
-    Column("kind", String, nullable=False),  # update | trial
+    Column("kind", String, nullable=False),  # update | trial | audit
     Column("options", JSON, nullable=False),
     Column("outcome", JSON),  # None until done
     Column("created_at", Float, nullable=False),
@@ -207,6 +208,20 @@ item_uses = Table(
     Column("uses", Integer, nullable=False),
 )
 
+audits = Table(  # what was found when what serves was looked at; no update has a part in it
+    "audits",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("agent", String, nullable=False, index=True),
+    Column("release", String, nullable=False),  # what served then
+    Column("trigger", String, nullable=False),  # asked | timer | promotion
+    Column("outcome", String, nullable=False),  # ok | warning | alarm | error
+    Column("summary", JSON, nullable=False),  # reasons, codes, checks, scores, trends, action
+    Column("started_at", Float, nullable=False),
+    Column("finished_at", Float, nullable=False),
+    sqlite_autoincrement=True,
+)
+
 replicas = Table(
     "replicas",
     metadata,
@@ -222,7 +237,7 @@ decisions = Table(
     metadata,
     Column("seq", Integer, primary_key=True, autoincrement=True),
     Column("agent", String, nullable=False, index=True),
-    Column("kind", String, nullable=False),  # verdict | promote | rollback | freeze | unfreeze | discard | ...
+    Column("kind", String, nullable=False),  # verdict | promote | rollback | freeze | unfreeze | discard | audit | ...
     Column("payload", JSON, nullable=False),
     Column("at", Float, nullable=False),
     Column("previous_hash", String, nullable=False),

@@ -1,0 +1,96 @@
+"""Commands by which a person decides, and the log of what was decided."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from cltrain.cli.parts import AsJson, Chosen, Reason, about_one, print_out
+
+
+@about_one
+def promote(
+    chosen: Chosen,
+    release: Annotated[str, typer.Argument(help="A release that the gate would promote, or how its name begins.")],
+    again: Annotated[bool, typer.Option("--again", help="Also one that was rolled back.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A human's yes: serve this release and make it the anchor."""
+    alias = chosen.open().promote(release, again=again)
+    print_out(alias, as_json, [f"{alias['agent']} now answers with {alias['release']} (before: {alias['previous']})"])
+
+
+@about_one
+def approve(
+    chosen: Chosen,
+    release: Annotated[str | None, typer.Argument(help="Which one, if several wait; or how its name begins.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A human's yes to the candidate that waits for it in mode approve: serve it and make it the anchor."""
+    alias = chosen.open().approve(release)
+    print_out(alias, as_json, [f"{alias['agent']} now answers with {alias['release']} (before: {alias['previous']})"])
+
+
+@about_one
+def rollback(
+    chosen: Chosen,
+    to: Annotated[str | None, typer.Option(help="A release, or how its name begins; default the one before.")] = None,
+    keep_learning: Annotated[bool, typer.Option("--keep-learning", help="Do not freeze learning.")] = False,
+    reason: Reason = "asked for by the owner",
+    as_json: AsJson = False,
+) -> None:
+    """Serve an earlier release again, set aside what was learned since, and freeze learning."""
+    alias = chosen.open().rollback(to=to, keep_learning=keep_learning, reason=reason)
+    state = "goes on" if keep_learning else "is frozen (cltrain unfreeze)"
+    print_out(alias, as_json, [f"{alias['agent']} answers with {alias['release']} again; learning {state}"])
+
+
+@about_one
+def freeze(
+    chosen: Chosen,
+    reason: Reason = "asked for by the owner",
+    as_json: AsJson = False,
+) -> None:
+    """Stop learning at once; serving goes on."""
+    state = chosen.open().freeze(reason)
+    print_out(state, as_json, [f"{state['agent']}: learning is frozen ({reason})"])
+
+
+@about_one
+def unfreeze(
+    chosen: Chosen,
+    as_json: AsJson = False,
+) -> None:
+    """Let learning go on."""
+    state = chosen.open().unfreeze()
+    print_out(state, as_json, [f"{state['agent']}: learning goes on in mode {state['mode']}"])
+
+
+@about_one
+def log(
+    chosen: Chosen,
+    verify: Annotated[bool, typer.Option("--verify", help="Recompute the chain; exit code 3 if it is broken.")] = False,
+    head: Annotated[
+        str | None, typer.Option(help="A head noted elsewhere: is the log still the same up to it?")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every decision about the agent, and the head of the log: note it somewhere else to notice a cut-off tail."""
+    found = chosen.open().log(verify=verify, head=head)
+    lines = [log_line(entry) for entry in found["entries"]]
+    if found["num_verified"] is not None:
+        lines.append(f"{found['num_verified']} entries of all agents hang together")
+    if found["num_since"] is not None:
+        lines.append(f"{found['num_since']} of them came after {head}")
+    print_out(found, as_json, [*lines, f"head {found['head']}"])
+
+
+def log_line(entry: dict[str, Any]) -> str:
+    """Number, time, kind, and what it says, on one line."""
+    told = ((key, value) for key, value in entry["payload"].items() if value not in (None, "", [], {}))
+    said = "  ".join(f"{key}={' '.join(str(value).split())}" for key, value in told)
+    return (
+        f"{entry['seq']:>6}  {datetime.fromtimestamp(entry['at'], UTC):%Y-%m-%d %H:%M:%S}  {entry['kind']:<9}  {said}"
+    )

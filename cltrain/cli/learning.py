@@ -1,0 +1,110 @@
+"""Commands that learn or judge what was learned; and what may be learned from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cltrain.cli.parts import (
+    VERDICT_EXIT,
+    AsJson,
+    Base,
+    Chosen,
+    Configs,
+    Overrides,
+    about_one,
+    app,
+    based_on,
+    print_out,
+    said,
+)
+
+SHOWN = 3  # unusable episodes that `import` names
+
+
+@about_one
+def update(
+    chosen: Chosen,
+    base: Base = None,
+    trial: Annotated[bool, typer.Option("--trial", help="Train and judge, then throw the candidate away.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Try one update now: by the running worker if there is one, else here."""
+    deployment = chosen.open(**based_on(base))
+    outcome = deployment.update(trial=trial, on_progress=lambda line: typer.echo(line, err=True))
+    print_out(outcome, as_json, said(outcome))
+    raise typer.Exit(VERDICT_EXIT[outcome["verdict"]])
+
+
+@app.command()
+def verify(
+    release: Annotated[Path, typer.Argument(help="Directory of a release: its manifest and adapter files.")],
+    base: Base = None,
+    anchors: Annotated[Path | None, typer.Option(help="Its pinned anchors (default those of its state).")] = None,
+    parent: Annotated[Path | None, typer.Option(help="Its parent's directory (default beside it).")] = None,
+    config: Configs = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute a release's bounds from its files alone; with --config or --set against these limits, on this base."""
+    from cltrain import api
+    from cltrain.certificate import table
+    from cltrain.config import load
+
+    limits = None
+    if config or overrides:
+        chosen = load(config or [], overrides or [])
+        base, limits = base or chosen.base.path, chosen.bounds
+    found = api.verify(release, base=base, anchors=anchors, parent=parent, limits=limits)
+    print_out({**asdict(found), "holds": found.holds, "failed": found.failed}, as_json, table(found))
+    raise typer.Exit(0 if found.holds else 3)
+
+
+@about_one
+def calibrate(
+    chosen: Chosen,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Propose budgets from naive updates on what is waiting, as TOML; nothing of the deployment changes."""
+    from cltrain.calibration import toml_lines
+
+    found = chosen.open(**based_on(base)).calibrate(on_progress=lambda line: typer.echo(line, err=True))
+    is_held = bool(found["num_missing"])
+    print_out(found, as_json, [f"hold: {reason}" for reason in found["reasons"]] if is_held else toml_lines(found))
+    raise typer.Exit(VERDICT_EXIT["hold"] if is_held else 0)
+
+
+@about_one
+def gate(
+    chosen: Chosen,
+    release: Annotated[str, typer.Argument(help="What to judge against what serves now.")],
+    as_json: AsJson = False,
+) -> None:
+    """Judge a release again; nothing is promoted."""
+    decision = chosen.open().gate(release, on_progress=lambda line: typer.echo(line, err=True))
+    print_out(decision, as_json, said(decision))
+    raise typer.Exit(VERDICT_EXIT[decision["verdict"]])
+
+
+@about_one
+def import_(
+    chosen: Chosen,
+    file: Annotated[Path, typer.Argument(help="JSONL of OpenAI-style messages with rewards.")],
+    base: Annotated[Path | None, typer.Option(help="Base whose tokenizer and context the report counts with.")] = None,
+    producer: Annotated[str | None, typer.Option(help="Who wrote the assistant turns.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take past episodes in; every line is accounted for."""
+    deployment = chosen.open(**based_on(base))
+    report = deployment.import_file(file, producer=producer)
+    lines = [f"{key:<16} {value}" for key, value in report.items() if not isinstance(value, dict | list)]
+    lines += [f"  {count:>5}  {reason}" for reason, count in report["reasons"].items()]
+    lines += report["unusable"][:SHOWN]
+    if report["num_unusable"] > SHOWN:
+        lines.append(f"and {report['num_unusable'] - SHOWN} more (--json lists them)")
+    print_out(report, as_json, lines)
+    raise typer.Exit(0 if report["num_set_aside"] == 0 else 3)

@@ -1,0 +1,162 @@
+"""What an audit looks at: the log, the alias, the sealed files, the server, the canaries, and how what serves stands.
+
+Each look returns checks: REJECT is an alarm, HOLD a warning. What cannot be measured raises.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from cltrain.certificate import KL_TOLERANCE, Finding, certify
+from cltrain.deploy.proof import NotProvedError
+from cltrain.errors import DataError
+from cltrain.gate.pool import count_uses, draw
+from cltrain.gate.standing import Standing
+from cltrain.loop import Rooms, adapter_of, prove, tidy_server
+from cltrain.records import Check, Code, Release, SuiteItem, Verdict
+from cltrain.registry import aliases, releases
+from cltrain.registry.decisions import BrokenChainError, read_decisions, verify_chain
+
+DRIFTS = ("drift_frobenius", "drift_spectral", "drift_kl")
+
+
+def decision_log(rooms: Rooms) -> list[Check]:
+    try:
+        chain = verify_chain(rooms.store)
+    except BrokenChainError as error:
+        return [Check("decision log", Code.INTEGRITY, Verdict.REJECT, str(error))]
+    about = f"{chain.num_entries} entries in an unbroken chain, head {chain.head[:12]}"
+    return [Check("decision log", Code.INTEGRITY, Verdict.PROMOTE, about)]
+
+
+def alias(rooms: Rooms, serving: Release) -> list[Check]:
+    """What serves is what the log says was let serve last."""
+    places = {"base": "release", "promote": "to", "rollback": "to"}
+    decided = [e.payload[places[e.kind]] for e in read_decisions(rooms.store, rooms.agent) if e.kind in places]
+    if decided[-1:] != [serving.name]:
+        reason = f"{serving.name} serves, and the log's last word is {decided[-1] if decided else 'none'}"
+        return [Check("alias", Code.INTEGRITY, Verdict.REJECT, reason)]
+    return [Check("alias", Code.INTEGRITY, Verdict.PROMOTE, "what serves is what the log says")]
+
+
+def files(rooms: Rooms, serving: Release) -> list[Check]:
+    """The sealed files, and every bound recomputed from them, the base and the anchors, without the store."""
+    directory = releases.release_dir(rooms.config.state_dir, serving)
+    if directory is None:
+        return [Check("files", Code.INTEGRITY, Verdict.PROMOTE, "the bare base serves: there is no distance")]
+    try:
+        releases.verify_release(rooms.config.state_dir, serving)
+    except DataError as error:
+        return [Check("files", Code.INTEGRITY, Verdict.REJECT, str(error))]
+    findings = {f.name: f for f in certify(directory, base_dir=rooms.config.base.path).findings}
+    failed = [f for f in findings.values() if f.state == "fails"]
+    checks = [Check(f.name, _code(f.name), Verdict.REJECT, f.says, _number(f.seen), f.limit) for f in failed]
+    if not failed:
+        checks.append(Check("files", Code.INTEGRITY, Verdict.PROMOTE, "the files and their bounds are as sealed"))
+    return checks + _budgets(rooms, findings)
+
+
+def _budgets(rooms: Rooms, findings: dict[str, Finding]) -> list[Check]:
+    """The distances against the settings as they are now: `certify` held them against those of the manifest."""
+    checks = []
+    for name in DRIFTS:
+        seen, limit = _number(findings[name].seen), getattr(rooms.config.bounds, name)
+        if seen is None:
+            continue
+        relative, absolute = KL_TOLERANCE[rooms.config.base.dtype]
+        beyond = seen > limit * (1 + relative) + absolute
+        about = f"{seen:.3g}, {seen / limit:.0%} of bounds.{name} = {limit:g}"
+        verdict = Verdict.HOLD if beyond else Verdict.PROMOTE
+        if beyond:
+            about += ": beyond the setting as it is now, within the one it was made under"
+        checks.append(Check(f"budget {name}", _code(name), verdict, about, seen, limit))
+        if name == "drift_kl":
+            allowed = rooms.config.gate.base_kl
+            verdict = Verdict.REJECT if seen > allowed * (1 + relative) + absolute else Verdict.PROMOTE
+            about = f"{seen:.3g} nats per token from the base, gate.base_kl = {allowed:g}"
+            checks.append(Check("base KL", Code.BASE_KL, verdict, about, seen, allowed))
+    return checks
+
+
+def server(rooms: Rooms, serving: Release) -> list[Check]:
+    """What the server lists under this agent's names are the sealed directories, and its log-probs are those of the
+    approved weights."""
+    known = {r.name: releases.release_dir(rooms.config.state_dir, r) for r in _all(rooms)}
+    checks = []
+    for name, root in sorted(rooms.server.list().items()):
+        if name in known and root == str(known[name]):
+            continue
+        if name == serving.name:
+            reason = f"the server answers as {name} from {root}, not from {known[name]}"
+            return [Check("server", Code.INTEGRITY, Verdict.REJECT, reason)]
+        if name.startswith(f"{rooms.agent}-v"):
+            reason = f"the server also lists {name} from {root}, which is not what was sealed under that name"
+            checks.append(Check(f"server: {name}", Code.INTEGRITY, Verdict.HOLD, reason))
+    with rooms.server_lock:
+        tidy_server(rooms)
+    before = serving.parent or serving.name
+    try:
+        found = prove(
+            rooms, rooms.evidence.served_name(serving.name), adapter_of(rooms, serving.name),
+            adapter_of(rooms, before), rooms.anchors, before_name=before,
+        )  # fmt: skip
+    except NotProvedError as error:
+        return [*checks, Check("server", Code.INTEGRITY, Verdict.REJECT, str(error))]
+    about = f"its log-probs are those of the approved weights, {found.max_error:.2g} nats apart at most"
+    return [*checks, Check("server", Code.INTEGRITY, Verdict.PROMOTE, about)]
+
+
+def canaries(rooms: Rooms, serving: Release) -> list[Check]:
+    canaries = [item for item in rooms.evidence.suite if item.kind == "canary"]
+    if not canaries:
+        return [Check("canaries", Code.CANARY, Verdict.PROMOTE, "there are none")]
+    scores = rooms.evidence.scores_of(serving.name, canaries)
+    failed = [item.id for item, score in zip(canaries, scores, strict=True) if not score >= 1]
+    more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+    said = f"{len(failed)} of {len(canaries)} failed: {', '.join(failed[:5])}{more}" if failed else "all held"
+    verdict = Verdict.REJECT if failed else Verdict.PROMOTE
+    return [Check("canaries", Code.CANARY, verdict, said, num_items=len(canaries))]
+
+
+def standing(rooms: Rooms, marks: aliases.References, *, seed: int) -> Standing:
+    """Fresh items of the pool, answered by what serves and by everything that it must not have lost to."""
+    held: defaultdict[str, list[str]] = defaultdict(list)
+    base = next(release.name for release in _all(rooms) if release.number == 0)
+    for role, name in (("base", base), ("high-water mark", marks.high_water), ("anchor", marks.anchor)):
+        if name != marks.incumbent:
+            held[name].append(role)
+    if not held:
+        return Standing((), (), {})
+    gate, evidence = rooms.config.gate, rooms.evidence
+    pool = [*evidence.pool(marks.incumbent, ()), *evidence.held_out()[0]]
+    drawn: list[SuiteItem] = draw(
+        rooms.store, rooms.agent, pool, gate.items_per_gate, taught=(), max_uses=gate.max_uses, seed=seed
+    )
+
+    def answers(name: str) -> tuple[float, ...]:
+        rooms.on_progress(f"audit: {name} answers {len(drawn)} items")
+        return tuple(evidence.scores_of(name, drawn))
+
+    serving = answers(marks.incumbent)
+    references = {" and ".join(roles): answers(name) for name, roles in held.items()}
+    with rooms.store.write() as connection:
+        count_uses(connection, rooms.agent, drawn)
+    return Standing(tuple(drawn), serving, references)
+
+
+def vault(rooms: Rooms, serving: Release) -> list[Check]:
+    """The sealed vault goes here, asked at most once in seven days: one bit, whether more than the margin was lost to
+    the base. Nothing until cltrain/gate/pool.py has it."""
+    return []
+
+
+def _all(rooms: Rooms) -> list[Release]:
+    return releases.list_releases(rooms.store, rooms.agent)
+
+
+def _code(name: str) -> Code:
+    return Code.BASE_KL if name.endswith("_kl") else Code.INTEGRITY
+
+
+def _number(seen: float | str | None) -> float | None:
+    return seen if isinstance(seen, float) else None
