@@ -14,7 +14,7 @@ import shlex
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -173,8 +173,62 @@ class HealthConfig(Section):
     max_grad_norm: float = Field(1e4, gt=0)  # before clipping
 
 
+class JudgeConfig(Section):
+    """An OpenAI-compatible model that scores the answers to items with scorer = judge, by their rubric."""
+
+    url: str = Field(pattern=r"^https?://[^/\s]+\S*$")  # up to and with its /v1
+    model: str = Field(min_length=1)
+    api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_]\w*$")  # the variable that holds the key: none is stored
+    timeout_s: float = Field(60.0, gt=0)
+    max_tokens: int = Field(256, ge=16)
+    concurrency: int = Field(4, ge=1)
+
+
+class SuiteConfig(Section):
+    """One suite of the gate: a JSONL file, any program, or a task of an evaluation harness."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    kind: Literal["jsonl", "command", "inspect", "lm_eval"] = "jsonl"
+    path: Path | None = None  # the JSONL; the file or folder of a task or a program, as far as `sha256` should cover it
+    command: tuple[str, ...] = ()  # the program and its words; one that begins with ./ is beside the configuration file
+    task: str | None = Field(None, min_length=1)  # the harness's name for it
+    metric: str | None = Field(None, min_length=1)  # where a task has several scores
+    python: Path | None = None  # the interpreter that has the harness; None: our own
+    stratum: str | None = Field(None, min_length=1)  # of items that do not say
+    items: Literal["gain", "retention", "canary"] | None = None  # of items that do not say; None: gain in JSONL only
+    rubric: str | None = Field(None, min_length=1)  # of lines with scorer = judge that have none
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # of `path`; other content is refused
+    timeout_s: float = Field(600.0, gt=0)  # of one call of the program
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        return value  # the words of a command may repeat
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> SuiteConfig:
+        needed = {"jsonl": "path", "command": "command", "inspect": "task", "lm_eval": "task"}[self.kind]
+        if not getattr(self, needed):
+            raise ValueError(f"a suite of kind {self.kind} needs {needed}")
+        harness = {"task", "metric", "python", "path", "timeout_s"}
+        fitting = {
+            "jsonl": {"path", "rubric"}, "command": {"path", "command", "timeout_s"}, "inspect": harness,
+            "lm_eval": harness,
+        }[self.kind]  # fmt: skip
+        strange = self.model_fields_set - fitting - {"name", "kind", "stratum", "items", "sha256"}
+        if strange:
+            raise ValueError(
+                f"a suite of kind {self.kind} takes no {min(strange)}; it takes {', '.join(sorted(fitting))}"
+            )
+        if self.sha256 is not None and self.path is None:
+            raise ValueError("sha256 is that of path, and there is no path")
+        return self
+
+
 class GateConfig(Section):
-    suite: Path | None = None  # the owner's JSONL; without it only `agreement` on held-out episodes
+    suite: Path | None = None  # the owner's JSONL; short for one of `suites`
+    suites: tuple[SuiteConfig, ...] = ()  # without any only `agreement` on held-out episodes
+    judge: JudgeConfig | None = None
     promote_on: Literal["gain", "non_inferior"] = "gain"
     alpha: float = Field(0.05, gt=0, lt=0.5)
     margin: float = Field(0.05, gt=0, lt=1)  # non-inferiority against incumbent, high-water mark and anchor
@@ -186,8 +240,23 @@ class GateConfig(Section):
     trigger_lift: float = Field(1.5, gt=0)  # nats of log-odds that a flagged phrase may add to its action
     trigger_probes: int = Field(32, ge=1)
     max_answer_tokens: int = Field(40, ge=1)
+    max_cut_excess: float = Field(0.1, gt=0, lt=1)  # answers that ended at max_answer_tokens, beyond the incumbent's
+    num_asked_twice: int = Field(4, ge=1)  # items of each judge and program that must be scored alike both times
     high_water_evidence: float = Field(100.0, gt=1)
     filter_and_retry: bool = True
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> GateConfig:
+        names = [suite.name for suite in self.all_suites()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two suites have one name; they are {', '.join(names)}")
+        return self
+
+    def all_suites(self) -> tuple[SuiteConfig, ...]:
+        """`suites`, and `suite` as what it is short for."""
+        if self.suite is None:
+            return self.suites
+        return (SuiteConfig.model_construct(name=self.suite.stem, kind="jsonl", path=self.suite), *self.suites)
 
 
 class ServerConfig(Section):
@@ -282,6 +351,9 @@ class Config(Section):
             path = getattr(getattr(self, section), key)
             if path is not None and not path.expanduser().exists():
                 raise ConfigError(f"{section}.{key} = {str(path)!r}: there is no such file or directory")
+        for suite in self.gate.suites:
+            if suite.path is not None and not suite.path.expanduser().exists():
+                raise ConfigError(f"suite {suite.name}: path = {str(suite.path)!r}: there is no such file or directory")
 
 
 def load(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
@@ -319,7 +391,20 @@ def _read(file: Path) -> dict[str, Any]:
         value = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
         if isinstance(value, str):
             values[section][key] = str((file.parent / Path(value).expanduser()).resolve())
+    gate = values.get("gate")
+    suites = gate.get("suites") if isinstance(gate, dict) else None
+    for suite in suites if isinstance(suites, list) else ():
+        if isinstance(suite, dict):
+            for key in {"path", "python"} & set(suite):
+                suite[key] = _beside(file, suite[key])
+            if isinstance(words := suite.get("command"), list):
+                suite["command"] = [_beside(file, w) if str(w).startswith(("./", "../")) else w for w in words]
     return values
+
+
+def _beside(file: Path, path: Any) -> Any:
+    """A relative path made absolute; links stay, as the interpreter of a virtual environment is one."""
+    return os.path.abspath(file.parent / Path(path).expanduser()) if isinstance(path, str) else path
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -364,11 +449,18 @@ def _explain(problem: Any) -> str:
 def _suggest(loc: tuple[Any, ...]) -> str:
     section: type[BaseModel] = Config
     for part in loc[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        section = annotation
+        if not isinstance(part, int):  # a number counts the tables of a list
+            section = _section_in(section.model_fields[str(part)].annotation)
     prefix = ".".join(str(part) for part in loc[:-1])
     near = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1, cutoff=0.5)
     if near:
         return f". Did you mean {prefix + '.' if prefix else ''}{near[0]}?"
     return f". {prefix or 'The top level'} has: {', '.join(section.model_fields)}"
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """The section that a setting is, may be, or is a list of."""
+    if isinstance(annotation, type):
+        return annotation
+    (section,) = (part for part in get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel))
+    return section
