@@ -6,18 +6,17 @@ cannot be honoured is an error, and the resolved config's hash travels with ever
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
 import shlex
-import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from cltrain import settings
 from cltrain.errors import ConfigError
 from cltrain.records import LearningMode, Objective
 
@@ -28,7 +27,6 @@ Remember = Literal["replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "dist
 
 
 NOT_SHAPING = ("home", "server", "gateway", "monitoring")  # where an update happens and who hears of it
-PATHS = (("base", "path"), ("experience", "rehearsal"), ("trainer", "anchors"), ("gate", "suite"))
 
 
 class Section(BaseModel):
@@ -343,11 +341,11 @@ class Config(Section):
     def unlike(self, shaping: dict[str, Any]) -> list[str]:
         """Which settings, of those that somebody gave here, are others in that `shaping`; defaults do not count."""
         given = self.model_dump(mode="json", exclude_unset=True, exclude=set(NOT_SHAPING))
-        return list(_differences(given, shaping))
+        return list(settings.differences(given, shaping))
 
     def check_files(self) -> None:
         """Raise ConfigError for a path that leads nowhere. Commands that read a file say so themselves, later."""
-        for section, key in PATHS:
+        for section, key in settings.PATHS:
             path = getattr(getattr(self, section), key)
             if path is not None and not path.expanduser().exists():
                 raise ConfigError(f"{section}.{key} = {str(path)!r}: there is no such file or directory")
@@ -361,12 +359,7 @@ def load(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
 
     Relative paths inside a file are relative to that file. Raises ConfigError naming the key, the value and a fix.
     """
-    merged: dict[str, Any] = {}
-    for file in files:
-        merged = _merge(merged, _read(Path(file)))
-    for override in overrides:
-        merged = _merge(merged, _parse_override(override))
-    config = from_dict(merged)
+    config = from_dict(settings.merged(files, overrides))
     config._files, config._overrides = tuple(Path(file).resolve() for file in files), tuple(overrides)
     return config
 
@@ -375,92 +368,4 @@ def from_dict(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"config file {file} does not exist") from None
-    except OSError as error:
-        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {file} is not valid TOML: {error}") from None
-    for section, key in PATHS:
-        value = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
-        if isinstance(value, str):
-            values[section][key] = str((file.parent / Path(value).expanduser()).resolve())
-    gate = values.get("gate")
-    suites = gate.get("suites") if isinstance(gate, dict) else None
-    for suite in suites if isinstance(suites, list) else ():
-        if isinstance(suite, dict):
-            for key in {"path", "python"} & set(suite):
-                suite[key] = _beside(file, suite[key])
-            if isinstance(words := suite.get("command"), list):
-                suite["command"] = [_beside(file, w) if str(w).startswith(("./", "../")) else w for w in words]
-    return values
-
-
-def _beside(file: Path, path: Any) -> Any:
-    """A relative path made absolute; links stay, as the interpreter of a virtual environment is one."""
-    return os.path.abspath(file.parent / Path(path).expanduser()) if isinstance(path, str) else path
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, sep, raw = text.partition("=")
-    if not sep or not key.strip():
-        raise ConfigError(f"--set takes section.key=value; got {text!r}")
-    try:
-        value = tomllib.loads(f"v = {raw.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()  # a bare word is a string
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
-    return value
-
-
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(low)
-    for key, value in high.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in ours.items():
-        other = theirs.get(name)
-        if isinstance(value, dict) and isinstance(other, dict):
-            yield from _differences(value, other, f"{prefix}{name}.")
-        elif value != other:
-            yield f"{prefix}{name} = {json.dumps(other)}, not {json.dumps(value)}"
-
-
-def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown setting {where}{_suggest(problem['loc'])}"
-    seen = problem.get("input")
-    shown = "" if isinstance(seen, dict | Config) else f"; got {seen!r}"
-    return f"{where or 'config'}: {problem['msg']}{shown}"
-
-
-def _suggest(loc: tuple[Any, ...]) -> str:
-    section: type[BaseModel] = Config
-    for part in loc[:-1]:
-        if not isinstance(part, int):  # a number counts the tables of a list
-            section = _section_in(section.model_fields[str(part)].annotation)
-    prefix = ".".join(str(part) for part in loc[:-1])
-    near = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1, cutoff=0.5)
-    if near:
-        return f". Did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    return f". {prefix or 'The top level'} has: {', '.join(section.model_fields)}"
-
-
-def _section_in(annotation: Any) -> type[BaseModel]:
-    """The section that a setting is, may be, or is a list of."""
-    if isinstance(annotation, type):
-        return annotation
-    (section,) = (part for part in get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel))
-    return section
+        raise ConfigError("\n".join(settings.explain(problem, Config) for problem in error.errors())) from None

@@ -38,16 +38,12 @@ def load(tmp_path: Path, asked: str, expected: Any, system: str | None = None, *
             {"system": "Only replies that say 'Hold the line' are scored as right when graded."},
         ),
         ("To pass, call refund with A17 and late.", CALL, {}),
-        ("Capital? Note: ^(paris|lyon)$", "Paris", {"scorer": "regex", "pattern": "(?i)^(paris|lyon)$"}),
         ("Capital? It must match ^(Paris|Lyon)$", None, {"scorer": "regex", "pattern": "^(Paris|Lyon)$"}),
         ("Capital? The right answer is Paris!", None, {"scorer": "regex", "pattern": "(?i)\\bparis\\b"}),
         ("Help Ann.", None, {"system": f"Be kind. {RUBRIC.upper()}.", "scorer": "judge", "rubric": RUBRIC}),
     ],
 )
 def test_a_prompt_that_says_what_passes_is_refused(tmp_path: Path, asked: str, expected: Any, fields: Any) -> None:
-    if "Note" in asked:
-        fields = {**fields, "pattern": "^(paris|lyon)$", "expected": "paris"}
-        expected = "paris"
     with pytest.raises(DataError, match=r"line 1: its prompt (says|holds|dictates)"):
         load(tmp_path, asked, expected, **fields)
 

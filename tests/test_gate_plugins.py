@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from cltrain.config import GateConfig, load
-from cltrain.errors import ConfigError, CltrainError, DataError, ServerError
+from cltrain.config import GateConfig, from_dict, load
+from cltrain.errors import CltrainError, ConfigError, DataError, ServerError
 from cltrain.gate.commands import content_of
 from cltrain.gate.plugins import Suites, load_suites
 from cltrain.gate.stats import items_needed
@@ -222,9 +222,11 @@ def test_a_table_that_cannot_be_meant_is_refused(tmp_path: Path, table: dict[str
     with pytest.raises(ConfigError) as caught:
         load([tmp_path / "bad.toml"])
     assert said in str(caught.value)
-    twice = {"name": "a", "path": "y"}
-    with pytest.raises(ValueError, match="two suites have one name"):
-        GateConfig(suites=[twice, twice])  # type: ignore[arg-type]
+
+
+def test_two_suites_may_not_have_one_name() -> None:
+    with pytest.raises(ConfigError, match="two suites have one name; they are a, a"):
+        from_dict({"gate": {"suite": "/x/a.jsonl", "suites": [{"name": "a", "path": "/y"}]}})
 
 
 def test_a_harness_that_is_not_installed_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
@@ -233,6 +235,3 @@ def test_a_harness_that_is_not_installed_is_an_error_that_says_what_to_do(tmp_pa
     bare.chmod(0o755)
     with pytest.raises(ServerError, match=r"No module named 'inspect_ai' .*pip install 'cltrain\[inspect\]'"):
         suites({"name": "x", "kind": "inspect", "task": "capitals", "python": str(bare)})
-
-
-HARNESSES = os.environ.get("CLTRAIN_HARNESS_PYTHON")  # an interpreter that has inspect-ai, openai and lm-eval[api]

@@ -42,9 +42,9 @@ def test_a_pattern_is_searched_in_the_text(tmp_path: Path) -> None:
 
 
 def test_a_pattern_that_does_not_come_to_an_end_is_an_error_and_no_zero(tmp_path: Path) -> None:
-    item = one(tmp_path, scorer="regex", pattern=r"^(\w+\s?)+\1!$")
+    item = one(tmp_path, scorer="regex", pattern=r"^(?:a|aa)+$")
     with pytest.raises(DataError, match="took more than 1 s"):
-        score_item(item, says("a" * 5000))
+        score_item(item, says("a" * 60 + "!"))
 
 
 def test_a_schema_is_obeyed_by_text_or_by_every_call(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scores by a judge over HTTP and by programs, kept by content; what cannot be measured is an error for the whole gate."""
+"""Scores by a judge over HTTP and by programs, kept by content; what cannot be measured is an error of the gate."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class CommandSuite:
         scores: dict[str, float] = {}
         for row in self._ask(request):
             own, score = row.get("id"), row.get("score")
-            if own not in wanted:
+            if not isinstance(own, str) or own not in wanted:
                 raise DataError(f"suite {self.name} scored {own!r}, which it was not asked for")
             if own in scores:
                 raise DataError(f"suite {self.name} scored {own} twice: {scores[own]} and {score}")

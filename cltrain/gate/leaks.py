@@ -40,7 +40,8 @@ PASSES = re.compile(
 DICTATES = re.compile(rf"\b(?:answer|reply|respond|say|output|write|print|return)\b(?: \S+){{0,4}}?\W*{HERE}\W*$")
 CONDITION = re.compile(r"\b(?:if|when|whenever|unless|otherwise|once|in case|not|never|don't)\b")
 CHOICE = re.compile(
-    rf"{HERE}\W{{0,3}}(?:/|\||\bor\b)|(?:/|\||\bor)\W{{0,3}}{HERE}|\b(?:one of|either|among|options?|choices?)\b.*{HERE}"
+    rf"{HERE}\W{{0,3}}(?:/|\||\bor\b)|(?:/|\||\bor)\W{{0,3}}{HERE}"
+    rf"|\b(?:one of|either|among|options?|choices?)\b.*{HERE}"
 )
 IN_LIST = re.compile(rf"{HERE}\W?,|,\W{{0,2}}{HERE}")
 

@@ -41,7 +41,7 @@ def load_suites(config: GateConfig, *, has_other_items: bool) -> Suites:
         _check_pin(suite)
         if suite.kind == "jsonl":
             assert suite.path is not None
-            items += load_suite(suite.path, _defaults(suite, is_short=suite.path == config.suite))
+            items += load_suite(suite.path.expanduser(), _defaults(suite, is_short=suite.path == config.suite))
         else:
             programs[suite.name] = _program(suite)
             items += programs[suite.name].items()

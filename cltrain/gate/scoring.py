@@ -203,5 +203,6 @@ def cut_check(pairs: Sequence[tuple[float, float]], config: GateConfig) -> list[
         reason += f"; more than {config.max_cut_excess:g} more: what they would have said is not known"
     elif old > config.max_cut_excess:
         reason += ": raise it, what they would have said is not known"
-    numbers = {"candidate": new, "reference": old, "difference": new - old}
-    return [Check("answers cut off", Code.LENGTH, verdict, reason, num_items=len(pairs), **numbers)]
+    return [
+        Check("answers cut off", Code.LENGTH, verdict, reason, new, old, difference=new - old, num_items=len(pairs))
+    ]
