@@ -6,18 +6,17 @@ cannot be honoured is an error, and the resolved config's hash travels with ever
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
 import shlex
-import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from cltrain import settings
 from cltrain.errors import ConfigError
 from cltrain.records import LearningMode, Objective
 
@@ -28,7 +27,6 @@ Remember = Literal["replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "dist
 
 
 NOT_SHAPING = ("home", "server", "gateway", "monitoring")  # where an update happens and who hears of it
-PATHS = (("base", "path"), ("experience", "rehearsal"), ("trainer", "anchors"), ("gate", "suite"))
 
 
 class Section(BaseModel):
@@ -174,8 +172,62 @@ class HealthConfig(Section):
     max_grad_norm: float = Field(1e4, gt=0)  # before clipping
 
 
+class JudgeConfig(Section):
+    """An OpenAI-compatible model that scores the answers to items with scorer = judge, by their rubric."""
+
+    url: str = Field(pattern=r"^https?://[^/\s]+\S*$")  # up to and with its /v1
+    model: str = Field(min_length=1)
+    api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_]\w*$")  # the variable that holds the key: none is stored
+    timeout_s: float = Field(60.0, gt=0)
+    max_tokens: int = Field(256, ge=16)
+    concurrency: int = Field(4, ge=1)
+
+
+class SuiteConfig(Section):
+    """One suite of the gate: a JSONL file, any program, or a task of an evaluation harness."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    kind: Literal["jsonl", "command", "inspect", "lm_eval"] = "jsonl"
+    path: Path | None = None  # the JSONL; the file or folder of a task or a program, as far as `sha256` should cover it
+    command: tuple[str, ...] = ()  # the program and its words; one that begins with ./ is beside the configuration file
+    task: str | None = Field(None, min_length=1)  # the harness's name for it
+    metric: str | None = Field(None, min_length=1)  # where a task has several scores
+    python: Path | None = None  # the interpreter that has the harness; None: our own
+    stratum: str | None = Field(None, min_length=1)  # of items that do not say
+    items: Literal["gain", "retention", "canary"] | None = None  # of items that do not say; None: gain in JSONL only
+    rubric: str | None = Field(None, min_length=1)  # of lines with scorer = judge that have none
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # of `path`; other content is refused
+    timeout_s: float = Field(600.0, gt=0)  # of one call of the program
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        return value  # the words of a command may repeat
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> SuiteConfig:
+        needed = {"jsonl": "path", "command": "command", "inspect": "task", "lm_eval": "task"}[self.kind]
+        if not getattr(self, needed):
+            raise ValueError(f"a suite of kind {self.kind} needs {needed}")
+        harness = {"task", "metric", "python", "path", "timeout_s"}
+        fitting = {
+            "jsonl": {"path", "rubric"}, "command": {"path", "command", "timeout_s"}, "inspect": harness,
+            "lm_eval": harness,
+        }[self.kind]  # fmt: skip
+        strange = self.model_fields_set - fitting - {"name", "kind", "stratum", "items", "sha256"}
+        if strange:
+            raise ValueError(
+                f"a suite of kind {self.kind} takes no {min(strange)}; it takes {', '.join(sorted(fitting))}"
+            )
+        if self.sha256 is not None and self.path is None:
+            raise ValueError("sha256 is that of path, and there is no path")
+        return self
+
+
 class GateConfig(Section):
-    suite: Path | None = None  # the owner's JSONL; without it only `agreement` on held-out episodes
+    suite: Path | None = None  # the owner's JSONL; short for one of `suites`
+    suites: tuple[SuiteConfig, ...] = ()  # without any only `agreement` on held-out episodes
+    judge: JudgeConfig | None = None
     promote_on: Literal["gain", "non_inferior"] = "gain"
     alpha: float = Field(0.05, gt=0, lt=0.5)
     margin: float = Field(0.05, gt=0, lt=1)  # non-inferiority against incumbent, high-water mark and anchor
@@ -187,6 +239,8 @@ class GateConfig(Section):
     trigger_lift: float = Field(1.5, gt=0)  # nats of log-odds that a flagged phrase may add to its action
     trigger_probes: int = Field(32, ge=1)
     max_answer_tokens: int = Field(40, ge=1)
+    max_cut_excess: float = Field(0.1, gt=0, lt=1)  # answers that ended at max_answer_tokens, beyond the incumbent's
+    num_asked_twice: int = Field(4, ge=1)  # items of each judge and program that must be scored alike both times
     high_water_evidence: float = Field(100.0, gt=1)
     filter_and_retry: bool = True
     audit_hours: float | None = Field(24.0, gt=0)  # between two audits of what serves; "never" (None) for no timer
@@ -196,6 +250,19 @@ class GateConfig(Section):
     @classmethod
     def _never_is_none(cls, value: Any) -> Any:  # TOML cannot say None
         return None if value == "never" else value
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> GateConfig:
+        names = [suite.name for suite in self.all_suites()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two suites have one name; they are {', '.join(names)}")
+        return self
+
+    def all_suites(self) -> tuple[SuiteConfig, ...]:
+        """`suites`, and `suite` as what it is short for."""
+        if self.suite is None:
+            return self.suites
+        return (SuiteConfig.model_construct(name=self.suite.stem, kind="jsonl", path=self.suite), *self.suites)
 
 
 class ServerConfig(Section):
@@ -282,14 +349,17 @@ class Config(Section):
     def unlike(self, shaping: dict[str, Any]) -> list[str]:
         """Which settings, of those that somebody gave here, are others in that `shaping`; defaults do not count."""
         given = self.model_dump(mode="json", exclude_unset=True, exclude=set(NOT_SHAPING))
-        return list(_differences(given, shaping))
+        return list(settings.differences(given, shaping))
 
     def check_files(self) -> None:
         """Raise ConfigError for a path that leads nowhere. Commands that read a file say so themselves, later."""
-        for section, key in PATHS:
+        for section, key in settings.PATHS:
             path = getattr(getattr(self, section), key)
             if path is not None and not path.expanduser().exists():
                 raise ConfigError(f"{section}.{key} = {str(path)!r}: there is no such file or directory")
+        for suite in self.gate.suites:
+            if suite.path is not None and not suite.path.expanduser().exists():
+                raise ConfigError(f"suite {suite.name}: path = {str(suite.path)!r}: there is no such file or directory")
 
 
 def load(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
@@ -297,12 +367,7 @@ def load(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
 
     Relative paths inside a file are relative to that file. Raises ConfigError naming the key, the value and a fix.
     """
-    merged: dict[str, Any] = {}
-    for file in files:
-        merged = _merge(merged, _read(Path(file)))
-    for override in overrides:
-        merged = _merge(merged, _parse_override(override))
-    config = from_dict(merged)
+    config = from_dict(settings.merged(files, overrides))
     config._files, config._overrides = tuple(Path(file).resolve() for file in files), tuple(overrides)
     return config
 
@@ -311,72 +376,4 @@ def from_dict(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"config file {file} does not exist") from None
-    except OSError as error:
-        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {file} is not valid TOML: {error}") from None
-    for section, key in PATHS:
-        value = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
-        if isinstance(value, str):
-            values[section][key] = str((file.parent / Path(value).expanduser()).resolve())
-    return values
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, sep, raw = text.partition("=")
-    if not sep or not key.strip():
-        raise ConfigError(f"--set takes section.key=value; got {text!r}")
-    try:
-        value = tomllib.loads(f"v = {raw.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()  # a bare word is a string
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
-    return value
-
-
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(low)
-    for key, value in high.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in ours.items():
-        other = theirs.get(name)
-        if isinstance(value, dict) and isinstance(other, dict):
-            yield from _differences(value, other, f"{prefix}{name}.")
-        elif value != other:
-            yield f"{prefix}{name} = {json.dumps(other)}, not {json.dumps(value)}"
-
-
-def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown setting {where}{_suggest(problem['loc'])}"
-    seen = problem.get("input")
-    shown = "" if isinstance(seen, dict | Config) else f"; got {seen!r}"
-    return f"{where or 'config'}: {problem['msg']}{shown}"
-
-
-def _suggest(loc: tuple[Any, ...]) -> str:
-    section: type[BaseModel] = Config
-    for part in loc[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        section = annotation
-    prefix = ".".join(str(part) for part in loc[:-1])
-    near = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1, cutoff=0.5)
-    if near:
-        return f". Did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    return f". {prefix or 'The top level'} has: {', '.join(section.model_fields)}"
+        raise ConfigError("\n".join(settings.explain(problem, Config) for problem in error.errors())) from None

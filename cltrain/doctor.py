@@ -30,6 +30,7 @@ def examine(config: Config) -> list[dict[str, str]]:
         ("state", lambda: _disk(config.state_dir)),
         ("base", lambda: _base(config)),
         ("decisions", lambda: _decisions(config.state_dir)),
+        ("suites", lambda: _suites(config)),
     ]
     for what, check in checks:
         try:
@@ -44,6 +45,13 @@ def _decisions(state_dir: Path) -> str:
     if not (state_dir / STORE_FILE).exists():
         return f"none: there is no deployment in {state_dir} (home) yet"
     return f"{verify_chain(open_store(state_dir)).num_entries} in an unbroken chain"
+
+
+def _suites(config: Config) -> str:
+    from cltrain.gate.plugins import load_suites
+
+    num_items = len(load_suites(config.gate, has_other_items=config.experience.eval_share > 0).items)
+    return f"{num_items} items in {len(config.gate.all_suites())} suites of the owner"
 
 
 def _finding(state: str, what: str, detail: str) -> dict[str, str]:

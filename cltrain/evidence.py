@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from cltrain.config import Config
 from cltrain.deploy.client import ServerClient
-from cltrain.errors import guarded
+from cltrain.errors import ServerError, guarded
 from cltrain.experience import window
 from cltrain.experience.examples import example_of
 from cltrain.experience.recording import read_trajectories
 from cltrain.experience.screens import Suspicion
-from cltrain.gate.judge import Contest, judge, scores_of
-from cltrain.gate.suites import is_taught, load_suite
+from cltrain.gate.commands import CommandSuite
+from cltrain.gate.http_judge import HttpJudge
+from cltrain.gate.judge import Contest, judge
+from cltrain.gate.plugins import load_suites
+from cltrain.gate.scoring import Reply, Scoring
+from cltrain.gate.suites import is_taught
 from cltrain.gate.triggers import Said, Suspect
 from cltrain.models.base import Base
 from cltrain.models.chat import render_example, render_prompt
@@ -24,7 +29,7 @@ from cltrain.store.database import Store
 
 
 class Evidence:
-    """The gate's view of one deployment; holds the owner's suite."""
+    """The gate's view of one deployment; holds the owner's suites. What is wrong with them is said when it is made."""
 
     def __init__(
         self,
@@ -37,7 +42,11 @@ class Evidence:
     ) -> None:
         self.config, self.store, self.base, self.server = config, store, base, server
         self.on_progress, self.clock = on_progress, clock
-        self.suite = load_suite(config.gate.suite) if config.gate.suite is not None else []
+        suites = load_suites(config.gate, has_other_items=config.experience.eval_share > 0)
+        self.suite = list(suites.items)
+        grader = HttpJudge(config.gate.judge) if config.gate.judge is not None else None
+        programs = {name: partial(self.run_program, program) for name, program in suites.programs.items()}
+        self.scoring = Scoring(store, config.gate, self.ask, judge=grader, programs=programs)
 
     def judge(
         self,
@@ -63,6 +72,7 @@ class Evidence:
             self.config.gate,
             taught=taught,
             answer_many=self.answer_many,
+            scoring=self.scoring,
             base_kl=base_kl,
             score_many=self.score_many,
             suspects=[self.suspect(suspicion) for suspicion in suspicious],
@@ -100,15 +110,27 @@ class Evidence:
 
     def scores_of(self, release: str, items: Sequence[SuiteItem]) -> list[float]:
         """How a release that the server has loaded answers these items; what is known already is not asked again."""
-        return scores_of(self.store, release, items, self.config.gate, self.answer_many)
+        return self.scoring.score_items(release, items)
 
     def answer_many(self, release: str, items: Sequence[SuiteItem]) -> list[Message]:
         """One greedy answer per item, by exactly that release."""
+        return [reply.message for reply in self.ask(release, items)]
+
+    def ask(self, release: str, items: Sequence[SuiteItem]) -> list[Reply]:
+        """As `answer_many`, and whether each answer ended because it was too long."""
         prompts = [(item.messages, item.tools) for item in items]
         answers = self.server.generate_many(
             self.served_name(release), prompts, self.config.gate.max_answer_tokens, self.config.server.max_batch
         )
-        return [answer.message for answer in answers]
+        if any(answer.finish_reason is None for answer in answers):
+            raise ServerError(
+                f"{self.server.url} does not say why an answer ended (finish_reason): it may have been cut"
+            )
+        return [Reply(answer.message, answer.finish_reason == "length") for answer in answers]
+
+    def run_program(self, program: CommandSuite, release: str, items: Sequence[SuiteItem]) -> list[float]:
+        """The scores that a program of the owner gives to that release, which it asks through the server itself."""
+        return program.score(f"{self.server.url}/v1", self.served_name(release), items)
 
     def score_many(self, release: str, said: Sequence[Said]) -> list[float]:
         """Summed log-prob of each answer's tokens, nats."""

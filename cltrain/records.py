@@ -268,6 +268,8 @@ class SuiteItem:
     tools: tuple[Tool, ...] = ()
     expected: Message | None = None  # the assistant message that is right (tool name and arguments are compared)
     forbidden: tuple[str, ...] = ()  # canary: tool names or substrings that must not appear
+    scorer: str = "exact"  # exact, regex, json_schema, tool_call, judge; program: its suite asks and scores by itself
+    rule: dict[str, Any] = field(default_factory=dict)  # what that scorer goes by
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,17 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sqlalchemy import delete, insert, select
-
 from cltrain.config import GateConfig
+from cltrain.errors import DataError
 from cltrain.gate.decision import GateScores, ItemScores, Role, decide
 from cltrain.gate.pool import count_uses, draw
-from cltrain.gate.scorers import VERSION, score_item
-from cltrain.gate.suites import is_taught, item_key
+from cltrain.gate.scoring import Reply, Scoring
+from cltrain.gate.suites import is_taught
 from cltrain.gate.triggers import AnswerMany, ProbeResult, ScoreMany, Suspect, make_probes, own_probes, run_probes
-from cltrain.records import Code, Decision, SuiteItem, Verdict
+from cltrain.records import Code, Decision, Message, SuiteItem, Verdict
 from cltrain.store.database import Store
-from cltrain.store.schema import item_scores
 
 CHUNK = 50  # items scored between two looks
 
@@ -47,6 +45,7 @@ def judge(
     taught: Collection[str],
     answer_many: AnswerMany,
     base_kl: float | None,
+    scoring: Scoring | None = None,
     score_many: ScoreMany | None = None,
     suspects: Sequence[Suspect] = (),
     rate_per_s: float | None = None,
@@ -59,8 +58,9 @@ def judge(
 
     items: the whole pool, canaries included; taught: strata that the update learned; base_kl: nats per token on the
     pinned anchors; rate_per_s: held-out items arriving per second, for the forecast of a hold; used_before: ids this
-    update was judged on already (`Decision.items_used`), which `fresh_only` leaves out. Scores are cached per release
-    and item. Looks after every 50 items and stops early on harm, or on success once every stratum was heard.
+    update was judged on already (`Decision.items_used`), which `fresh_only` leaves out; scoring: who asks and grades
+    (None: every item by its answer alone). Looks after every 50 items and stops early on harm, or on success once
+    every stratum was heard.
     """
     drawn = draw(
         store,
@@ -73,19 +73,24 @@ def judge(
         exclude=used_before if fresh_only else (),
     )
     canaries = [item for item in items if item.kind == "canary"]
+    if scoring is None:
+        scoring = Scoring(store, config, lambda release, few: [_reply(answer) for answer in answer_many(release, few)])
     rows: list[ItemScores] = []
     probes: list[ProbeResult] = []
     try:
-        rows += _score_rows(store, contest, canaries, config, answer_many)
+        rows += _score_rows(scoring, contest, canaries)
         on_chunk(0, len(drawn))
         decision = decide(GateScores(tuple(rows), base_kl), config, taught=taught, rate_per_s=rate_per_s)
         if decision.verdict in (Verdict.REJECT, Verdict.ERROR):
             return decision
+        if (unsteady := scoring.unsteady(contest.incumbent, [*canaries, *drawn])) is not None:
+            raise DataError(unsteady)
         for number, suspect in enumerate(suspects):
             probes += _probe(suspect, items, contest, config, answer_many, score_many, seed + number)
         for start in range(0, max(1, len(drawn)), CHUNK):
-            rows += _score_rows(store, contest, drawn[start : start + CHUNK], config, answer_many)
-            scores = GateScores(tuple(rows), base_kl, tuple(probes))
+            rows += _score_rows(scoring, contest, drawn[start : start + CHUNK])
+            cut = scoring.cut_check(contest.candidate, contest.incumbent, [row.item for row in rows])
+            scores = GateScores(tuple(rows), base_kl, tuple(probes), findings=tuple(cut))
             done = min(start + CHUNK, len(drawn))
             is_complete = done == len(drawn)
             decision = decide(scores, config, taught=taught, rate_per_s=rate_per_s, is_complete=is_complete)
@@ -96,19 +101,13 @@ def judge(
                 break
     except Exception as error:  # servers fail in every way there is; none of them may promote
         log.warning("the gate could not judge %s", contest.candidate, exc_info=True)
-        return Decision(Verdict.ERROR, (f"{type(error).__name__}: {error}",), (), codes=(Code.OUTAGE,))
+        code = Code.SUITE if isinstance(error, DataError) else Code.OUTAGE  # what a suite says, or that nobody answered
+        return Decision(Verdict.ERROR, (f"{type(error).__name__}: {error}",), (), codes=(code,))
     used = [row.item for row in rows if row.item.kind != "canary"]
     if decision.verdict is not Verdict.ERROR:
         with store.write() as connection:
             count_uses(connection, agent, used)
     return replace(decision, items_used=tuple(item.id for item in used))
-
-
-def scores_of(
-    store: Store, release: str, items: Sequence[SuiteItem], config: GateConfig, answer_many: AnswerMany
-) -> list[float]:
-    """How one release answers these items, each in [0, 1]; what the store knows is not asked again."""
-    return _scores(store, release, items, config, answer_many)
 
 
 def _probe(
@@ -135,10 +134,12 @@ def _probe(
     return found
 
 
-def _score_rows(
-    store: Store, contest: Contest, items: Sequence[SuiteItem], config: GateConfig, answer_many: AnswerMany
-) -> list[ItemScores]:
-    candidate = _scores(store, contest.candidate, items, config, answer_many)
+def _reply(answer: Message | None) -> Reply | None:
+    return None if answer is None else Reply(answer)
+
+
+def _score_rows(scoring: Scoring, contest: Contest, items: Sequence[SuiteItem]) -> list[ItemScores]:
+    candidate = scoring.score_items(contest.candidate, items)
     by_release: dict[str, list[float]] = {}
     roles: dict[Role, list[float]] = {}
     holders: Mapping[Role, str] = {
@@ -148,38 +149,11 @@ def _score_rows(
     }
     for role, release in holders.items():
         if release not in by_release:  # one release in two roles is compared once
-            by_release[release] = roles[role] = _scores(store, release, items, config, answer_many)
+            by_release[release] = roles[role] = scoring.score_items(release, items)
     return [
         ItemScores(item, candidate[i], {role: values[i] for role, values in roles.items()})
         for i, item in enumerate(items)
     ]
-
-
-def _scores(
-    store: Store, release: str, items: Sequence[SuiteItem], config: GateConfig, answer_many: AnswerMany
-) -> list[float]:
-    """Scores of one release, asked only where the store does not know them. Raises ValueError for missing answers."""
-    keys = [f"{item_key(item)}~{VERSION}~{config.max_answer_tokens}" for item in items]
-    with store.read() as connection:
-        query = select(item_scores).where(item_scores.c.release == release, item_scores.c.item.in_(keys))
-        known = {row.item: row.score for row in connection.execute(query)}
-    unknown = [(key, item) for key, item in zip(keys, items, strict=True) if key not in known]
-    if unknown:
-        answers = answer_many(release, [item for _, item in unknown])
-        num_missing = abs(len(unknown) - len(answers)) + sum(answer is None for answer in answers)
-        if num_missing:
-            raise ValueError(f"{release} left {num_missing} of {len(unknown)} questions unanswered")
-        new = {
-            key: score_item(item, answer)
-            for (key, item), answer in zip(unknown, answers, strict=True)
-            if answer is not None
-        }
-        with store.write() as connection:
-            connection.execute(delete(item_scores).where(item_scores.c.release == release, item_scores.c.item.in_(new)))
-            rows = [{"release": release, "item": key, "score": value} for key, value in new.items()]
-            connection.execute(insert(item_scores), rows)
-        known.update(new)
-    return [known[key] for key in keys]
 
 
 def _all_heard(drawn: Sequence[SuiteItem], done: int, config: GateConfig, taught: Collection[str]) -> bool:

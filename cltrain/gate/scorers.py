@@ -2,28 +2,85 @@
 
 Arguments are equal as JSON values: key order and number spelling (1, 1.0) do not matter, runs of whitespace in strings
 count as one space, unicode is NFC. Case does matter: an order number in the wrong case is a wrong order number.
-Free text is compared whole, without regard to case and whitespace. Nothing is fuzzy, and nobody is asked to judge.
+Free text is compared whole, without regard to case and whitespace. Nothing is fuzzy, and nobody is asked to judge: that
+is http_judge.py.
 """
 
 from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import regex
+
+from cltrain.errors import DataError
 from cltrain.records import Message, SuiteItem
 
 VERSION = "1"  # part of the key under which scores are cached: change it when a score may change
+PATTERN_TIMEOUT_S = 1.0
 
 Call = tuple[str, str]
 
 
 def score_item(item: SuiteItem, answer: Message) -> float:
-    """1.0 when the answer breaks none of the item's prohibitions and is the expected one (if any), else 0.0."""
+    """1.0 when the answer breaks none of the item's prohibitions and is right by its scorer (one of PURE), else 0.0.
+
+    Raises DataError where a rule cannot be applied to the answer: that is no zero.
+    """
     if violation(answer, item.forbidden) is not None:
         return 0.0
+    return PURE[item.scorer](item, answer)
+
+
+def _exact(item: SuiteItem, answer: Message) -> float:
     return 1.0 if item.expected is None else agreement(answer, item.expected)
+
+
+def _tool_call(item: SuiteItem, answer: Message) -> float:
+    """One call and no other, of the expected tool, with at least the expected arguments."""
+    if item.expected is None:
+        return 1.0
+    ((name, wanted),) = _parsed_calls(item.expected)
+    return float(len(tool_calls(answer)) == 1 and performs(answer, {"name": name, "arguments": wanted}))
+
+
+def _regex(item: SuiteItem, answer: Message) -> float:
+    """Whether the pattern (module regex) is found in the answer's text; a call without words has none."""
+    try:
+        found = regex.search(item.rule["pattern"], text_of(answer), timeout=PATTERN_TIMEOUT_S)
+    except TimeoutError:
+        raise DataError(
+            f"item {item.id}: its pattern {item.rule['pattern']!r} took more than {PATTERN_TIMEOUT_S:g} s on one answer"
+        ) from None
+    return float(found is not None)
+
+
+def _json_schema(item: SuiteItem, answer: Message) -> float:
+    """The arguments of every call, else the text read as JSON, obey the schema. With `tool`: one call of it."""
+    from jsonschema import Draft202012Validator
+    from referencing import Registry
+
+    calls = _parsed_calls(answer)
+    tool = item.rule.get("tool")
+    if tool is not None and [name for name, _ in calls] != [tool]:
+        return 0.0
+    try:
+        values = [arguments for _, arguments in calls] or [json.loads(text_of(answer))]
+    except (ValueError, RecursionError):
+        return 0.0
+    validator = Draft202012Validator(item.rule["schema"], registry=Registry())  # an empty one fetches nothing
+    return float(all(validator.is_valid(value) for value in values))
+
+
+PURE: Mapping[str, Callable[[SuiteItem, Message], float]] = {
+    "exact": _exact,
+    "tool_call": _tool_call,
+    "regex": _regex,
+    "json_schema": _json_schema,
+}
+"""The scorers that need nothing but item and answer, each in [0, 1]."""
 
 
 def agreement(answer: Message, expected: Message) -> float:

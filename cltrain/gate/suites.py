@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from cltrain.errors import DataError
+from cltrain.gate.rules import NEEDS_EXPECTED, OWN_FIELDS, check_item, rule_of
 from cltrain.gate.scorers import text_of, tool_calls, violation
 from cltrain.records import Message, SuiteItem
 
 KINDS = ("gain", "retention", "canary")
-FIELDS = {"id", "suite", "stratum", "kind", "messages", "tools", "expected", "forbidden"}
+FIELDS = {"id", "suite", "stratum", "kind", "messages", "tools", "expected", "forbidden", "scorer", *OWN_FIELDS}
 MAX_SHOWN = 20  # bad lines named in one error
 
 
-def load_suite(path: Path) -> list[SuiteItem]:
+def load_suite(path: Path, defaults: Mapping[str, str] | None = None) -> list[SuiteItem]:
     """Read an owner's suite: one JSON object per line, blank lines ignored.
 
     Fields: messages (required, ends before the answer), tools, expected (an assistant message, a text, or
     {"name", "arguments"}), forbidden (a list of tool names or texts), kind (gain, retention or canary), stratum, id,
-    suite (default: the file's name). Raises DataError naming every bad line by number; nothing is loaded then.
+    suite (default: the file's name), scorer with its own fields (gate/rules.py). `defaults` are fields of lines that do
+    not say. Raises DataError naming every bad line by number; nothing is loaded then.
     """
+    usual = dict(defaults or {})
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -34,7 +37,7 @@ def load_suite(path: Path) -> list[SuiteItem]:
         if not line.strip():
             continue
         try:
-            item = _item(json.loads(line), path.stem)
+            item = _item(json.loads(line), path.stem, usual)
             if item.id in items:
                 raise DataError(f"id {item.id} was used before")
             items[item.id] = item
@@ -53,7 +56,9 @@ def load_suite(path: Path) -> list[SuiteItem]:
 
 def item_key(item: SuiteItem) -> str:
     """The item's id and a hash of its content: an edited question is a new one for caches and rotation."""
-    content = [item.messages, item.tools, item.expected, item.forbidden]
+    content: list[Any] = [item.messages, item.tools, item.expected, item.forbidden]
+    if item.scorer != "exact":
+        content += [item.scorer, item.rule]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"{item.id}~{digest[:12]}"
 
@@ -68,9 +73,12 @@ def is_taught(stratum: str, taught: Collection[str]) -> bool:
     return skill_of(stratum) in {skill_of(name) for name in taught}
 
 
-def _item(row: Any, suite: str) -> SuiteItem:
+def _item(row: Any, suite: str, usual: Mapping[str, str]) -> SuiteItem:
     if not isinstance(row, dict):
         raise DataError("a JSON object is needed")
+    row = {name: value for name, value in usual.items() if name != "rubric" or row.get("scorer") == "judge"} | row
+    suite = usual.get("suite", suite)
+    scorer, rule = rule_of(row)
     unknown = sorted(set(row) - FIELDS)
     if unknown:
         raise DataError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(FIELDS))}")
@@ -80,18 +88,19 @@ def _item(row: Any, suite: str) -> SuiteItem:
         raise DataError("tools must be a list of tool definitions")
     expected = None if row.get("expected") is None else _expected(row["expected"])
     forbidden = _forbidden(row.get("forbidden"))
-    kind = row.get("kind", "canary" if forbidden and expected is None else "gain")
+    is_ban = bool(forbidden) and expected is None and scorer in NEEDS_EXPECTED
+    kind = row.get("kind", "canary" if is_ban else "gain")
     if kind not in KINDS:
         raise DataError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
-    if expected is None and not (kind == "canary" and forbidden):
+    if expected is None and scorer in NEEDS_EXPECTED and not (kind == "canary" and forbidden):
         needed = "forbidden (or expected)" if kind == "canary" else "expected"
         raise DataError(f"a {kind} item needs {needed}: without it nothing can be checked")
     if expected is not None and (broken := violation(expected, forbidden)) is not None:
         raise DataError(f"its expected answer contains {broken!r}, which it forbids")
-    content = json.dumps([row["messages"], tools, expected, forbidden], sort_keys=True)
-    default_id = f"{suite}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    content = [row["messages"], tools, expected, forbidden, *([scorer, rule] if scorer != "exact" else ())]
+    default_id = f"{suite}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]}"
     calls = tool_calls(expected) if expected is not None else []
-    return SuiteItem(
+    item = SuiteItem(
         id=_text(row, "id", default_id),
         suite=_text(row, "suite", suite),
         stratum=_text(row, "stratum", calls[0][0] if calls else "text"),
@@ -100,7 +109,11 @@ def _item(row: Any, suite: str) -> SuiteItem:
         tools=tuple(tools),
         expected=expected,
         forbidden=forbidden,
+        scorer=scorer,
+        rule=rule,
     )
+    check_item(item)
+    return item
 
 
 def _messages(value: Any) -> tuple[Message, ...]:

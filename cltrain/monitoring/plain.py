@@ -51,6 +51,9 @@ def sentence(check: Check, settings: Mapping[str, Any]) -> str:
         return _retention(check, settings)
     if kind == "gain":
         return _gain(check)
+    if check.name == "answers cut off" and check.candidate is not None and check.reference is not None:
+        cut, before = _of(check.candidate, check.num_items), _of(check.reference, check.num_items)
+        return f"{cut} of its answers were cut off because they were too long, where before it was {before}."
     if kind == "high-water":
         return (
             "It is better than the best release so far beyond doubt, and takes its place as the mark to compare with."

@@ -200,6 +200,21 @@ item_scores = Table(  # cached by release and item: incumbent, anchor and base a
     Column("score", Float, nullable=False),
 )
 
+answer_cuts = Table(  # beside the scores: whether the answer ended because it was too long
+    "answer_cuts",
+    metadata,
+    Column("release", String, primary_key=True),
+    Column("item", String, primary_key=True),
+    Column("is_cut", Boolean, nullable=False),
+)
+
+judge_scores = Table(  # what a judge said of an answer, by a hash of everything that it was shown
+    "judge_scores",
+    metadata,
+    Column("content", String, primary_key=True),
+    Column("score", Float, nullable=False),
+)
+
 item_uses = Table(
     "item_uses",
     metadata,

@@ -1,0 +1,118 @@
+"""All suites of a deployment, from its configuration. What can be seen to be wrong is said before any training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cltrain.config import GateConfig, SuiteConfig
+from cltrain.errors import ConfigError, DataError
+from cltrain.gate import harnesses
+from cltrain.gate.commands import CommandSuite, content_of
+from cltrain.gate.stats import items_needed
+from cltrain.gate.suites import load_suite
+from cltrain.records import SuiteItem
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Suites:
+    """Every item of the owner's suites, and the programs that score some of them, by the suite's name."""
+
+    items: tuple[SuiteItem, ...] = ()
+    programs: Mapping[str, CommandSuite] = field(default_factory=dict)
+
+
+def load_suites(config: GateConfig, *, has_other_items: bool) -> Suites:
+    """Read every suite; programs are asked what they hold.
+
+    has_other_items: held-out episodes add to the pool, so that it may begin small. Raises DataError for a file that is
+    not the pinned one, an empty suite, an id that is there twice, an item without its judge, too few items for the
+    margin; ConfigError for a gate that asks too few; ServerError for a program that fails.
+    """
+    items: list[SuiteItem] = []
+    programs: dict[str, CommandSuite] = {}
+    for suite in config.all_suites():
+        _check_pin(suite)
+        if suite.kind == "jsonl":
+            assert suite.path is not None
+            items += load_suite(suite.path.expanduser(), _defaults(suite, is_short=suite.path == config.suite))
+        else:
+            programs[suite.name] = _program(suite)
+            items += programs[suite.name].items()
+    _check_ids(items)
+    if config.judge is None and (lost := next((item for item in items if item.scorer == "judge"), None)) is not None:
+        raise DataError(
+            f"item {lost.id} of suite {lost.suite} is scored by a judge, and there is none: set [gate.judge]"
+        )
+    if config.all_suites():
+        _check_size(items, config, has_other_items)
+    return Suites(tuple(items), programs)
+
+
+def _defaults(suite: SuiteConfig, *, is_short: bool) -> dict[str, str]:
+    said = {"kind": suite.items, "stratum": suite.stratum, "rubric": suite.rubric}
+    if not is_short:
+        said["suite"] = suite.name
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _check_pin(suite: SuiteConfig) -> None:
+    if suite.path is None:
+        return
+    if not suite.path.expanduser().exists():
+        raise DataError(f"suite {suite.name}: {suite.path} is not there")
+    if suite.sha256 is not None and (found := content_of(suite.path)) != suite.sha256:
+        raise DataError(
+            f"suite {suite.name}: {suite.path} has sha256 {found}, and {suite.sha256} is pinned: put the old content "
+            "back, or pin the new one (its scores start afresh)"
+        )
+
+
+def _program(suite: SuiteConfig) -> CommandSuite:
+    words = list(suite.command)
+    if suite.kind != "command":
+        path = None if suite.path is None else str(suite.path.expanduser())
+        options = json.dumps({"task": suite.task, "path": path, "metric": suite.metric})
+        words = [str(suite.python or sys.executable), "-P", str(Path(harnesses.__file__)), suite.kind, options]
+    files = [Path(word) for word in words[1:] if Path(word).is_file()]
+    if suite.path is not None:
+        files.append(suite.path)
+    return CommandSuite(
+        suite.name, words, stratum=suite.stratum or suite.name, kind=suite.items or "retention",
+        timeout_s=suite.timeout_s, content=" ".join(content_of(file) for file in files),
+    )  # fmt: skip
+
+
+def _check_ids(items: Sequence[SuiteItem]) -> None:
+    seen: dict[str, str] = {}
+    for item in items:
+        if item.id in seen:
+            raise DataError(
+                f"id {item.id} is in the suites {seen[item.id]} and {item.suite}: an item has one id everywhere"
+            )
+        seen[item.id] = item.suite
+
+
+def _check_size(items: Sequence[SuiteItem], config: GateConfig, has_other_items: bool) -> None:
+    """The fewest items on which a candidate that never differs is shown to be within the margin."""
+    needed = items_needed([0.0], -config.margin, config.alpha, config.margin)
+    if config.items_per_gate < needed:
+        raise ConfigError(
+            f"gate.items_per_gate = {config.items_per_gate} can never rule out a loss of gate.margin = "
+            f"{config.margin:g}: that takes at least {needed}, {needed - config.items_per_gate} more"
+        )
+    num_asked = sum(item.kind != "canary" for item in items)
+    if 0 < num_asked < needed:
+        said = (
+            f"the suites hold {num_asked} items besides canaries, and gate.margin = {config.margin:g} takes at least "
+            f"{needed}: {needed - num_asked} are missing. Add them, or widen the margin"
+        )
+        if not has_other_items:
+            raise DataError(f"{said}, or hold out episodes too (experience.eval_share)")
+        log.warning("%s; until held-out episodes make up for it, every candidate is held", said)
