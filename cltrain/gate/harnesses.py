@@ -143,8 +143,10 @@ def main() -> None:
     try:
         rows = list(listing(options) if request.get("list") else scoring(options, request))
     except ModuleNotFoundError as error:
-        extra = harness.replace("_", "-")
-        sys.exit(f"{error} in {sys.executable}: pip install 'cltrain[{extra}]', or set `python` to one that has it")
+        wanted = {"inspect": "inspect-ai openai", "lm_eval": "'lm-eval[api]'"}[harness]
+        sys.exit(
+            f"{error} in {sys.executable}: pip install {wanted} in an environment of its own, set `python` to that"
+        )
     for row in rows:
         print(json.dumps(row), file=answer)
     answer.close()
