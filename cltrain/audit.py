@@ -18,10 +18,10 @@ from cltrain import inspection, trends
 from cltrain.config import Config
 from cltrain.errors import ConflictError
 from cltrain.gate.standing import compare, means
-from cltrain.loop import Rooms
 from cltrain.records import Check, Code, Release, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.registry.decisions import append
+from cltrain.rooms import Rooms
 from cltrain.store import schema as s
 from cltrain.store.database import Store
 

@@ -12,10 +12,10 @@ from cltrain.deploy.proof import NotProvedError
 from cltrain.errors import DataError
 from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.standing import Standing
-from cltrain.loop import Rooms, adapter_of, prove, tidy_server
 from cltrain.records import Check, Code, Release, SuiteItem, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.registry.decisions import BrokenChainError, read_decisions, verify_chain
+from cltrain.rooms import Rooms, adapter_of, prove, tidy_server
 
 DRIFTS = ("drift_frobenius", "drift_spectral", "drift_kl")
 

@@ -29,7 +29,7 @@ from cltrain.evidence import Evidence
 from cltrain.experience import window
 from cltrain.experience.ingest import read_rehearsal
 from cltrain.experience.recording import load_secret, read_trajectories
-from cltrain.loop import Rooms, adapter_of, collect_garbage, finish, run_update
+from cltrain.loop import finish, run_update
 from cltrain.models.adapter import read_adapter
 from cltrain.models.anchors import load_anchors, pinned_at, read_anchors
 from cltrain.models.base import load_base
@@ -39,6 +39,7 @@ from cltrain.records import Example, LearningMode, TokenRow, Trajectory
 from cltrain.registry import aliases, releases
 from cltrain.registry.lease import LeaseKeeper
 from cltrain.registry.reserve import remake_reserve
+from cltrain.rooms import Rooms, adapter_of, collect_garbage
 from cltrain.store.database import Store
 from cltrain.store.schema import requests, screenings
 from cltrain.trainer.reference import Reference

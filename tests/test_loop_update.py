@@ -12,10 +12,10 @@ from sqlalchemy import select
 from cltrain.api import Deployment
 from cltrain.demo import world
 from cltrain.errors import ConflictError
-from cltrain.loop import adapter_of, memory_of
 from cltrain.models.digest import adapter_digest
 from cltrain.records import LearningMode
 from cltrain.registry import aliases, decisions, releases
+from cltrain.rooms import adapter_of, memory_of
 from cltrain.store.schema import requests, screenings, update_reads, updates
 from cltrain.trainer.memory import Memory, write_memory
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker

@@ -28,13 +28,14 @@ from cltrain.experience.buffer import select
 from cltrain.experience.examples import example_of
 from cltrain.experience.ingest import read_rehearsal
 from cltrain.experience.recording import Recorder, load_secret
-from cltrain.loop import Rooms, adapter_of, run_update
+from cltrain.loop import run_update
 from cltrain.models.adapter import AdapterFile, read_adapter
 from cltrain.models.anchors import load_anchors
 from cltrain.models.base import Base, load_base
 from cltrain.models.chat import render_example
 from cltrain.records import Feedback, Generation, TokenRow, Trajectory
 from cltrain.registry import aliases, lease, releases
+from cltrain.rooms import Rooms, adapter_of
 from cltrain.store.database import open_store
 from cltrain.trainer.memory import Memory, read_memory
 from cltrain.trainer.reference import Reference
