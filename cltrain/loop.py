@@ -245,9 +245,7 @@ def try_update(
                 tidy_server(rooms)
                 rooms.server.load(attempt.release.name, directory)
         with attempt.timed("prove"):
-            attempt.proof = prove(
-                rooms, attempt.release.name, read_adapter(directory), incumbent, fresh, before_name=plan.parent
-            )
+            attempt.proof = prove(rooms, attempt.release.name, read_adapter(directory), incumbent, fresh, plan.parent)
         with attempt.timed("gate"):
             kl = attempt.candidate.bounds.drift_kl
             attempt.decision = rooms.evidence.judge(
@@ -311,13 +309,7 @@ def _failed(reason: str, code: Code = Code.OUTAGE) -> Decision:
 
 
 def prove(
-    rooms: Rooms,
-    name: str,
-    after: AdapterFile | None,
-    before: AdapterFile | None,
-    rows: Sequence[TokenRow],
-    *,
-    before_name: str,
+    rooms: Rooms, name: str, after: AdapterFile | None, before: AdapterFile | None, rows: Sequence[TokenRow], was: str
 ) -> proof.Proof:
     """Show that the server answers with these weights, on the rows where they differ most from before."""
     rows = list(rows[:32])
@@ -327,7 +319,7 @@ def prove(
     chosen = sorted(range(len(rows)), key=lambda i: -gaps[i])[:NUM_PROBES]
     tails = [len(pairs[i][1]) for i in chosen]
     found = proof.prove(
-        rooms.server, name, before_name, [pairs[i] for i in chosen],
+        rooms.server, name, was, [pairs[i] for i in chosen],
         [ours[i][-tail:] for i, tail in zip(chosen, tails, strict=True)],
         [theirs[i][-tail:] for i, tail in zip(chosen, tails, strict=True)], NOISE[rooms.config.base.dtype],
     )  # fmt: skip
