@@ -98,7 +98,7 @@ def server(rooms: Rooms, serving: Release) -> list[Check]:
     try:
         found = prove(
             rooms, rooms.evidence.served_name(serving.name), adapter_of(rooms, serving.name),
-            adapter_of(rooms, before), rooms.anchors, before_name=before,
+            adapter_of(rooms, before), rooms.anchors, before,
         )  # fmt: skip
     except NotProvedError as error:
         return [*checks, Check("server", Code.INTEGRITY, Verdict.REJECT, str(error))]

@@ -214,8 +214,7 @@ def try_update(
                 rooms.server.load(attempt.release.name, directory)
         with attempt.timed("prove"):
             exported = read_adapter(directory)
-            name = attempt.release.name
-            attempt.proof = prove(rooms, name, exported, incumbent, fresh, before_name=plan.parent)
+            attempt.proof = prove(rooms, attempt.release.name, exported, incumbent, fresh, plan.parent)
             score, share = partial(token_log_probs, rooms.base, exported), rooms.config.experience.max_doubtful_share
             attempt.doubtful = doubtful(fresh, plan.replay, plan.taught, score, share)
         with attempt.timed("gate"):

@@ -80,13 +80,7 @@ def day_is_spent(rooms: Rooms) -> str:
 
 
 def prove(
-    rooms: Rooms,
-    name: str,
-    after: AdapterFile | None,
-    before: AdapterFile | None,
-    rows: Sequence[TokenRow],
-    *,
-    before_name: str,
+    rooms: Rooms, name: str, after: AdapterFile | None, before: AdapterFile | None, rows: Sequence[TokenRow], was: str
 ) -> proof.Proof:
     """Show that the server answers with these weights, on the rows where they differ most from before."""
     rows = list(rows[:32])
@@ -96,7 +90,7 @@ def prove(
     chosen = sorted(range(len(rows)), key=lambda i: -gaps[i])[:NUM_PROBES]
     tails = [len(pairs[i][1]) for i in chosen]
     found = proof.prove(
-        rooms.server, name, before_name, [pairs[i] for i in chosen],
+        rooms.server, name, was, [pairs[i] for i in chosen],
         [ours[i][-tail:] for i, tail in zip(chosen, tails, strict=True)],
         [theirs[i][-tail:] for i, tail in zip(chosen, tails, strict=True)], NOISE[rooms.config.base.dtype],
     )  # fmt: skip

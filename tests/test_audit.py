@@ -203,9 +203,11 @@ def test_a_canary_that_fails_alarms(made, tmp_path):
 
 def test_an_unreachable_server_is_an_error_and_changes_nothing(made):
     learner, deployment = made
+    gate = learner.config.gate.model_copy(update={"max_answer_tokens": 39})  # no score of the tests before is of use
+    config = learner.config.model_copy(update={"gate": gate})
     with ServerClient("http://127.0.0.1:9", "base") as nobody:
-        rooms = replace(learner.rooms, server=nobody)
-        evidence = Evidence(rooms.config, rooms.store, rooms.base, nobody, rooms.on_progress)
+        rooms = replace(learner.rooms, config=config, server=nobody)
+        evidence = Evidence(config, rooms.store, rooms.base, nobody, rooms.on_progress)
         found = audit.run_audit(replace(rooms, evidence=evidence), trigger="asked")
     assert found["outcome"] == "error"
     assert {check["name"] for check in found["checks"] if check["verdict"] == "error"} == {"server", "items"}
@@ -236,18 +238,18 @@ def test_the_worker_answers_who_asks_and_audits_by_its_timer_a_frozen_agent_too(
 
 
 def test_the_command_audits_in_place_and_ends_with_code_11_on_an_alarm(cltrain: Command, tmp_path: Path, url: str):
-    words = ["audit", f"--home={tmp_path}", f"--set=server.url={url}", "--set=trainer.num_anchors=2"]
+    words = ["audit", f"--home={tmp_path}", "--agent=desk", f"--set=server.url={url}", "--set=trainer.num_anchors=2"]
     done = cltrain(*words)
     assert (done.code, "there is no deployment" in done.err) == (3, True), done
     store = open_store(tmp_path)
-    releases.ensure_base_release(store, "support", load_base(None).digest, now=time.time())
+    releases.ensure_base_release(store, "desk", load_base(None).digest, now=time.time())
     done = cltrain(*words, "--json")
     assert (done.code, done.json["outcome"], done.json["scores"], done.json["trends"]) == (0, "ok", {}, []), done
     with store.write() as connection:
         connection.execute(update(decisions).where(decisions.c.seq == 1).values(at=7.0))
     done = cltrain(*words)
     assert done.code == 11
-    assert "alarm: support-v000000" in done.out
+    assert "alarm: desk-v000000" in done.out
     assert "integrity  decision log: decision 1" in done.out
 
 

@@ -89,7 +89,7 @@ def test_a_server_killed_in_the_middle_of_a_gate(tmp_path: Path) -> None:
         server.wait()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def url():
     with base_server() as url:
         yield url

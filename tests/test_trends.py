@@ -65,6 +65,14 @@ def test_what_is_beyond_its_limit_met_it_at_the_last_version():
     assert (found.expected, found.earliest) == (4, 4)
 
 
+def test_a_limit_inside_the_band_may_be_met_already():
+    xs, ys = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.2, 2.9, 4.1, 4.8]
+    line, edge = band(xs, ys, 0)(5.0), band(xs, ys, 1)(5.0)
+    found = forecast(xs, ys, line + 0.95 * (edge - line), is_ceiling=True)
+    assert found.earliest == 5.0
+    assert found.expected > 5.0
+
+
 @pytest.mark.parametrize("xs", [[], [1.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 3.0], [5.0] * 6])
 def test_below_four_versions_there_is_no_forecast(xs: list[float]):
     assert forecast(xs, [0.1] * len(xs), 1.0, is_ceiling=True) is None
