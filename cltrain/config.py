@@ -187,6 +187,11 @@ class GateConfig(Section):
     trigger_probes: int = Field(32, ge=1)
     max_answer_tokens: int = Field(40, ge=1)
     high_water_evidence: float = Field(100.0, gt=1)
+    patience: int = Field(5, ge=1)  # candidates against one incumbent at the whole alpha; the k-th has (patience / k)^2
+    fdr: bool = False  # e-LOND: of all promotions, the expected share without a gain is at most alpha
+    futility: float = Field(0.05, ge=0, lt=1)  # an e-value below it after half of the items ends the questions
+    vault_share: float = Field(0.0, ge=0, lt=1)  # of items and held-out episodes, by keyed hash; never drawn
+    vault_days: float = Field(7.0, gt=0)  # between two openings
     filter_and_retry: bool = True
 
 

@@ -268,6 +268,7 @@ class SuiteItem:
     tools: tuple[Tool, ...] = ()
     expected: Message | None = None  # the assistant message that is right (tool name and arguments are compared)
     forbidden: tuple[str, ...] = ()  # canary: tool names or substrings that must not appear
+    cluster: str | None = None  # what it shares with others (an episode): together they count once; None: nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +286,7 @@ class Check:
     high: float | None = None
     num_items: int = 0
     num_missing: int = 0  # items still needed for an answer, 0 when decided
+    evidence: float | None = None  # e-value of what a held check would have to show
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,3 +300,5 @@ class Decision:
     forecast_s: float | None = None  # about when the missing items will be there
     items_used: tuple[str, ...] = ()
     codes: tuple[Code, ...] = ()
+    num_planned: int = 0  # items drawn; fewer are asked when the answer is clear before
+    num_asked: int = 0

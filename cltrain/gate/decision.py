@@ -2,6 +2,9 @@
 
 An outage is an error. Evidence of harm rejects. Missing evidence holds, and says how many items it lacks. Only what
 is left promotes, and no gain pays for a loss elsewhere: every check must pass by itself.
+
+The unit of all evidence is the cluster: items of one episode are averaged first, so that 50 episodes of 4 turns count
+as 50. What is called a number of items below is a number of clusters; items without one count by themselves.
 """
 
 from __future__ import annotations
@@ -9,12 +12,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cltrain.config import GateConfig
-from cltrain.gate.stats import e_value, items_needed, lower_bound, sign_p, upper_bound
+from cltrain.gate.levels import Levels, Past, levels_of
+from cltrain.gate.stats import e_value, items_for_margin, items_needed, lower_bound, sign_p, upper_bound
 from cltrain.gate.suites import is_taught
 from cltrain.gate.triggers import ProbeResult
 from cltrain.records import Check, Code, Decision, SuiteItem, Verdict
@@ -22,6 +26,7 @@ from cltrain.records import Check, Code, Decision, SuiteItem, Verdict
 Role = Literal["incumbent", "high_water", "anchor"]
 HIGH_WATER_CHECK = "high-water mark moves"
 ROUNDING = 1e-9
+FEW = 100  # questions; while more are left, wins alone could still show anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,10 @@ def decide(
     taught: Collection[str],
     rate_per_s: float | None = None,
     is_complete: bool = True,
+    past: Past = Past(),
 ) -> Decision:
-    """The gate's answer. `taught`: strata that the update learned; `rate_per_s`: held-out items arriving per second.
+    """The gate's answer. `taught`: strata that the update learned; `rate_per_s`: held-out episodes arriving per second;
+    `past`: what was decided before, which raises what is needed now (levels.py).
 
     Evidence is valid at any stopping time, so this may be asked after every chunk; while more chunks are to come
     (`is_complete` False) the strata, whose test is for one look, do not reject yet.
@@ -67,20 +74,58 @@ def decide(
     untaught_rows = [row for row in asked if row.item.stratum not in strata]
     protected = [row for row in asked if row.item.kind == "retention" or row.item.stratum not in strata]
     harm_alpha = config.alpha / _num_harm_tests(asked, taught_rows)
+    levels = levels_of(config, past)
     checks = [
         _canaries(scores.rows),
         _base_kl(scores.base_kl, config),
         *_probes(scores.probes, config),
         *scores.findings,
         *_strata(untaught_rows, config, is_complete),
-        *_retention(protected, taught_rows, config, harm_alpha),
-        *_taught(taught_rows, config, harm_alpha),
+        *_retention(protected, taught_rows, config, levels, harm_alpha),
+        *_taught(taught_rows, config, levels, harm_alpha),
         *_high_water(asked, config),
     ]
     if config.promote_on == "non_inferior":
-        differences = [_difference(row, "incumbent") for row in asked]
-        checks.append(_non_inferior("overall", asked, differences, config, harm_alpha))
+        differences = _differences(asked, "incumbent")
+        checks.append(_non_inferior("overall", asked, differences, config, levels, harm_alpha))
     return _verdict(checks, rate_per_s)
+
+
+def is_futile(
+    scores: GateScores,
+    decision: Decision,
+    left: Sequence[SuiteItem],
+    config: GateConfig,
+    *,
+    taught: Collection[str],
+    past: Past = Past(),
+) -> bool:
+    """Whether the questions that are `left` are not worth asking after a hold.
+
+    Either none of their answers could show what is missing (the decision itself is asked, were every one of them won),
+    or at least half is asked and the evidence for what is missing has fallen below `gate.futility`. While more than a
+    gain is missing the gain does not count: whether a candidate does harm decides what becomes of its records.
+    """
+    missing = _missing(decision)
+    num_asked = sum(row.item.kind != "canary" for row in scores.rows)
+    is_unlikely = any(check.evidence is not None and check.evidence < config.futility for check in missing)
+    if is_unlikely and num_asked >= len(left):
+        return True
+    if len(left) > FEW and all(check.evidence is not None for check in missing):
+        return False  # so many wins could show anything
+    won = [ItemScores(item, 1.0, dict.fromkeys(_roles(scores.rows), 0.0)) for item in left]
+    best = decide(replace(scores, rows=(*scores.rows, *won)), config, taught=taught, past=past)
+    return bool(_missing(best)) and (_is_gain(missing[0]) or not _is_gain(_missing(best)[0]))
+
+
+def _missing(decision: Decision) -> list[Check]:
+    """What holds; gains only where nothing else does."""
+    held = [check for check in decision.checks if check.verdict is Verdict.HOLD]
+    return [check for check in held if not _is_gain(check)] or held
+
+
+def _is_gain(check: Check) -> bool:
+    return check.code is Code.GAIN
 
 
 def moves_high_water(decision: Decision) -> bool:
@@ -171,7 +216,7 @@ def _strata(rows: Sequence[ItemScores], config: GateConfig, is_complete: bool) -
     groups: dict[str, list[ItemScores]] = defaultdict(list)
     for row in rows:
         groups[row.item.stratum].append(row)
-    small = [group for group in groups.values() if len(group) < config.stratum_min_items]
+    small = [group for group in groups.values() if num_clusters(group) < config.stratum_min_items]
     checks = [_stratum(f"stratum {name}", groups[name], config, is_complete) for name in sorted(groups)]
     if len(small) > 1:
         checks.append(_stratum("small strata together", [r for group in small for r in group], config, is_complete))
@@ -180,51 +225,55 @@ def _strata(rows: Sequence[ItemScores], config: GateConfig, is_complete: bool) -
 
 def _stratum(name: str, rows: Sequence[ItemScores], config: GateConfig, is_complete: bool) -> Check:
     """A drop beyond the margin never passes. It rejects when luck is no likelier than alpha, else it holds."""
-    differences = {role: [_difference(row, role) for row in rows] for role in _roles(rows)}
-    numbers: dict[str, Any] = {"candidate": _mean(row.candidate for row in rows), "num_items": len(rows)}
+    differences = {role: _differences(rows, role) for role in _roles(rows)}
+    num = num_clusters(rows)
+    numbers: dict[str, Any] = {"candidate": _mean(row.candidate for row in rows), "num_items": num}
     for role, against in differences.items():
         drop = -_mean(against)
         is_falling = drop > config.stratum_margin + ROUNDING and _mean(differences["incumbent"]) < 0
-        if not is_falling or role == "anchor" or len(rows) < config.stratum_min_items:
+        if not is_falling or role == "anchor" or num < config.stratum_min_items:
             continue
         numbers |= {"reference": _mean(_reference(row, role) for row in rows), "difference": -drop}
         reason = f"{drop:.3f} below the {role.replace('_', '-')}, more than {config.stratum_margin:g}"
         if is_complete and sign_p(against) <= config.alpha:
-            return Check(name, Code.STRATUM, Verdict.REJECT, f"{reason}, on {len(rows)} items", **numbers)
+            return Check(name, Code.STRATUM, Verdict.REJECT, f"{reason}, on {num} items", **numbers)
         needed = items_needed(against, -config.stratum_margin, config.alpha, config.stratum_margin)
-        missing = max(1, needed - len(rows))
+        missing = max(1, needed - num)
         return Check(
             name,
             Code.STRATUM,
             Verdict.HOLD,
-            f"{reason}, and {len(rows)} items may be luck",
+            f"{reason}, and {num} items may be luck",
             num_missing=missing,
             **numbers,
         )
     reference = _mean(row.references["incumbent"] for row in rows)
     numbers |= {"reference": reference, "difference": numbers["candidate"] - reference}
-    is_small = len(rows) < config.stratum_min_items
-    note = f", {len(rows)} items are too few to judge by themselves" if is_small else ""
+    is_small = num < config.stratum_min_items
+    note = f", {num} items are too few to judge by themselves" if is_small else ""
     return Check(name, Code.STRATUM, Verdict.PROMOTE, f"{reference:.3f} to {numbers['candidate']:.3f}{note}", **numbers)
 
 
 def _retention(
-    protected: Sequence[ItemScores], taught: Sequence[ItemScores], config: GateConfig, harm_alpha: float
+    protected: Sequence[ItemScores],
+    taught: Sequence[ItemScores],
+    config: GateConfig,
+    levels: Levels,
+    harm_alpha: float,
 ) -> list[Check]:
     """Non-inferiority on what was not taught, against every reference.
 
     When there are too few such items for any answer, the taught ones join with their gains cut to zero.
     """
-    least = items_needed([0.0], -config.margin, config.alpha, config.margin)
+    least = items_for_margin(config.margin, levels.non_inferior)
     ids = {row.item.id for row in protected}
-    joined = [row for row in taught if row.item.id not in ids] if len(protected) < least else []
+    joined = [row for row in taught if row.item.id not in ids] if num_clusters(protected) < least else []
     rows = [*protected, *joined]
     checks = []
     for role in _roles(rows):
-        differences = [_difference(row, role) for row in protected]
-        differences += [min(0.0, _difference(row, role)) for row in joined]
+        differences = _differences(rows, role, lambda row, d: d if row.item.id in ids else min(0.0, d))
         name = f"retention against {role.replace('_', '-')}"
-        checks.append(_non_inferior(name, rows, differences, config, harm_alpha, role, num_joined=len(joined)))
+        checks.append(_non_inferior(name, rows, differences, config, levels, harm_alpha, role, num_joined=len(joined)))
     return checks
 
 
@@ -233,45 +282,44 @@ def _non_inferior(
     rows: Sequence[ItemScores],
     differences: Sequence[float],
     config: GateConfig,
+    levels: Levels,
     harm_alpha: float,
     role: Role = "incumbent",
     num_joined: int = 0,
 ) -> Check:
-    low, high = lower_bound(differences, config.alpha), upper_bound(differences, config.alpha)
-    numbers: dict[str, Any] = {"low": low, "high": high, "num_items": len(rows)}
+    alpha = levels.non_inferior
+    low, high = lower_bound(differences, alpha), upper_bound(differences, alpha)
+    numbers: dict[str, Any] = {"low": low, "high": high, "num_items": len(differences)}
     if rows:
         numbers["candidate"] = _mean(row.candidate for row in rows)
         numbers["reference"] = _mean(_reference(row, role) for row in rows)
         numbers["difference"] = _mean(differences)
-    about = f"between {low:+.3f} and {high:+.3f} of it on {len(rows)} items, margin {config.margin:g}"
+    about = f"between {low:+.3f} and {high:+.3f} of it on {len(differences)} items, margin {config.margin:g}"
     if num_joined:
         about += f" ({num_joined} of them taught, their gains not counted)"
     if low > -config.margin:
         return Check(name, Code.RETENTION, Verdict.PROMOTE, about, **numbers)
     # an older reference may be out of reach already; the candidate is to blame only for what it lost itself
-    is_to_blame = role == "incumbent" or (bool(rows) and _mean(_difference(row, "incumbent") for row in rows) < 0)
+    is_to_blame = role == "incumbent" or (bool(rows) and _mean(_differences(rows, "incumbent")) < 0)
     if is_to_blame and e_value([-d for d in differences], 0.0) >= 1 / harm_alpha:
         return Check(name, Code.RETENTION, Verdict.REJECT, f"worse: {about}", **numbers)
-    needed = items_needed(differences, -config.margin, config.alpha, config.margin)
-    missing = max(1, needed - len(rows))
+    numbers["evidence"] = e_value(differences, -config.margin)
+    missing = max(1, items_needed(differences, -config.margin, alpha, config.margin) - len(differences))
     return Check(name, Code.RETENTION, Verdict.HOLD, f"not shown: {about}", num_missing=missing, **numbers)
 
 
-def _taught(rows: Sequence[ItemScores], config: GateConfig, harm_alpha: float) -> list[Check]:
+def _taught(rows: Sequence[ItemScores], config: GateConfig, levels: Levels, harm_alpha: float) -> list[Check]:
     """Gain per suite, and harm in any stratum that was taught. A gain in one suite is enough, a loss in none is."""
-    suites: dict[str, list[float]] = defaultdict(list)
-    strata: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        suites[row.item.suite].append(_difference(row, "incumbent"))
-        strata[row.item.stratum].append(_difference(row, "incumbent"))
-    alpha = config.alpha / max(1, len(suites))
+    suites = _by(rows, lambda row: row.item.suite)
+    strata = _by(rows, lambda row: row.item.stratum)
+    alpha = levels.gain / max(1, len(suites))
     gained = {name for name, differences in suites.items() if e_value(differences, 0.0) >= 1 / alpha}
     checks = [
         _gain(name, suites[name], alpha, harm_alpha, config, is_needed=config.promote_on == "gain" and not gained)
         for name in sorted(suites)
     ]
     if not suites and config.promote_on == "gain":
-        missing = items_needed([], 0.0, config.alpha, config.margin)
+        missing = items_needed([], 0.0, levels.gain, config.margin)
         reason = "no held-out item asks for what was taught"
         checks.append(Check("gain", Code.GAIN, Verdict.HOLD, reason, num_missing=missing))
     for name in sorted(strata):
@@ -295,6 +343,8 @@ def _gain(
         verdict, about = Verdict.HOLD, f"not shown: {about}"
         missing = max(1, items_needed(differences, 0.0, alpha, config.margin) - len(differences))
     numbers: dict[str, Any] = {"difference": _mean(differences), "low": low, "high": high}
+    if is_needed:
+        numbers["evidence"] = e_value(differences, 0.0)
     return Check(
         f"gain in {suite}", Code.GAIN, verdict, about, num_items=len(differences), num_missing=missing, **numbers
     )
@@ -302,12 +352,12 @@ def _gain(
 
 def _high_water(rows: Sequence[ItemScores], config: GateConfig) -> list[Check]:
     """Present only when the candidate beats the high-water mark by overwhelming evidence."""
-    differences = [_difference(row, "high_water") for row in rows]
+    differences = _differences(rows, "high_water")
     evidence = e_value(differences, 0.0)
     if evidence < config.high_water_evidence:
         return []
     reason = f"evidence {evidence:.3g} that it is better than the best so far, {config.high_water_evidence:g} needed"
-    numbers: dict[str, Any] = {"difference": _mean(differences), "num_items": len(rows)}
+    numbers: dict[str, Any] = {"difference": _mean(differences), "num_items": len(differences)}
     return [Check(HIGH_WATER_CHECK, Code.HIGH_WATER, Verdict.PROMOTE, reason, **numbers)]
 
 
@@ -323,6 +373,38 @@ def _reference(row: ItemScores, role: Role) -> float:
 
 def _difference(row: ItemScores, role: Role) -> float:
     return row.candidate - _reference(row, role)
+
+
+def num_clusters(rows: Iterable[ItemScores]) -> int:
+    """How many items that share nothing with each other these are worth."""
+    return len({_cluster(row.item) for row in rows})
+
+
+def _cluster(item: SuiteItem) -> tuple[bool, str]:
+    return (True, item.id) if item.cluster is None else (False, item.cluster)
+
+
+def _differences(
+    rows: Iterable[ItemScores], role: Role, counted: Callable[[ItemScores, float], float] | None = None
+) -> list[float]:
+    """Candidate less reference, averaged within each cluster, clusters in the order they were first asked.
+
+    `counted` may change an item's difference before the average.
+    """
+    clusters: dict[tuple[bool, str], list[float]] = {}
+    for row in rows:
+        difference = _difference(row, role)
+        value = difference if counted is None else counted(row, difference)
+        clusters.setdefault(_cluster(row.item), []).append(value)
+    return [values[0] if len(values) == 1 else _mean(values) for values in clusters.values()]
+
+
+def _by(rows: Sequence[ItemScores], key: Callable[[ItemScores], str]) -> dict[str, list[float]]:
+    """Differences to the incumbent of each group of rows."""
+    groups: dict[str, list[ItemScores]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return {name: _differences(group, "incumbent") for name, group in groups.items()}
 
 
 def _mean(values: Iterable[float]) -> float:
