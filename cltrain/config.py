@@ -258,6 +258,12 @@ class Config(Section):
         chosen = self.home or os.environ.get("CLTRAIN_HOME") or "checkpoints"
         return Path(chosen).expanduser().resolve()
 
+    @property
+    def tightest_bounds(self) -> BoundsConfig:
+        """The bounds, the gate's own limit on the drift among them: what would fail there on drift alone is pulled back
+        along its segment as by any bound, and measured again, before the gate sees it."""
+        return self.bounds.model_copy(update={"drift_kl": min(self.bounds.drift_kl, self.gate.base_kl)})
+
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 

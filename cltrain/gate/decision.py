@@ -13,12 +13,12 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cltrain.config import GateConfig
 from cltrain.gate.levels import Levels, Past, levels_of
-from cltrain.gate.stats import e_value, items_for_margin, items_needed, lower_bound, sign_p, upper_bound
+from cltrain.gate.stats import e_value, items_for_margin, items_needed, lower_bound, means, sign_p, upper_bound
 from cltrain.gate.suites import is_taught
 from cltrain.gate.triggers import ProbeResult
 from cltrain.records import Check, Code, Decision, SuiteItem, Verdict
@@ -26,7 +26,6 @@ from cltrain.records import Check, Code, Decision, SuiteItem, Verdict
 Role = Literal["incumbent", "high_water", "anchor"]
 HIGH_WATER_CHECK = "high-water mark moves"
 ROUNDING = 1e-9
-FEW = 100  # questions; while more are left, wins alone could still show anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,43 +90,6 @@ def decide(
     return _verdict(checks, rate_per_s)
 
 
-def is_futile(
-    scores: GateScores,
-    decision: Decision,
-    left: Sequence[SuiteItem],
-    config: GateConfig,
-    *,
-    taught: Collection[str],
-    past: Past = Past(),
-) -> bool:
-    """Whether the questions that are `left` are not worth asking after a hold.
-
-    Either none of their answers could show what is missing (the decision itself is asked, were every one of them won),
-    or at least half is asked and the evidence for what is missing has fallen below `gate.futility`. While more than a
-    gain is missing the gain does not count: whether a candidate does harm decides what becomes of its records.
-    """
-    missing = _missing(decision)
-    num_asked = sum(row.item.kind != "canary" for row in scores.rows)
-    is_unlikely = any(check.evidence is not None and check.evidence < config.futility for check in missing)
-    if is_unlikely and num_asked >= len(left):
-        return True
-    if len(left) > FEW and all(check.evidence is not None for check in missing):
-        return False  # so many wins could show anything
-    won = [ItemScores(item, 1.0, dict.fromkeys(_roles(scores.rows), 0.0)) for item in left]
-    best = decide(replace(scores, rows=(*scores.rows, *won)), config, taught=taught, past=past)
-    return bool(_missing(best)) and (_is_gain(missing[0]) or not _is_gain(_missing(best)[0]))
-
-
-def _missing(decision: Decision) -> list[Check]:
-    """What holds; gains only where nothing else does."""
-    held = [check for check in decision.checks if check.verdict is Verdict.HOLD]
-    return [check for check in held if not _is_gain(check)] or held
-
-
-def _is_gain(check: Check) -> bool:
-    return check.code is Code.GAIN
-
-
 def moves_high_water(decision: Decision) -> bool:
     """Whether the promoted candidate becomes the new high-water mark (`gate.high_water_evidence`)."""
     return decision.verdict is Verdict.PROMOTE and any(check.name == HIGH_WATER_CHECK for check in decision.checks)
@@ -136,7 +98,7 @@ def moves_high_water(decision: Decision) -> bool:
 def _num_harm_tests(asked: Sequence[ItemScores], taught: Sequence[ItemScores]) -> int:
     """How many tests may find harm: their false alarms share one alpha."""
     suites, strata = {row.item.suite for row in taught}, {row.item.stratum for row in taught}
-    return len(_roles(asked)) + 1 + len(suites) + len(strata)
+    return len(roles_of(asked)) + 1 + len(suites) + len(strata)
 
 
 def _verdict(checks: Sequence[Check], rate_per_s: float | None) -> Decision:
@@ -225,7 +187,7 @@ def _strata(rows: Sequence[ItemScores], config: GateConfig, is_complete: bool) -
 
 def _stratum(name: str, rows: Sequence[ItemScores], config: GateConfig, is_complete: bool) -> Check:
     """A drop beyond the margin never passes. It rejects when luck is no likelier than alpha, else it holds."""
-    differences = {role: _differences(rows, role) for role in _roles(rows)}
+    differences = {role: _differences(rows, role) for role in roles_of(rows)}
     num = num_clusters(rows)
     numbers: dict[str, Any] = {"candidate": _mean(row.candidate for row in rows), "num_items": num}
     for role, against in differences.items():
@@ -270,7 +232,7 @@ def _retention(
     joined = [row for row in taught if row.item.id not in ids] if num_clusters(protected) < least else []
     rows = [*protected, *joined]
     checks = []
-    for role in _roles(rows):
+    for role in roles_of(rows):
         differences = _differences(rows, role, lambda row, d: d if row.item.id in ids else min(0.0, d))
         name = f"retention against {role.replace('_', '-')}"
         checks.append(_non_inferior(name, rows, differences, config, levels, harm_alpha, role, num_joined=len(joined)))
@@ -361,7 +323,7 @@ def _high_water(rows: Sequence[ItemScores], config: GateConfig) -> list[Check]:
     return [Check(HIGH_WATER_CHECK, Code.HIGH_WATER, Verdict.PROMOTE, reason, **numbers)]
 
 
-def _roles(rows: Sequence[ItemScores]) -> list[Role]:
+def roles_of(rows: Sequence[ItemScores]) -> list[Role]:
     """The references that were scored; the incumbent always, so that no items mean no evidence and not no check."""
     others: tuple[Role, ...] = ("high_water", "anchor")
     return ["incumbent", *(role for role in others if any(role in row.references for row in rows))]
@@ -375,28 +337,17 @@ def _difference(row: ItemScores, role: Role) -> float:
     return row.candidate - _reference(row, role)
 
 
-def num_clusters(rows: Iterable[ItemScores]) -> int:
+def num_clusters(rows: Sequence[ItemScores]) -> int:
     """How many items that share nothing with each other these are worth."""
-    return len({_cluster(row.item) for row in rows})
-
-
-def _cluster(item: SuiteItem) -> tuple[bool, str]:
-    return (True, item.id) if item.cluster is None else (False, item.cluster)
+    clusters = [row.item.cluster for row in rows if row.item.cluster is not None]
+    return len(rows) - len(clusters) + len(set(clusters))
 
 
 def _differences(
-    rows: Iterable[ItemScores], role: Role, counted: Callable[[ItemScores, float], float] | None = None
+    rows: Sequence[ItemScores], role: Role, counted: Callable[[ItemScores, float], float] = lambda _, d: d
 ) -> list[float]:
-    """Candidate less reference, averaged within each cluster, clusters in the order they were first asked.
-
-    `counted` may change an item's difference before the average.
-    """
-    clusters: dict[tuple[bool, str], list[float]] = {}
-    for row in rows:
-        difference = _difference(row, role)
-        value = difference if counted is None else counted(row, difference)
-        clusters.setdefault(_cluster(row.item), []).append(value)
-    return [values[0] if len(values) == 1 else _mean(values) for values in clusters.values()]
+    """Candidate less reference, averaged within each cluster; `counted` may change an item's before the average."""
+    return means([counted(row, _difference(row, role)) for row in rows], [row.item.cluster for row in rows])
 
 
 def _by(rows: Sequence[ItemScores], key: Callable[[ItemScores], str]) -> dict[str, list[float]]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from sqlalchemy import delete, insert, select
 
 from cltrain.config import GateConfig
-from cltrain.gate.decision import GateScores, ItemScores, Role, decide, is_futile
+from cltrain.gate.decision import GateScores, ItemScores, Role, decide
+from cltrain.gate.futility import is_futile
 from cltrain.gate.levels import Past
 from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.scorers import VERSION, score_item

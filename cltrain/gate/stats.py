@@ -64,6 +64,14 @@ def items_needed(differences: Sequence[float], above: float, alpha: float, effec
     return min(MAX_ITEMS, math.ceil(target / growth)) if growth > 0 else MAX_ITEMS
 
 
+def means(differences: Sequence[float], clusters: Sequence[str | None]) -> list[float]:
+    """The mean of each cluster, in the order of its first item; an item without one (None) is its own."""
+    groups: dict[object, list[float]] = {}
+    for number, (difference, cluster) in enumerate(zip(differences, clusters, strict=True)):
+        groups.setdefault(number if cluster is None else cluster, []).append(difference)
+    return [values[0] if len(values) == 1 else math.fsum(values) / len(values) for values in groups.values()]
+
+
 def items_for_margin(margin: float, alpha: float, discordance: float = 0.0) -> int:
     """The fewest items on which two equals can be expected to be shown no worse than `margin` (in (0, 1)) apart.
 
