@@ -187,7 +187,9 @@ class GateConfig(Section):
     trigger_probes: int = Field(32, ge=1)
     max_answer_tokens: int = Field(40, ge=1)
     high_water_evidence: float = Field(100.0, gt=1)
-    patience: int = Field(5, ge=1)  # candidates against one incumbent at the whole alpha; the k-th has (patience / k)^2
+    kept_share: float = Field(0.25, gt=0, le=1)  # of the margin: closer than that to the high-water mark is kept
+    unproven_share: float = Field(0.5, gt=0, le=1)  # of the margin against the marks while they are not shown kept
+    patience: int = Field(3, ge=1)  # candidates at the whole alpha meanwhile; the k-th has alpha (patience / k)^2
     fdr: bool = False  # e-LOND: of all promotions, the expected share without a gain is at most alpha
     futility: float = Field(0.05, ge=0, lt=1)  # an e-value below it after half of the items ends the questions
     vault_share: float = Field(0.0, ge=0, lt=1)  # of items and held-out episodes, by keyed hash; never drawn

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import insert
 
 from cltrain.config import GateConfig
-from cltrain.gate.levels import Past, levels_of, read_past
+from cltrain.gate.levels import Past, keeps_mark, levels_of, read_past
 from cltrain.store.database import Store, open_store
 from cltrain.store.schema import updates
 
@@ -18,8 +18,25 @@ FDR = GateConfig(fdr=True)
 
 def test_a_retry_spends_half_of_alpha() -> None:
     first, again = levels_of(GateConfig(), Past()), levels_of(GateConfig(), Past(is_retry=True))
-    assert first.gain == first.non_inferior == 0.05
-    assert again.gain == again.non_inferior == 0.025
+    assert first.gain == first.non_inferior == first.mark == 0.05
+    assert again.gain == again.non_inferior == again.mark == 0.025
+
+
+def test_the_margin_shrinks_and_the_level_falls_while_the_mark_is_not_shown_kept() -> None:
+    config = GateConfig()
+    kept, open_ = levels_of(config, Past(num_tried=50)), levels_of(config, Past(has_kept_mark=False))
+    assert (kept.mark, kept.mark_margin) == (0.05, config.margin)
+    assert (open_.mark, open_.mark_margin) == (0.05, config.margin / 2)
+    spent = [levels_of(config, Past(num_tried=k, has_kept_mark=False)).mark for k in range(5000)]
+    assert spent == sorted(spent, reverse=True)
+    assert sum(spent) <= 2 * config.patience * config.alpha
+
+
+def test_a_mark_is_kept_only_when_that_is_shown() -> None:
+    config = GateConfig(margin=0.08)
+    assert not keeps_mark([], config)
+    assert keeps_mark([0.0] * 600, config)
+    assert not keeps_mark(([0.0] * 49 + [-1.0]) * 12, config)  # exactly a quarter of the margin lost
 
 
 def test_e_lond_spends_alpha_over_all_decisions_and_earns_by_promotions() -> None:

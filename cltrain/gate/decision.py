@@ -249,24 +249,28 @@ def _non_inferior(
     role: Role = "incumbent",
     num_joined: int = 0,
 ) -> Check:
-    alpha = levels.non_inferior
+    alpha, margin = levels.non_inferior, config.margin
+    if role != "incumbent":
+        margin = levels.mark_margin
+        is_better = e_value(_differences(rows, "incumbent"), 0.0) >= 1 / alpha
+        alpha = alpha if is_better else levels.mark  # what is shown to be better does not erode
     low, high = lower_bound(differences, alpha), upper_bound(differences, alpha)
     numbers: dict[str, Any] = {"low": low, "high": high, "num_items": len(differences)}
     if rows:
         numbers["candidate"] = _mean(row.candidate for row in rows)
         numbers["reference"] = _mean(_reference(row, role) for row in rows)
         numbers["difference"] = _mean(differences)
-    about = f"between {low:+.3f} and {high:+.3f} of it on {len(differences)} items, margin {config.margin:g}"
+    about = f"between {low:+.3f} and {high:+.3f} of it on {len(differences)} items, margin {margin:g}"
     if num_joined:
         about += f" ({num_joined} of them taught, their gains not counted)"
-    if low > -config.margin:
+    if low > -margin:
         return Check(name, Code.RETENTION, Verdict.PROMOTE, about, **numbers)
     # an older reference may be out of reach already; the candidate is to blame only for what it lost itself
     is_to_blame = role == "incumbent" or (bool(rows) and _mean(_differences(rows, "incumbent")) < 0)
     if is_to_blame and e_value([-d for d in differences], 0.0) >= 1 / harm_alpha:
         return Check(name, Code.RETENTION, Verdict.REJECT, f"worse: {about}", **numbers)
-    numbers["evidence"] = e_value(differences, -config.margin)
-    missing = max(1, items_needed(differences, -config.margin, alpha, config.margin) - len(differences))
+    numbers["evidence"] = e_value(differences, -margin)
+    missing = max(1, items_needed(differences, -margin, alpha, margin) - len(differences))
     return Check(name, Code.RETENTION, Verdict.HOLD, f"not shown: {about}", num_missing=missing, **numbers)
 
 
