@@ -187,11 +187,9 @@ class GateConfig(Section):
     trigger_probes: int = Field(32, ge=1)
     max_answer_tokens: int = Field(40, ge=1)
     high_water_evidence: float = Field(100.0, gt=1)
-    kept_share: float = Field(0.25, gt=0, le=1)  # of the margin: closer than that to the high-water mark is kept
-    unproven_share: float = Field(0.5, gt=0, le=1)  # of the margin against the marks while they are not shown kept
-    patience: int = Field(3, ge=1)  # candidates at the whole alpha meanwhile; the k-th has alpha (patience / k)^2
+    track_record: int = Field(30, ge=2)  # candidates judged before what they were like says what to expect of the next
+    track_window: int = Field(200, ge=2)  # the newest of them that count
     fdr: bool = False  # e-LOND: of all promotions, the expected share without a gain is at most alpha
-    futility: float = Field(0.05, ge=0, lt=1)  # an e-value below it after half of the items ends the questions
     vault_share: float = Field(0.0, ge=0, lt=1)  # of items and held-out episodes, by keyed hash; never drawn
     vault_days: float = Field(7.0, gt=0)  # between two openings
     filter_and_retry: bool = True

@@ -72,7 +72,7 @@ class Evidence:
             seed=seed,
             used_before=used_before,
             fresh_only=is_retry,
-            past=read_past(self.store, agent, incumbent),
+            past=read_past(self.store, agent, self.config.gate.track_window),
             on_chunk=lambda done, planned: self.on_progress(f"{candidate}: judged on {done} of {planned} items"),
         )
 

@@ -286,7 +286,6 @@ class Check:
     high: float | None = None
     num_items: int = 0
     num_missing: int = 0  # items still needed for an answer, 0 when decided
-    evidence: float | None = None  # e-value of what a held check would have to show
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,3 +301,4 @@ class Decision:
     codes: tuple[Code, ...] = ()
     num_planned: int = 0  # items drawn; fewer are asked when the answer is clear before
     num_asked: int = 0
+    outcome: tuple[float, float, int] | None = None  # gain over the incumbent on either half, and number of items

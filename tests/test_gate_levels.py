@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import insert
 
 from cltrain.config import GateConfig
-from cltrain.gate.levels import Past, keeps_mark, levels_of, read_past
+from cltrain.gate.levels import Past, levels_of, read_past
+from cltrain.gate.track import Outcome
 from cltrain.store.database import Store, open_store
 from cltrain.store.schema import updates
 
@@ -18,25 +19,8 @@ FDR = GateConfig(fdr=True)
 
 def test_a_retry_spends_half_of_alpha() -> None:
     first, again = levels_of(GateConfig(), Past()), levels_of(GateConfig(), Past(is_retry=True))
-    assert first.gain == first.non_inferior == first.mark == 0.05
-    assert again.gain == again.non_inferior == again.mark == 0.025
-
-
-def test_the_margin_shrinks_and_the_level_falls_while_the_mark_is_not_shown_kept() -> None:
-    config = GateConfig()
-    kept, open_ = levels_of(config, Past(num_tried=50)), levels_of(config, Past(has_kept_mark=False))
-    assert (kept.mark, kept.mark_margin) == (0.05, config.margin)
-    assert (open_.mark, open_.mark_margin) == (0.05, config.margin / 2)
-    spent = [levels_of(config, Past(num_tried=k, has_kept_mark=False)).mark for k in range(5000)]
-    assert spent == sorted(spent, reverse=True)
-    assert sum(spent) <= 2 * config.patience * config.alpha
-
-
-def test_a_mark_is_kept_only_when_that_is_shown() -> None:
-    config = GateConfig(margin=0.08)
-    assert not keeps_mark([], config)
-    assert keeps_mark([0.0] * 600, config)
-    assert not keeps_mark(([0.0] * 49 + [-1.0]) * 12, config)  # exactly a quarter of the margin lost
+    assert first.gain == first.non_inferior == 0.05
+    assert again.gain == again.non_inferior == 0.025
 
 
 def test_e_lond_spends_alpha_over_all_decisions_and_earns_by_promotions() -> None:
@@ -68,25 +52,25 @@ def test_of_all_promotions_at_most_alpha_have_no_gain_under_dependence() -> None
     assert np.mean([_false_share(GateConfig(), rng) for _ in range(100)]) > 0.2  # what it is for
 
 
-def _update(
-    store: Store, number: int, parent: str, verdict: str, mode: str = "auto", candidate: str | None = "c"
-) -> None:
+def _update(store: Store, number: int, verdict: str, mode: str = "auto", candidate: str | None = "c") -> None:
+    summary = {"decision": {"verdict": verdict, "outcome": [number / 100, 0.0, 50]}}
     with store.write() as connection:
         connection.execute(
             insert(updates).values(
-                id=f"u{number}", agent="support", number=number, state="done", parent=parent, candidate=candidate,
-                verdict=verdict, mode=mode, fence=1, manifest={}, started_at=0.0,
+                id=f"u{number}", agent="support", number=number, state="done", parent="a", candidate=candidate,
+                verdict=verdict, mode=mode, fence=1, manifest={}, summary=summary, started_at=0.0,
             )
         )  # fmt: skip
 
 
-def test_only_decisions_that_could_have_served_count(tmp_path: Path) -> None:
+def test_what_was_decided_before_is_read_from_the_updates(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    said = ["hold", "reject", "promote", "hold", "error"]
-    for number, verdict in enumerate(said):
-        _update(store, number, "a" if number < 3 else "b", verdict)
-    _update(store, 7, "b", "hold", mode="trial")
-    _update(store, 8, "b", "promote", mode="observe")
-    _update(store, 9, "b", "hold", candidate=None)  # nothing was judged
-    assert read_past(store, "support", "b") == Past(num_tried=1, num_decisions=4, num_promoted=1)
-    assert read_past(store, "billing", "b") == Past()
+    for number, verdict in enumerate(["hold", "reject", "promote", "hold", "error"]):
+        _update(store, number, verdict)
+    _update(store, 7, "hold", mode="trial")
+    _update(store, 8, "promote", mode="observe")  # served nothing, but shows what candidates are like
+    _update(store, 9, "hold", candidate=None)  # nothing was judged
+    record = tuple(Outcome(number / 100, 0.0, 50) for number in (0, 1, 2, 3, 8))
+    assert read_past(store, "support", 200) == Past(num_decisions=4, num_promoted=1, record=record)
+    assert read_past(store, "support", 2).record == record[-2:]
+    assert read_past(store, "billing", 200) == Past()

@@ -13,13 +13,14 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cltrain.config import GateConfig
 from cltrain.gate.levels import Levels, Past, levels_of
 from cltrain.gate.stats import e_value, items_for_margin, items_needed, lower_bound, means, sign_p, upper_bound
 from cltrain.gate.suites import is_taught
+from cltrain.gate.track import expected_gain, outcome_of
 from cltrain.gate.triggers import ProbeResult
 from cltrain.records import Check, Code, Decision, SuiteItem, Verdict
 
@@ -84,10 +85,11 @@ def decide(
         *_taught(taught_rows, config, levels, harm_alpha),
         *_high_water(asked, config),
     ]
+    differences = _differences(asked, "incumbent")
     if config.promote_on == "non_inferior":
-        differences = _differences(asked, "incumbent")
         checks.append(_non_inferior("overall", asked, differences, config, levels, harm_alpha))
-    return _verdict(checks, rate_per_s)
+        checks.append(_expected(differences, config, levels, past))
+    return replace(_verdict(checks, rate_per_s), outcome=outcome_of(differences))
 
 
 def moves_high_water(decision: Decision) -> bool:
@@ -233,7 +235,8 @@ def _retention(
     rows = [*protected, *joined]
     checks = []
     for role in roles_of(rows):
-        differences = _differences(rows, role, lambda row, d: d if row.item.id in ids else min(0.0, d))
+        counted = (lambda row, d: d if row.item.id in ids else min(0.0, d)) if joined else None
+        differences = _differences(rows, role, counted)
         name = f"retention against {role.replace('_', '-')}"
         checks.append(_non_inferior(name, rows, differences, config, levels, harm_alpha, role, num_joined=len(joined)))
     return checks
@@ -250,10 +253,6 @@ def _non_inferior(
     num_joined: int = 0,
 ) -> Check:
     alpha, margin = levels.non_inferior, config.margin
-    if role != "incumbent":
-        margin = levels.mark_margin
-        is_better = e_value(_differences(rows, "incumbent"), 0.0) >= 1 / alpha
-        alpha = alpha if is_better else levels.mark  # what is shown to be better does not erode
     low, high = lower_bound(differences, alpha), upper_bound(differences, alpha)
     numbers: dict[str, Any] = {"low": low, "high": high, "num_items": len(differences)}
     if rows:
@@ -269,7 +268,6 @@ def _non_inferior(
     is_to_blame = role == "incumbent" or (bool(rows) and _mean(_differences(rows, "incumbent")) < 0)
     if is_to_blame and e_value([-d for d in differences], 0.0) >= 1 / harm_alpha:
         return Check(name, Code.RETENTION, Verdict.REJECT, f"worse: {about}", **numbers)
-    numbers["evidence"] = e_value(differences, -margin)
     missing = max(1, items_needed(differences, -margin, alpha, margin) - len(differences))
     return Check(name, Code.RETENTION, Verdict.HOLD, f"not shown: {about}", num_missing=missing, **numbers)
 
@@ -309,11 +307,31 @@ def _gain(
         verdict, about = Verdict.HOLD, f"not shown: {about}"
         missing = max(1, items_needed(differences, 0.0, alpha, config.margin) - len(differences))
     numbers: dict[str, Any] = {"difference": _mean(differences), "low": low, "high": high}
-    if is_needed:
-        numbers["evidence"] = e_value(differences, 0.0)
     return Check(
         f"gain in {suite}", Code.GAIN, verdict, about, num_items=len(differences), num_missing=missing, **numbers
     )
+
+
+def _expected(differences: Sequence[float], config: GateConfig, levels: Levels, past: Past) -> Check:
+    """Where no gain must be shown, a loss must not be what this trainer's record makes one expect; without a record, a
+    gain must be shown after all."""
+    name, num = "gain by record", len(differences)
+    evidence = e_value(differences, 0.0)
+    numbers: dict[str, Any] = {"num_items": num}
+    if num:
+        numbers["difference"] = _mean(differences)
+    if len(past.record) >= config.track_record and num:
+        expected = expected_gain(differences, past.record)
+        reason = f"{expected:+.4f} expected, by this and the {len(past.record)} candidates before"
+        if expected >= 0:
+            return Check(name, Code.GAIN, Verdict.PROMOTE, reason, **numbers)
+    else:
+        left = config.track_record - len(past.record)
+        reason = f"e-value {evidence:.3g} that it is better, {1 / levels.gain:g} needed until {left} more were judged"
+        if evidence >= 1 / levels.gain:
+            return Check(name, Code.GAIN, Verdict.PROMOTE, reason, **numbers)
+    missing = max(1, items_needed(differences, 0.0, levels.gain, config.margin) - num)
+    return Check(name, Code.GAIN, Verdict.HOLD, reason, num_missing=missing, **numbers)
 
 
 def _high_water(rows: Sequence[ItemScores], config: GateConfig) -> list[Check]:
@@ -337,10 +355,6 @@ def _reference(row: ItemScores, role: Role) -> float:
     return row.references.get(role, row.references["incumbent"])
 
 
-def _difference(row: ItemScores, role: Role) -> float:
-    return row.candidate - _reference(row, role)
-
-
 def num_clusters(rows: Sequence[ItemScores]) -> int:
     """How many items that share nothing with each other these are worth."""
     clusters = [row.item.cluster for row in rows if row.item.cluster is not None]
@@ -348,10 +362,13 @@ def num_clusters(rows: Sequence[ItemScores]) -> int:
 
 
 def _differences(
-    rows: Sequence[ItemScores], role: Role, counted: Callable[[ItemScores, float], float] = lambda _, d: d
+    rows: Sequence[ItemScores], role: Role, counted: Callable[[ItemScores, float], float] | None = None
 ) -> list[float]:
     """Candidate less reference, averaged within each cluster; `counted` may change an item's before the average."""
-    return means([counted(row, _difference(row, role)) for row in rows], [row.item.cluster for row in rows])
+    differences = [row.candidate - row.references.get(role, row.references["incumbent"]) for row in rows]
+    if counted is not None:
+        differences = [counted(row, d) for row, d in zip(rows, differences, strict=True)]
+    return means(differences, [row.item.cluster for row in rows])
 
 
 def _by(rows: Sequence[ItemScores], key: Callable[[ItemScores], str]) -> dict[str, list[float]]:

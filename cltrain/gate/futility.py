@@ -1,4 +1,4 @@
-"""When to stop asking: the questions that are left cannot, or will hardly, turn a hold into a promotion."""
+"""When to stop asking: the questions that are left cannot turn a hold into a promotion."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from cltrain.gate.decision import GateScores, ItemScores, decide, roles_of
 from cltrain.gate.levels import Past
 from cltrain.records import Check, Code, Decision, SuiteItem, Verdict
 
-FEW = 100  # questions; while more are left, wins alone could still show anything
-
 
 def is_futile(
     scores: GateScores,
@@ -22,19 +20,13 @@ def is_futile(
     taught: Collection[str],
     past: Past = Past(),
 ) -> bool:
-    """Whether the questions that are `left` are not worth asking after a hold.
+    """Whether no answers to the questions that are `left` could show what is missing after a hold.
 
-    Either none of their answers could show what is missing (the decision itself is asked, were every one of them won),
-    or at least half is asked and the evidence for what is missing has fallen below `gate.futility`. While more than a
-    gain is missing the gain does not count: whether a candidate does harm decides what becomes of its records.
+    The decision itself is asked, were every one of them won. While more than a gain is missing the gain does not count:
+    whether a candidate does harm decides what becomes of its records. (A stop once the e-value has fallen below 0.05
+    was tried: the smallest of the bets loses so slowly that harm always rejects before.)
     """
     missing = _missing(decision)
-    num_asked = sum(row.item.kind != "canary" for row in scores.rows)
-    is_unlikely = any(check.evidence is not None and check.evidence < config.futility for check in missing)
-    if is_unlikely and num_asked >= len(left):
-        return True
-    if len(left) > FEW and all(check.evidence is not None for check in missing):
-        return False  # so many wins could show anything
     won = [ItemScores(item, 1.0, dict.fromkeys(roles_of(scores.rows), 0.0)) for item in left]
     best = decide(replace(scores, rows=(*scores.rows, *won)), config, taught=taught, past=past)
     return bool(_missing(best)) and (_is_gain(missing[0]) or not _is_gain(_missing(best)[0]))

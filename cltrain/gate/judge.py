@@ -15,10 +15,9 @@ from sqlalchemy import delete, insert, select
 from cltrain.config import GateConfig
 from cltrain.gate.decision import GateScores, ItemScores, Role, decide
 from cltrain.gate.futility import is_futile
-from cltrain.gate.levels import Past, judged_on, keeps_mark
+from cltrain.gate.levels import Past
 from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.scorers import VERSION, score_item
-from cltrain.gate.stats import means
 from cltrain.gate.suites import is_taught, item_key
 from cltrain.gate.triggers import AnswerMany, ProbeResult, ScoreMany, Suspect, make_probes, own_probes, run_probes
 from cltrain.records import Code, Decision, SuiteItem, Verdict
@@ -82,7 +81,6 @@ def judge(
     rows: list[ItemScores] = []
     probes: list[ProbeResult] = []
     try:
-        past = replace(past, has_kept_mark=_has_kept_mark(store, agent, contest, items, config))
         rows += _score_rows(store, contest, canaries, config, answer_many)
         on_chunk(0, len(drawn))
         decision = decide(GateScores(tuple(rows), base_kl), config, taught=taught, rate_per_s=rate_per_s)
@@ -169,30 +167,11 @@ def _score_rows(
     ]
 
 
-def _has_kept_mark(store: Store, agent: str, contest: Contest, items: Sequence[SuiteItem], config: GateConfig) -> bool:
-    """By what both were asked at gates so far: nobody is asked anew."""
-    if contest.incumbent == contest.high_water:
-        return True
-    flattering = judged_on(store, agent, (contest.incumbent, contest.high_water))
-    fresh = {_key(item, config): item for item in items if item.kind != "canary" and item.id not in flattering}
-    ours, theirs = item_scores.alias(), item_scores.alias()
-    query = select(ours.c.item, ours.c.score - theirs.c.score).where(
-        ours.c.release == contest.incumbent, theirs.c.release == contest.high_water, ours.c.item == theirs.c.item
-    )
-    with store.read() as connection:
-        known = sorted((key, float(difference)) for key, difference in connection.execute(query) if key in fresh)
-    return keeps_mark(means([d for _, d in known], [fresh[key].cluster for key, _ in known]), config)
-
-
-def _key(item: SuiteItem, config: GateConfig) -> str:
-    return f"{item_key(item)}~{VERSION}~{config.max_answer_tokens}"
-
-
 def _scores(
     store: Store, release: str, items: Sequence[SuiteItem], config: GateConfig, answer_many: AnswerMany
 ) -> list[float]:
     """Scores of one release, asked only where the store does not know them. Raises ValueError for missing answers."""
-    keys = [_key(item, config) for item in items]
+    keys = [f"{item_key(item)}~{VERSION}~{config.max_answer_tokens}" for item in items]
     with store.read() as connection:
         query = select(item_scores).where(item_scores.c.release == release, item_scores.c.item.in_(keys))
         known = {row.item: row.score for row in connection.execute(query)}

@@ -66,6 +66,8 @@ def items_needed(differences: Sequence[float], above: float, alpha: float, effec
 
 def means(differences: Sequence[float], clusters: Sequence[str | None]) -> list[float]:
     """The mean of each cluster, in the order of its first item; an item without one (None) is its own."""
+    if not any(clusters):
+        return list(differences)
     groups: dict[object, list[float]] = {}
     for number, (difference, cluster) in enumerate(zip(differences, clusters, strict=True)):
         groups.setdefault(number if cluster is None else cluster, []).append(difference)
