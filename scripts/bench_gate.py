@@ -34,7 +34,6 @@ import numpy as np
 
 from cltrain.config import GateConfig
 from cltrain.gate.decision import GateScores, ItemScores, decide, moves_high_water
-from cltrain.gate.futility import is_futile
 from cltrain.gate.judge import CHUNK
 from cltrain.gate.levels import Past
 from cltrain.gate.stats import e_value
@@ -225,11 +224,9 @@ class Production(Policy):
             is_complete = end == NUM_ITEMS
             if not is_complete and not self.may_end(candidate, asked[:end]):
                 continue
-            scores, left = GateScores(tuple(rows[:end]), 0.0), [ITEMS[i] for i in asked[end:]]
+            scores = GateScores(tuple(rows[:end]), 0.0)
             self.decision = decide(scores, CONFIG, taught=(), is_complete=is_complete, past=past)
             if self.decision.verdict in (Verdict.REJECT, Verdict.PROMOTE):
-                break
-            if left and is_futile(scores, self.decision, left, CONFIG, taught=(), past=past):
                 break
         self.num_asked += end
         self.retire(asked[:end])
@@ -239,17 +236,14 @@ class Production(Policy):
         return self.decision.verdict is Verdict.PROMOTE
 
     def may_end(self, candidate: Answers, asked: Sample) -> bool:
-        """Whether the production decision could be more than a hold that goes on: without evidence of no harm, of harm
-        or against a gain it is neither promote nor reject nor futile, and need not be asked before the last look."""
+        """Whether the production decision could be promote or reject: with neither evidence of no harm nor of harm it is
+        a hold, and need not be asked before the last look."""
         against = gains(candidate, self.incumbent, asked)
         if e_value(against, -CONFIG.margin) >= 1 / CONFIG.alpha:
             return True
         references = {id(one): one for one in (self.incumbent, self.best, self.base)}.values()
         all_gains = [against, *(gains(candidate, one, asked) for one in references if one is not self.incumbent)]
-        return (
-            any(e_value(-d, 0.0) >= 1 / CONFIG.alpha or e_value(d, -CONFIG.margin) < CONFIG.futility for d in all_gains)
-            or e_value(against, 0.0) < CONFIG.futility
-        )
+        return any(e_value(-d, 0.0) >= 1 / CONFIG.alpha for d in all_gains)
 
     def row(self, i: int, candidate: Answers) -> ItemScores:
         references = {"incumbent": float(self.incumbent[i])}

@@ -344,17 +344,6 @@ def test_questions_stop_when_none_that_is_left_could_make_it_a_promotion() -> No
         assert is_futile(few, decision, left, GAIN, taught=TAUGHT) is is_stopped
 
 
-def test_questions_stop_at_half_when_the_evidence_has_turned_but_not_before() -> None:
-    config = GateConfig(margin=0.2, stratum_margin=0.9)
-    worse = GateScores(tuple(_rows("old/good", [(0, 1)] * 12 + [(1, 0)] * 3 + [(1, 1)] * 15) + LEARNED), 0.01)
-    decision = decide(worse, config, taught=TAUGHT, is_complete=False)
-    assert decision.verdict is Verdict.HOLD
-    items = [row.item for row in _rows("old/more", [(1, 1)] * 200)]
-    assert is_futile(worse, decision, items[:60], config, taught=TAUGHT) is True
-    assert is_futile(worse, decision, items, config, taught=TAUGHT) is False
-    assert is_futile(worse, decision, items[:60], GateConfig(futility=0.0), taught=TAUGHT) is False
-
-
 def test_a_retry_needs_twice_the_evidence() -> None:
     rows = next(
         rows
