@@ -236,8 +236,8 @@ class Production(Policy):
         return self.decision.verdict is Verdict.PROMOTE
 
     def may_end(self, candidate: Answers, asked: Sample) -> bool:
-        """Whether the production decision could be promote or reject: with neither evidence of no harm nor of harm it is
-        a hold, and need not be asked before the last look."""
+        """Whether the production decision could be promote or reject: without evidence of harm or of none it is a hold,
+        and need not be asked before the last look."""
         against = gains(candidate, self.incumbent, asked)
         if e_value(against, -CONFIG.margin) >= 1 / CONFIG.alpha:
             return True
