@@ -242,6 +242,11 @@ class GateConfig(Section):
     max_cut_excess: float = Field(0.1, gt=0, lt=1)  # answers that ended at max_answer_tokens, beyond the incumbent's
     num_asked_twice: int = Field(4, ge=1)  # items of each judge and program that must be scored alike both times
     high_water_evidence: float = Field(100.0, gt=1)
+    track_record: int = Field(30, ge=2)  # candidates judged before what they were like says what to expect of the next
+    track_window: int = Field(200, ge=2)  # the newest of them that count
+    fdr: bool = False  # e-LOND: of all promotions, the expected share without a gain is at most alpha
+    vault_share: float = Field(0.0, ge=0, lt=1)  # of items and held-out episodes, by keyed hash; never drawn
+    vault_days: float = Field(7.0, gt=0)  # between two openings
     filter_and_retry: bool = True
     audit_hours: float | None = Field(24.0, gt=0)  # between two audits of what serves; "never" (None) for no timer
     on_alarm: Literal["freeze", "rollback", "report"] = "freeze"  # what an audit's alarm does besides being told
@@ -327,6 +332,12 @@ class Config(Section):
     def state_dir(self) -> Path:
         chosen = self.home or os.environ.get("CLTRAIN_HOME") or "checkpoints"
         return Path(chosen).expanduser().resolve()
+
+    @property
+    def tightest_bounds(self) -> BoundsConfig:
+        """The bounds, the gate's own limit on the drift among them: what would fail there on drift alone is pulled back
+        along its segment as by any bound, and measured again, before the gate sees it."""
+        return self.bounds.model_copy(update={"drift_kl": min(self.bounds.drift_kl, self.gate.base_kl)})
 
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

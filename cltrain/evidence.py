@@ -11,15 +11,17 @@ from cltrain.deploy.client import ServerClient
 from cltrain.errors import ServerError, guarded
 from cltrain.experience import window
 from cltrain.experience.examples import example_of
-from cltrain.experience.recording import read_trajectories
+from cltrain.experience.recording import load_secret, read_trajectories
 from cltrain.experience.screens import Suspicion
 from cltrain.gate.commands import CommandSuite
 from cltrain.gate.http_judge import HttpJudge
 from cltrain.gate.judge import Contest, judge
+from cltrain.gate.levels import read_past
 from cltrain.gate.plugins import load_suites
 from cltrain.gate.scoring import Reply, Scoring
 from cltrain.gate.suites import is_taught
 from cltrain.gate.triggers import Said, Suspect
+from cltrain.gate.vault import split_vault
 from cltrain.models.base import Base
 from cltrain.models.chat import render_example, render_prompt
 from cltrain.models.scoring import last_answer
@@ -68,7 +70,7 @@ class Evidence:
             self.store,
             agent,
             Contest(candidate, incumbent, marks.high_water, marks.anchor),
-            [*self.pool(incumbent, taught), *held_out],
+            self.split_vault([*self.pool(incumbent, taught), *held_out])[0],
             self.config.gate,
             taught=taught,
             answer_many=self.answer_many,
@@ -80,6 +82,7 @@ class Evidence:
             seed=seed,
             used_before=used_before,
             fresh_only=is_retry,
+            past=read_past(self.store, agent, self.config.gate.track_window),
             on_chunk=lambda done, planned: self.on_progress(f"{candidate}: judged on {done} of {planned} items"),
         )
 
@@ -91,6 +94,11 @@ class Evidence:
             tools_allowed=agent.tools_allowed, now=self.clock(),
         )  # fmt: skip
         return [item for item in items if self.can_ask(item)], rate_per_s
+
+    def split_vault(self, items: Sequence[SuiteItem]) -> tuple[list[SuiteItem], list[SuiteItem]]:
+        """What gates may draw, and what only the vault asks (gate/vault.py)."""
+        share = self.config.gate.vault_share
+        return split_vault(items, load_secret(self.config.state_dir), share) if share else (list(items), [])
 
     def can_ask(self, item: SuiteItem) -> bool:
         """Whether prompt and answer fit the base: one imported episode that is too long must not fail every gate."""

@@ -12,6 +12,7 @@ from cltrain.deploy.proof import NotProvedError
 from cltrain.errors import DataError
 from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.standing import Standing
+from cltrain.gate.vault import open_vault
 from cltrain.records import Check, Code, Release, SuiteItem, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.registry.decisions import BrokenChainError, read_decisions, verify_chain
@@ -128,7 +129,7 @@ def standing(rooms: Rooms, marks: aliases.References, *, seed: int) -> Standing:
     if not held:
         return Standing((), (), {})
     gate, evidence = rooms.config.gate, rooms.evidence
-    pool = [*evidence.pool(marks.incumbent, ()), *evidence.held_out()[0]]
+    pool, _ = evidence.split_vault([*evidence.pool(marks.incumbent, ()), *evidence.held_out()[0]])
     drawn: list[SuiteItem] = draw(
         rooms.store, rooms.agent, pool, gate.items_per_gate, taught=(), max_uses=gate.max_uses, seed=seed
     )
@@ -145,9 +146,20 @@ def standing(rooms: Rooms, marks: aliases.References, *, seed: int) -> Standing:
 
 
 def vault(rooms: Rooms, serving: Release) -> list[Check]:
-    """The sealed vault goes here, asked at most once in seven days: one bit, whether more than the margin was lost to
-    the base. Nothing until cltrain/gate/pool.py has it."""
-    return []
+    """The sealed vault, opened at most once in `gate.vault_days`: one bit, whether more than the margin was lost to the
+    base. No check where there is none, or where the base itself serves."""
+    gate, evidence, base = rooms.config.gate, rooms.evidence, next(r for r in _all(rooms) if r.number == 0)
+    if not gate.vault_share or serving.name == base.name:
+        return []
+    _, sealed = evidence.split_vault([*evidence.pool(serving.name, ()), *evidence.held_out()[0]])
+    found = open_vault(
+        rooms.store, rooms.agent, sealed, gate, incumbent=serving.name, base=base.name,
+        score_items=evidence.scoring.measure, now=rooms.clock(),
+    )  # fmt: skip
+    if found.has_lost is None:
+        return [Check("vault", Code.RETENTION, Verdict.PROMOTE, "it was opened not long ago and stays shut")]
+    said = f"on sealed items it has {'' if found.has_lost else 'not '}lost more than {gate.margin:g} to the base"
+    return [Check("vault", Code.RETENTION, Verdict.REJECT if found.has_lost else Verdict.PROMOTE, said)]
 
 
 def _all(rooms: Rooms) -> list[Release]:

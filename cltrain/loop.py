@@ -181,7 +181,7 @@ def try_update(
         with attempt.timed("train"):
             attempt.candidate = train_update(
                 rooms.base, incumbent=incumbent, adapter=rooms.config.adapter, fresh=fresh, replay=plan.replay,
-                anchors=rooms.anchors, trainer=rooms.config.trainer, bounds=rooms.config.bounds,
+                anchors=rooms.anchors, trainer=rooms.config.trainer, bounds=rooms.config.tightest_bounds,
                 health=rooms.config.health, memory=memory_of(rooms, plan.parent, incumbent),
                 spent_today=spent_today(rooms), of_base=rooms.of_base, seed=plan.seed + number,
                 work_dir=plan.work_dir / str(number),

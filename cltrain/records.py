@@ -270,6 +270,7 @@ class SuiteItem:
     forbidden: tuple[str, ...] = ()  # canary: tool names or substrings that must not appear
     scorer: str = "exact"  # exact, regex, json_schema, tool_call, judge; program: its suite asks and scores by itself
     rule: dict[str, Any] = field(default_factory=dict)  # what that scorer goes by
+    cluster: str | None = None  # what it shares with others (an episode): together they count once; None: nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,3 +301,6 @@ class Decision:
     forecast_s: float | None = None  # about when the missing items will be there
     items_used: tuple[str, ...] = ()
     codes: tuple[Code, ...] = ()
+    num_planned: int = 0  # items drawn; fewer are asked when the answer is clear before
+    num_asked: int = 0
+    outcome: tuple[float, float, int] | None = None  # gain over the incumbent on either half, and number of items

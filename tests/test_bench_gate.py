@@ -27,13 +27,14 @@ def test_where_little_is_wrong_a_candidate_still_has_its_loss():
 
 
 def test_the_production_policy_asks_the_production_decision_and_retires_what_is_worn(monkeypatch):
-    monkeypatch.setattr(bench, "CONFIG", bench.CONFIG.model_copy(update={"max_uses": 2}))
+    monkeypatch.setattr(bench, "CONFIG", bench.CONFIG.model_copy(update={"max_uses": 2, "track_record": 3}))
     rng = np.random.default_rng(0)
     policy = bench.Production(rng, start_of())
     much_better = bench.next_candidate(rng, policy.incumbent, 0.05)
     assert policy.look(much_better)
     assert policy.decision.verdict == "promote"
     assert not policy.look(bench.next_candidate(rng, policy.incumbent, -0.05))
+    assert len(policy.record) == 2
     for _ in range(12):
         policy.look(bench.next_candidate(rng, policy.incumbent, 0.0))
     assert policy.uses[policy.pool].max() < 2
@@ -51,3 +52,19 @@ def test_a_short_run_has_a_row_per_stream_and_the_ratchet_holds(tmp_path, capsys
     ]
     assert set(found["null"]) == {"better", "not worse"}
     assert "true final" in capsys.readouterr().out
+
+
+def test_looks_that_are_left_out_would_have_changed_nothing(monkeypatch):
+    def decisions(asks_always):
+        rng = np.random.default_rng(4)
+        policy = bench.Production(rng, start_of())
+        policy.record = [bench.Outcome(*rng.normal(0, 0.02, 2).repeat(2)[:2], 800) for _ in range(40)]
+        if asks_always:
+            policy.may_end = lambda candidate, asked: True
+        found = []
+        for gain in (0.02, -0.03, -0.005, 0.01, -0.02, 0.0):
+            policy.look(bench.next_candidate(rng, policy.incumbent, gain))
+            found.append((policy.decision.verdict, policy.num_asked))
+        return found
+
+    assert decisions(asks_always=False) == decisions(asks_always=True)

@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 
 from cltrain.config import GateConfig
 from cltrain.gate.decision import GateScores, ItemScores, Role, decide, moves_high_water
+from cltrain.gate.futility import is_futile
+from cltrain.gate.levels import Past
+from cltrain.gate.stats import lower_bound
+from cltrain.gate.track import Outcome
 from cltrain.gate.triggers import ProbeResult
 from cltrain.records import Code, Decision, SuiteItem, Verdict
 
@@ -20,6 +24,11 @@ GAIN = GateConfig()
 NON_INFERIOR = GateConfig(promote_on="non_inferior")
 TAUGHT = {"new/corrected"}
 ROLES: tuple[Role, ...] = ("incumbent", "high_water", "anchor")
+
+
+VARIED = Past(
+    record=(Outcome(0.1, 0.1, 200), Outcome(-0.1, -0.1, 200)) * 50
+)  # of a trainer that an equal is no loss to
 
 
 def _rows(
@@ -183,7 +192,7 @@ def test_a_phrase_that_steers_the_candidate_rejects(probe: ProbeResult, verdict:
 
 def test_non_inferiority_alone_promotes_when_it_is_asked_for() -> None:
     equal = _rows("new/good", [(1, 1)] * 50) + KEPT
-    assert _decide(equal, NON_INFERIOR).verdict is Verdict.PROMOTE
+    assert decide(GateScores(tuple(equal), 0.01), NON_INFERIOR, taught=TAUGHT, past=VARIED).verdict is Verdict.PROMOTE
     assert _decide(equal, GAIN).verdict is Verdict.HOLD
 
 
@@ -278,7 +287,8 @@ def _false_promotions(config: GateConfig, win: float, loss: float, seed: int, nu
             candidate = 1.0 if draw < win else 0.0 if draw < win + loss else incumbent
             rows.append(ItemScores(item, candidate, {"incumbent": incumbent}))
         for stop in (50, 100):
-            decision = decide(GateScores(tuple(rows[:stop]), 0.0), config, taught=TAUGHT, is_complete=stop == 100)
+            scores, is_complete = GateScores(tuple(rows[:stop]), 0.0), stop == 100
+            decision = decide(scores, config, taught=TAUGHT, is_complete=is_complete, past=VARIED)
             if decision.verdict is not Verdict.HOLD:
                 break
         promoted += decision.verdict is Verdict.PROMOTE
@@ -293,3 +303,52 @@ def test_of_2000_equal_candidates_at_most_alpha_are_promoted() -> None:
 def test_of_2000_candidates_worse_by_the_margin_at_most_alpha_are_promoted() -> None:
     config = GateConfig(promote_on="non_inferior", margin=0.15, stratum_margin=0.9)
     assert _false_promotions(config, win=0.02, loss=0.18, seed=2) <= config.alpha
+
+
+def _clustered(rows: list[ItemScores], turns: int) -> list[ItemScores]:
+    """The same rows as episodes of so many turns each."""
+    return [
+        dataclasses.replace(row, item=dataclasses.replace(row.item, cluster=f"{row.item.stratum}{number // turns}"))
+        for number, row in enumerate(rows)
+    ]
+
+
+def test_fifty_episodes_of_four_turns_count_as_fifty() -> None:
+    kept, learned = _rows("old/good", [(1, 1)] * 200), _rows("new/good", [(1, 0)] * 40)
+    alone, together = _decide(learned + kept), _decide(_clustered(learned, 4) + _clustered(kept, 4))
+    assert alone.verdict is Verdict.PROMOTE
+    assert together.verdict is Verdict.HOLD
+    retention = next(check for check in together.checks if check.name == "retention against incumbent")
+    assert retention.num_items == 60  # the taught join, as 50 are too few for the margin
+    once = _decide(learned[::4] + kept[::4])
+    assert [(c.name, c.low, c.num_items, c.num_missing) for c in together.checks] == [
+        (c.name, c.low, c.num_items, c.num_missing) for c in once.checks
+    ]
+    assert together.num_missing == once.num_missing > 0
+
+
+def test_turns_of_one_episode_average_before_any_test() -> None:
+    half = _clustered(_rows("new/good", [(1, 0), (1, 1)] * 40), 2)
+    check = next(check for check in _decide(half + KEPT).checks if check.name == "gain in own")
+    assert check.num_items == 40
+    assert check.difference == pytest.approx(0.5)
+    assert check.low == pytest.approx(lower_bound([0.5] * 40, GAIN.alpha))
+
+
+def test_questions_stop_when_none_that_is_left_could_make_it_a_promotion() -> None:
+    left = [row.item for row in _rows("old/more", [(1, 1)] * 50)]
+    for probes, is_stopped in (((ProbeResult(0, 0, None),), True), ((), False)):
+        few = GateScores(tuple(LEARNED + KEPT[:20]), 0.01, probes)
+        decision = decide(few, GAIN, taught=TAUGHT, is_complete=False)
+        assert decision.verdict is Verdict.HOLD
+        assert is_futile(few, decision, left, GAIN, taught=TAUGHT) is is_stopped
+
+
+def test_a_retry_needs_twice_the_evidence() -> None:
+    rows = next(
+        rows
+        for num in range(1, 20)
+        if _decide(rows := _rows("new/good", [(1, 0)] * num) + KEPT).verdict is Verdict.PROMOTE
+    )  # just enough for a first attempt
+    again = decide(GateScores(tuple(rows), 0.01), GAIN, taught=TAUGHT, past=Past(is_retry=True))
+    assert again.verdict is Verdict.HOLD

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 
 from cltrain.config import GateConfig
 from cltrain.errors import ServerError
-from cltrain.gate.judge import Contest, judge
-from cltrain.gate.pool import num_uses
+from cltrain.gate.judge import Contest, judge, looks
+from cltrain.gate.pool import draw, num_uses
 from cltrain.gate.triggers import Said, Suspect, make_probes, own_probes, run_probes
+from cltrain.monitoring.report import read_decision
 from cltrain.records import Decision, Message, SuiteItem, Tool, Verdict
 from cltrain.store.database import Store, open_store
 
@@ -254,3 +256,22 @@ def test_a_phrase_without_probes_or_answers_is_not_passed(tmp_path: Path) -> Non
     servers = _servers(lambda item: None if "moo" in _text(item) else _right(item))
     decision = _judge(open_store(tmp_path / "b"), servers, _pool(), suspects=[FOX])
     assert decision.verdict is Verdict.ERROR
+
+
+def test_no_look_comes_between_two_turns_of_one_episode(tmp_path: Path) -> None:
+    pool = [replace(item, cluster=f"{item.id.split('-')[0]}{i // 3}") for i, item in enumerate(_pool(60, 90, 0))]
+    drawn = draw(open_store(tmp_path), "support", pool, 150, taught=(), max_uses=5, seed=3)
+    clusters = [item.cluster for item in drawn]
+    assert len(list(itertools.groupby(clusters))) == len(set(clusters)) == 50
+    ends = looks(drawn)
+    assert ends == [51, 102, 150]
+    assert all(end == 150 or clusters[end] != clusters[end - 1] for end in ends)
+    assert looks([]) == [0]
+
+
+def test_a_decision_says_what_was_planned_and_what_was_asked(tmp_path: Path) -> None:
+    decision = _judge(open_store(tmp_path), _servers(), _pool())
+    assert decision.verdict is Verdict.PROMOTE
+    assert decision.num_asked == len(decision.items_used) < decision.num_planned == 240
+    assert decision.outcome is not None
+    assert read_decision(json.loads(json.dumps(asdict(decision)))) == decision

@@ -8,7 +8,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from cltrain.gate.stats import BETS, e_value, items_needed, lower_bound, sign_p, upper_bound
+from cltrain.gate.stats import (
+    BETS,
+    e_value,
+    items_for_margin,
+    items_needed,
+    items_short,
+    lower_bound,
+    means,
+    sign_p,
+    upper_bound,
+)
 
 
 def _product_of_bets(differences: list[float], above: float) -> float:
@@ -83,3 +93,17 @@ def test_the_sign_test_is_the_binomial_tail() -> None:
     assert sign_p([-1.0] * 5 + [0.0] * 30) == pytest.approx(1 / 32)
     assert sign_p([-1.0, 1.0]) == pytest.approx(0.75)
     assert sign_p([]) == 1.0
+
+
+def test_a_suite_too_small_for_its_margin_says_by_how_much() -> None:
+    for margin in (0.02, 0.05, 0.1):
+        least = items_for_margin(margin, 0.05)
+        assert e_value([0.0] * least, -margin) >= 20
+        assert items_short(least - 7, margin, 0.05) == 7
+        assert items_short(least + 1, margin, 0.05) == 0
+    assert items_for_margin(0.02, 0.05, 0.06) > 2 * items_for_margin(0.02, 0.05, 0.02) > 0
+
+
+def test_items_of_one_cluster_become_one_difference() -> None:
+    assert means([1.0, 0.0, -1.0, 0.5], ["a", None, "a", None]) == [0.0, 0.0, 0.5]
+    assert means([1.0, 0.0], [None, None]) == [1.0, 0.0]

@@ -59,6 +59,7 @@ def suite_items_of(example: Example) -> list[SuiteItem]:
             messages=example.messages[:turn],
             tools=example.tools,
             expected=example.messages[turn],
+            cluster=example.record,
         )
         for turn in example.targets
     ]

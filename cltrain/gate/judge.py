@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from cltrain.config import GateConfig
 from cltrain.errors import DataError
 from cltrain.gate.decision import GateScores, ItemScores, Role, decide
+from cltrain.gate.futility import is_futile
+from cltrain.gate.levels import Past
 from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.scoring import Reply, Scoring
 from cltrain.gate.suites import is_taught
@@ -52,6 +54,7 @@ def judge(
     seed: int = 0,
     used_before: Collection[str] = (),
     fresh_only: bool = False,
+    past: Past = Past(),
     on_chunk: Callable[[int, int], None] = lambda _done, _planned: None,
 ) -> Decision:
     """Compare the candidate with incumbent, high-water mark and anchor on items drawn from the pool.
@@ -59,9 +62,10 @@ def judge(
     items: the whole pool, canaries included; taught: strata that the update learned; base_kl: nats per token on the
     pinned anchors; rate_per_s: held-out items arriving per second, for the forecast of a hold; used_before: ids this
     update was judged on already (`Decision.items_used`), which `fresh_only` leaves out; scoring: who asks and grades
-    (None: every item by its answer alone). Looks after every 50 items and stops early on harm, or on success once
-    every stratum was heard.
+    (None: every item by its answer alone); past: what was decided before. Looks after every 50 items and stops early on
+    harm, on success once every stratum was heard, or when the questions left cannot change a hold (`is_futile`).
     """
+    past = replace(past, is_retry=fresh_only)  # fresh items, and half of alpha
     drawn = draw(
         store,
         agent,
@@ -87,17 +91,20 @@ def judge(
             raise DataError(unsteady)
         for number, suspect in enumerate(suspects):
             probes += _probe(suspect, items, contest, config, answer_many, score_many, seed + number)
-        for start in range(0, max(1, len(drawn)), CHUNK):
-            rows += _score_rows(scoring, contest, drawn[start : start + CHUNK])
+        done = 0
+        for end in looks(drawn):
+            rows += _score_rows(scoring, contest, drawn[done:end])
             cut = scoring.cut_check(contest.candidate, contest.incumbent, [row.item for row in rows])
             scores = GateScores(tuple(rows), base_kl, tuple(probes), findings=tuple(cut))
-            done = min(start + CHUNK, len(drawn))
-            is_complete = done == len(drawn)
-            decision = decide(scores, config, taught=taught, rate_per_s=rate_per_s, is_complete=is_complete)
+            done, left = end, drawn[end:]
+            decision = decide(scores, config, taught=taught, rate_per_s=rate_per_s, is_complete=not left, past=past)
             on_chunk(done, len(drawn))
             if decision.verdict in (Verdict.REJECT, Verdict.ERROR):
                 break
             if decision.verdict is Verdict.PROMOTE and _all_heard(drawn, done, config, taught):
+                break
+            is_open = decision.verdict is Verdict.HOLD and bool(left)
+            if is_open and is_futile(scores, decision, left, config, taught=taught, past=past):
                 break
     except Exception as error:  # servers fail in every way there is; none of them may promote
         log.warning("the gate could not judge %s", contest.candidate, exc_info=True)
@@ -107,7 +114,18 @@ def judge(
     if decision.verdict is not Verdict.ERROR:
         with store.write() as connection:
             count_uses(connection, agent, used)
-    return replace(decision, items_used=tuple(item.id for item in used))
+    used_ids = tuple(item.id for item in used)
+    return replace(decision, items_used=used_ids, num_planned=len(drawn), num_asked=len(used))
+
+
+def looks(drawn: Sequence[SuiteItem]) -> list[int]:
+    """After how many items the decision is asked: every CHUNK, but never between two items of one cluster."""
+    ends: list[int] = []
+    for end in range(1, len(drawn)):
+        is_whole = drawn[end].cluster is None or drawn[end].cluster != drawn[end - 1].cluster
+        if is_whole and end - (ends[-1] if ends else 0) >= CHUNK:
+            ends.append(end)
+    return [*ends, len(drawn)]
 
 
 def _probe(

@@ -31,7 +31,7 @@ def draw(
     """Up to `count` items that are no canaries: least used first, half of them about what is being taught.
 
     Strata take turns, so a rare one is heard. Left out are items used `max_uses` times and the ids in `exclude`. The
-    order is random by `seed`: evidence may be looked at after any part of it.
+    order is random by `seed`, items of one cluster behind each other: evidence may be looked at after any part of it.
     """
     uses = num_uses(store, agent)
     pools: dict[bool, dict[str, list[tuple[int, str, SuiteItem]]]] = {True: defaultdict(list), False: defaultdict(list)}
@@ -48,7 +48,7 @@ def draw(
         if turn is not None:
             drawn.append(turn)
             queues.append(queue)
-    return sorted(drawn, key=lambda item: _shuffle(seed, "order " + item_key(item)))
+    return sorted(drawn, key=lambda item: (_shuffle(seed, "order " + (item.cluster or item_key(item))), item.id))
 
 
 def num_uses(store: Store, agent: str) -> dict[str, int]:

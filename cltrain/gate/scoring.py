@@ -71,6 +71,10 @@ class Scoring:
             known |= new
         return [known[key] for key in keys]
 
+    def measure(self, release: str, items: Sequence[SuiteItem]) -> list[float]:
+        """As `score_items`, but nothing is looked up and nothing kept: for items whose scores must stay unknown."""
+        return self._scored(release, items, self._replies(release, items), is_fresh=True)
+
     def cut_check(self, candidate: str, incumbent: str, items: Sequence[SuiteItem]) -> list[Check]:
         """What share of their scored answers ended at max_answer_tokens; no check where nobody knows of any."""
         keys = [self._key(item) for item in items]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from cltrain.config import GateConfig
 from cltrain.gate.stats import e_value, lower_bound, upper_bound
+from cltrain.gate.stats import means as cluster_means
 from cltrain.records import Check, Code, SuiteItem, Verdict
 
 
@@ -46,7 +47,13 @@ def compare(standing: Standing, config: GateConfig) -> list[Check]:
     groups = groups_of(standing.items)
     alpha = config.alpha / (len(groups) * len(standing.references))
     return [
-        _against(f"{name} against {role}", places, standing.serving, values, alpha, config)
+        _against(
+            f"{name} against {role}",
+            [standing.items[i] for i in places],
+            *_of(places, standing.serving, values),
+            alpha,
+            config,
+        )
         for role, values in standing.references.items()
         for name, places in groups.items()
     ]
@@ -75,7 +82,7 @@ def means(standing: Standing) -> dict[str, dict[str, float]]:
 
 def _against(
     name: str,
-    places: Sequence[int],
+    items: Sequence[SuiteItem],
     serving: Sequence[float],
     reference: Sequence[float],
     alpha: float,
@@ -83,30 +90,35 @@ def _against(
 ) -> Check:
     is_stratum = name.startswith("stratum ")
     margin = config.stratum_margin if is_stratum else config.margin
-    differences = [serving[i] - reference[i] for i in places]
+    pairs = [ours - theirs for ours, theirs in zip(serving, reference, strict=True)]
+    differences = cluster_means(pairs, [item.cluster for item in items])  # an episode counts once
     loss = -_mean(differences)
     low, high = lower_bound(differences, alpha), upper_bound(differences, alpha)
     is_shown = e_value([-d for d in differences], 0.0) >= 1 / alpha
-    is_large, is_small_group = loss > margin, is_stratum and len(places) < config.stratum_min_items
+    is_large, is_small_group = loss > margin, is_stratum and len(differences) < config.stratum_min_items
     verdict = Verdict.PROMOTE
     if is_large and is_shown:
         verdict = Verdict.REJECT
     elif is_shown or (is_large and not is_small_group):
         verdict = Verdict.HOLD
     said = f"{loss:.3f} below it" if loss > 0 else f"{-loss:.3f} above it"
-    about = f"{said}, between {low:+.3f} and {high:+.3f}, on {len(places)} items, margin {margin:g}"
+    about = f"{said}, between {low:+.3f} and {high:+.3f}, on {len(differences)} items, margin {margin:g}"
     return Check(
         name,
         Code.STRATUM if is_stratum else Code.RETENTION,
         verdict,
         f"{about}; it may be luck" if verdict is Verdict.HOLD and not is_shown else about,
-        candidate=_mean([serving[i] for i in places]),
-        reference=_mean([reference[i] for i in places]),
+        candidate=_mean(serving),
+        reference=_mean(reference),
         difference=-loss,
         low=low,
         high=high,
-        num_items=len(places),
+        num_items=len(differences),
     )
+
+
+def _of(places: Sequence[int], *columns: Sequence[float]) -> list[list[float]]:
+    return [[values[i] for i in places] for values in columns]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -64,6 +64,32 @@ def items_needed(differences: Sequence[float], above: float, alpha: float, effec
     return min(MAX_ITEMS, math.ceil(target / growth)) if growth > 0 else MAX_ITEMS
 
 
+def means(differences: Sequence[float], clusters: Sequence[str | None]) -> list[float]:
+    """The mean of each cluster, in the order of its first item; an item without one (None) is its own."""
+    if not any(clusters):
+        return list(differences)
+    groups: dict[object, list[float]] = {}
+    for number, (difference, cluster) in enumerate(zip(differences, clusters, strict=True)):
+        groups.setdefault(number if cluster is None else cluster, []).append(difference)
+    return [values[0] if len(values) == 1 else math.fsum(values) / len(values) for values in groups.values()]
+
+
+def items_for_margin(margin: float, alpha: float, discordance: float = 0.0) -> int:
+    """The fewest items on which two equals can be expected to be shown no worse than `margin` (in (0, 1)) apart.
+
+    discordance: the share of items that they answer differently, half of them either way (at least 90 % power needs
+    about twice as many; see research of the gate: n = (z_alpha + z_beta)^2 q / m^2). Plan suites and pools with it.
+    """
+    wins = discordance / 2
+    growth = _growth(np.array([1.0, 0.0, -1.0]), np.array([wins, 1 - discordance, wins]), -margin)
+    return min(MAX_ITEMS, math.ceil(math.log(len(BETS) / alpha) / growth)) if growth > 0 else MAX_ITEMS
+
+
+def items_short(num_items: int, margin: float, alpha: float, discordance: float = 0.0) -> int:
+    """By how many items (clusters, where they come in clusters) a suite or pool is too small for its margin; 0: not."""
+    return max(0, items_for_margin(margin, alpha, discordance) - num_items)
+
+
 def _counted(differences: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
     assert values.size == 0 or (values[0] >= -1 and values[-1] <= 1), "differences lie in [-1, 1]"

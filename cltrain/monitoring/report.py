@@ -194,6 +194,7 @@ def read_decision(values: Mapping[str, Any]) -> Decision:
             "checks": checks,
             "reasons": tuple(values.get("reasons", ())),
             "items_used": tuple(values.get("items_used", ())),
+            "outcome": tuple(values["outcome"]) if values.get("outcome") else None,
             "codes": tuple(Code(code) for code in values.get("codes", ())),
         }
     )

@@ -237,6 +237,17 @@ audits = Table(  # what was found when what serves was looked at; no update has 
     sqlite_autoincrement=True,
 )
 
+vault_openings = Table(  # when the sealed items were asked, and the one bit that came out
+    "vault_openings",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("agent", String, nullable=False, index=True),
+    Column("release", String, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("has_lost", Boolean),  # None: the answer never came
+    sqlite_autoincrement=True,
+)
+
 replicas = Table(
     "replicas",
     metadata,
