@@ -242,7 +242,7 @@ class GateConfig(Section):
     max_cut_excess: float = Field(0.1, gt=0, lt=1)  # answers that ended at max_answer_tokens, beyond the incumbent's
     num_asked_twice: int = Field(4, ge=1)  # items of each judge and program that must be scored alike both times
     high_water_evidence: float = Field(100.0, gt=1)
-    track_record: int = Field(30, ge=2)  # candidates judged before what they were like says what to expect of the next
+    track_record: int = Field(30, ge=0)  # candidates judged before they say what to expect of the next; 0: nobody asks
     track_window: int = Field(200, ge=2)  # the newest of them that count
     fdr: bool = False  # e-LOND: of all promotions, the expected share without a gain is at most alpha
     vault_share: float = Field(0.0, ge=0, lt=1)  # of items and held-out episodes, by keyed hash; never drawn

@@ -27,7 +27,13 @@ from tests.tiny import make_tiny_base
 __all__ = ["cltrain"]  # a fixture
 
 MEASURED = [name for name in BOUNDS if name not in CLAIMED_ONLY]
-WIDE_GATE = {"items_per_gate": 8, "promote_on": "non_inferior", "margin": 0.99, "stratum_margin": 0.99}
+WIDE_GATE = {
+    "items_per_gate": 8,
+    "promote_on": "non_inferior",
+    "track_record": 0,
+    "margin": 0.99,
+    "stratum_margin": 0.99,
+}
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ QUICK = {"num_steps": 2, "num_anchors": 4, "checkpoint_every": 1}
 
 
 def made(home: Path, url: str) -> tuple[Config, Deployment]:
-    config = config_for(home, url, trainer=QUICK, gate={"items_per_gate": 60, "filter_and_retry": False})
+    config = config_for(home, url, trainer=QUICK, gate={"items_per_gate": 60, "margin": 0.1, "filter_and_retry": False})
     deployment = Deployment(config)
     record(deployment.store, config, [corrected(ticket) for ticket in tickets("repair", 8)])
     return config, deployment

@@ -88,7 +88,7 @@ def decide(
     differences = _differences(asked, "incumbent")
     if config.promote_on == "non_inferior":
         checks.append(_non_inferior("overall", asked, differences, config, levels, harm_alpha))
-        checks.append(_expected(differences, config, levels, past))
+        checks += [_expected(differences, config, levels, past)] if config.track_record else []
     return replace(_verdict(checks, rate_per_s), outcome=outcome_of(differences))
 
 

@@ -46,17 +46,13 @@ def compare(standing: Standing, config: GateConfig) -> list[Check]:
         return [Check("items", Code.SUITE, Verdict.ERROR, "some scores are outside [0, 1]")]
     groups = groups_of(standing.items)
     alpha = config.alpha / (len(groups) * len(standing.references))
-    return [
-        _against(
-            f"{name} against {role}",
-            [standing.items[i] for i in places],
-            *_of(places, standing.serving, values),
-            alpha,
-            config,
-        )
-        for role, values in standing.references.items()
-        for name, places in groups.items()
-    ]
+    found = []
+    for role, values in standing.references.items():
+        for name, places in groups.items():
+            items = [standing.items[i] for i in places]
+            serving, reference = ([column[i] for i in places] for column in (standing.serving, values))
+            found.append(_against(f"{name} against {role}", items, serving, reference, alpha, config))
+    return found
 
 
 def groups_of(items: Sequence[SuiteItem]) -> dict[str, list[int]]:
@@ -115,10 +111,6 @@ def _against(
         high=high,
         num_items=len(differences),
     )
-
-
-def _of(places: Sequence[int], *columns: Sequence[float]) -> list[list[float]]:
-    return [[values[i] for i in places] for values in columns]
 
 
 def _mean(values: Sequence[float]) -> float:
