@@ -175,7 +175,9 @@ class HealthConfig(Section):
 
 class GateConfig(Section):
     suite: Path | None = None  # the owner's JSONL; without it only `agreement` on held-out episodes
-    promote_on: Literal["gain", "non_inferior"] = "gain"
+    # gain: shown on what was taught. Without one, only no loss beyond the margins: expected asks the record of this
+    # trainer's candidates as well, non_inferior nothing else, and a thousand small losses pass it one by one.
+    promote_on: Literal["gain", "expected", "non_inferior"] = "gain"
     alpha: float = Field(0.05, gt=0, lt=0.5)
     margin: float = Field(0.05, gt=0, lt=1)  # non-inferiority against incumbent, high-water mark and anchor
     stratum_margin: float = Field(0.12, gt=0, lt=1)
