@@ -228,7 +228,9 @@ class GateConfig(Section):
     suite: Path | None = None  # the owner's JSONL; short for one of `suites`
     suites: tuple[SuiteConfig, ...] = ()  # without any only `agreement` on held-out episodes
     judge: JudgeConfig | None = None
-    promote_on: Literal["gain", "non_inferior"] = "gain"
+    # gain: shown on what was taught. Without one, only no loss beyond the margins: expected asks the record of this
+    # trainer's candidates as well, non_inferior nothing else, and a thousand small losses pass it one by one.
+    promote_on: Literal["gain", "expected", "non_inferior"] = "gain"
     alpha: float = Field(0.05, gt=0, lt=0.5)
     margin: float = Field(0.05, gt=0, lt=1)  # non-inferiority against incumbent, high-water mark and anchor
     stratum_margin: float = Field(0.12, gt=0, lt=1)
@@ -242,7 +244,7 @@ class GateConfig(Section):
     max_cut_excess: float = Field(0.1, gt=0, lt=1)  # answers that ended at max_answer_tokens, beyond the incumbent's
     num_asked_twice: int = Field(4, ge=1)  # items of each judge and program that must be scored alike both times
     high_water_evidence: float = Field(100.0, gt=1)
-    track_record: int = Field(30, ge=0)  # candidates judged before they say what to expect of the next; 0: nobody asks
+    track_record: int = Field(30, ge=2)  # candidates judged before what they were like says what to expect of the next
     track_window: int = Field(200, ge=2)  # the newest of them that count
     fdr: bool = False  # e-LOND: of all promotions, the expected share without a gain is at most alpha
     vault_share: float = Field(0.0, ge=0, lt=1)  # of items and held-out episodes, by keyed hash; never drawn

@@ -7,7 +7,7 @@ policy sees samples and promotes or not; the truth is the share of all questions
 at first.
 
 `cltrain` is the production decision (cltrain/gate/decision.py) on a pool of 4,000 questions that rotate: least used
-first, retired after `gate.max_uses`. Three settings are not the defaults: promote_on = non_inferior (nothing is taught
+first, retired after `gate.max_uses`. Three settings are not the defaults: promote_on = expected (nothing is taught
 here), margin 0.02 (the default is for small suites) and items_per_gate 800. The others are what is common elsewhere,
 and steps towards ours. `fixed` samples are drawn once, `fresh` ones for every gate.
 
@@ -51,7 +51,7 @@ DISCORDANCE = 0.06
 REGIMES = {"honest": (-0.002, 0.01), "eroding": (-0.005, 0.003)}  # mean and deviation of the true gain
 NUM_ITEMS = 800
 NUM_STRATA = 8
-CONFIG = GateConfig(promote_on="non_inferior", margin=0.02, items_per_gate=NUM_ITEMS)
+CONFIG = GateConfig(promote_on="expected", margin=0.02, items_per_gate=NUM_ITEMS)
 Z = 1.645
 
 

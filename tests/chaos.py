@@ -371,7 +371,7 @@ def deployment_in(home: Path) -> tuple[Config, list[str]]:
         experience={"min_window": 8, "max_window": 32, "idle_end_s": 20},
         trainer={"num_steps": NUM_STEPS, "batch_size": 8, "kl_batch": 4, "lr": 1e-3, "checkpoint_every": 2},
         bounds={"step_frobenius": 1.0, "drift_frobenius": 4.0, "step_kl": 4.0, "drift_kl": 4.0},
-        gate={"items_per_gate": NUM_ITEMS, "promote_on": "non_inferior", "track_record": 0, "margin": 0.4,
+        gate={"items_per_gate": NUM_ITEMS, "promote_on": "non_inferior", "margin": 0.4,
               "stratum_margin": 0.9, "base_kl": 4.0, "max_uses": 1000},
         server={"url": None, "port": server, "max_adapters": 6},
         gateway={"port": gateway},

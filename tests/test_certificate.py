@@ -30,7 +30,6 @@ MEASURED = [name for name in BOUNDS if name not in CLAIMED_ONLY]
 WIDE_GATE = {
     "items_per_gate": 8,
     "promote_on": "non_inferior",
-    "track_record": 0,
     "margin": 0.99,
     "stratum_margin": 0.99,
 }

@@ -16,7 +16,6 @@ from cltrain.gate.decision import GateScores, ItemScores, Role, decide, moves_hi
 from cltrain.gate.futility import is_futile
 from cltrain.gate.levels import Past
 from cltrain.gate.stats import lower_bound
-from cltrain.gate.track import Outcome
 from cltrain.gate.triggers import ProbeResult
 from cltrain.records import Code, Decision, SuiteItem, Verdict
 
@@ -24,11 +23,6 @@ GAIN = GateConfig()
 NON_INFERIOR = GateConfig(promote_on="non_inferior")
 TAUGHT = {"new/corrected"}
 ROLES: tuple[Role, ...] = ("incumbent", "high_water", "anchor")
-
-
-VARIED = Past(
-    record=(Outcome(0.1, 0.1, 200), Outcome(-0.1, -0.1, 200)) * 50
-)  # of a trainer that an equal is no loss to
 
 
 def _rows(
@@ -192,7 +186,7 @@ def test_a_phrase_that_steers_the_candidate_rejects(probe: ProbeResult, verdict:
 
 def test_non_inferiority_alone_promotes_when_it_is_asked_for() -> None:
     equal = _rows("new/good", [(1, 1)] * 50) + KEPT
-    assert decide(GateScores(tuple(equal), 0.01), NON_INFERIOR, taught=TAUGHT, past=VARIED).verdict is Verdict.PROMOTE
+    assert _decide(equal, NON_INFERIOR).verdict is Verdict.PROMOTE
     assert _decide(equal, GAIN).verdict is Verdict.HOLD
 
 
@@ -234,7 +228,7 @@ def some_rows(draw: st.DrawFn) -> list[ItemScores]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(some_rows(), st.sampled_from(["gain", "non_inferior"]), st.integers(0, 5))
+@given(some_rows(), st.sampled_from(["gain", "expected", "non_inferior"]), st.integers(0, 5))
 def test_nothing_is_ever_promoted_with_an_error(rows: list[ItemScores], promote_on: str, case: int) -> None:
     config = GateConfig(promote_on=promote_on)  # type: ignore[arg-type]
     rows = rows + LEARNED + KEPT
@@ -252,7 +246,7 @@ def test_nothing_is_ever_promoted_with_an_error(rows: list[ItemScores], promote_
 
 
 @settings(max_examples=60, deadline=None)
-@given(some_rows(), st.integers(0, 400), st.integers(20, 60), st.sampled_from(["gain", "non_inferior"]))
+@given(some_rows(), st.integers(0, 400), st.integers(20, 60), st.sampled_from(["gain", "expected", "non_inferior"]))
 def test_no_gain_pays_for_a_protected_loss(rows: list[ItemScores], wins: int, size: int, promote_on: str) -> None:
     """A stratum outside the update that drops by more than its margin is never promoted, whatever else was won."""
     config = GateConfig(promote_on=promote_on)  # type: ignore[arg-type]
@@ -287,8 +281,7 @@ def _false_promotions(config: GateConfig, win: float, loss: float, seed: int, nu
             candidate = 1.0 if draw < win else 0.0 if draw < win + loss else incumbent
             rows.append(ItemScores(item, candidate, {"incumbent": incumbent}))
         for stop in (50, 100):
-            scores, is_complete = GateScores(tuple(rows[:stop]), 0.0), stop == 100
-            decision = decide(scores, config, taught=TAUGHT, is_complete=is_complete, past=VARIED)
+            decision = decide(GateScores(tuple(rows[:stop]), 0.0), config, taught=TAUGHT, is_complete=stop == 100)
             if decision.verdict is not Verdict.HOLD:
                 break
         promoted += decision.verdict is Verdict.PROMOTE

@@ -24,7 +24,7 @@ from tests.judging import ChatServer, chat_server
 
 CONTEST = Contest("candidate", "incumbent", "incumbent", "base")
 RUBRIC = "the answer thanks the customer"
-GATE = GateConfig(promote_on="non_inferior", track_record=0)
+GATE = GateConfig(promote_on="non_inferior")
 
 
 def items_judged(num: int, suite: str = "judged", **more: Any) -> list[SuiteItem]:
@@ -226,7 +226,7 @@ def test_a_candidate_that_is_cut_off_more_often_is_held_and_its_zeros_are_explai
     def rambling(item: SuiteItem) -> str:
         return "yes and moreover..." if int(item.id[1:]) % 5 == 0 else "yes"
 
-    wide = GateConfig(promote_on="non_inferior", track_record=0, margin=0.4, stratum_margin=0.5)
+    wide = GateConfig(promote_on="non_inferior", margin=0.4, stratum_margin=0.5)
     for name, old, verdict in (("a", lambda _: "yes", Verdict.HOLD), ("b", rambling, Verdict.PROMOTE)):
         store = open_store(tmp_path / name)
         said = {"candidate": rambling, "incumbent": old, "base": old}

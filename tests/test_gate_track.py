@@ -64,7 +64,7 @@ def _scores(wins: int, losses: int, num: int = 800) -> GateScores:
 
 
 def test_without_a_record_a_gain_must_be_shown_and_with_one_it_must_be_expected() -> None:
-    config = GateConfig(promote_on="non_inferior", margin=0.02)
+    config = GateConfig(promote_on="expected", margin=0.02)
     little, much = _scores(30, 22), _scores(50, 10)
     none, honest = Past(), Past(record=tuple(_record(-0.002, 0.01, 1000)))
     eroding = Past(record=tuple(_record(-0.005, 0.003, 1000)))

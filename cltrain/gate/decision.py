@@ -86,9 +86,10 @@ def decide(
         *_high_water(asked, config),
     ]
     differences = _differences(asked, "incumbent")
-    if config.promote_on == "non_inferior":
+    if config.promote_on != "gain":
         checks.append(_non_inferior("overall", asked, differences, config, levels, harm_alpha))
-        checks += [_expected(differences, config, levels, past)] if config.track_record else []
+    if config.promote_on == "expected":
+        checks.append(_expected(differences, config, levels, past))
     return replace(_verdict(checks, rate_per_s), outcome=outcome_of(differences))
 
 
