@@ -13,7 +13,7 @@ import pytest
 from cltrain.config import GateConfig
 from cltrain.errors import ServerError
 from cltrain.gate.judge import Contest, judge
-from cltrain.gate.suites import num_uses
+from cltrain.gate.pool import num_uses
 from cltrain.gate.triggers import make_probes, run_probes
 from cltrain.records import Decision, Message, SuiteItem, Tool, Verdict
 from cltrain.store.database import Store, open_store

@@ -11,7 +11,8 @@ from cltrain import plans, unfinished
 from cltrain.api import Deployment
 from cltrain.demo import world
 from cltrain.experience import window
-from cltrain.gate.suites import item_key, num_uses
+from cltrain.gate.pool import num_uses
+from cltrain.gate.suites import item_key
 from cltrain.monitoring.outbox import events_after
 from cltrain.registry import decisions
 from cltrain.store.schema import updates

@@ -14,8 +14,9 @@ from sqlalchemy import delete, insert, select
 
 from cltrain.config import GateConfig
 from cltrain.gate.decision import GateScores, ItemScores, Role, decide
+from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.scorers import VERSION, score_item
-from cltrain.gate.suites import count_uses, draw, is_taught, item_key
+from cltrain.gate.suites import is_taught, item_key
 from cltrain.gate.triggers import AnswerMany, ProbeResult, Score, Suspicion, make_probes, run_probes
 from cltrain.records import Code, Decision, SuiteItem, Verdict
 from cltrain.store.database import Store
