@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 from cltrain.config import Config
 from cltrain.deploy.client import ServerClient
-from cltrain.errors import guarded
+from cltrain.deploy.preflight import check_adapter
+from cltrain.errors import DataError, guarded
 from cltrain.experience import window
 from cltrain.experience.screens import Suspicion
-from cltrain.gate.judge import Contest, judge
+from cltrain.gate.character import Asked, look_at_character
+from cltrain.gate.detectors import note_signs, watcher
+from cltrain.gate.judge import Contest, Look, judge
+from cltrain.gate.probes import load_character
 from cltrain.gate.suites import is_taught, load_suite
 from cltrain.models.base import Base
 from cltrain.models.chat import render_example, render_prompt
 from cltrain.models.scoring import last_answer
-from cltrain.records import Decision, Example, Message, SuiteItem, Tool
+from cltrain.records import Check, Code, Decision, Example, Message, SuiteItem, Tool, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.store.database import Store
 
@@ -35,6 +40,7 @@ class Evidence:
         self.config, self.store, self.base, self.server = config, store, base, server
         self.on_progress, self.clock = on_progress, clock
         self.suite = load_suite(config.gate.suite) if config.gate.suite is not None else []
+        self.character = load_character(config.gate.character)
 
     def judge(
         self,
@@ -52,6 +58,8 @@ class Evidence:
         agent = self.config.agent.name
         held_out, rate_per_s = self.held_out()
         marks = aliases.read_references(self.store, agent)
+        gate = self.config.gate
+        watch = {"watch": watcher(self.store, agent, taught, gate.detectors, gate.alpha)} if gate.detectors.use else {}
         return judge(
             self.store,
             agent,
@@ -67,8 +75,31 @@ class Evidence:
             seed=seed,
             used_before=used_before,
             fresh_only=is_retry,
+            looks=self.looks(),
+            **watch,
             on_chunk=lambda done, planned: self.on_progress(f"{candidate}: judged on {done} of {planned} items"),
         )
+
+    def unsound(self, directory: Path) -> Decision | None:
+        """Why an adapter's file must not even be loaded: the decision that says so, or None."""
+        try:
+            check_adapter(directory, base_dir=self.base.path, base_digest=self.base.digest)
+        except DataError as error:
+            return Decision(Verdict.ERROR, (str(error),), (), codes=(Code.INTEGRITY,))
+        return None
+
+    def looks(self) -> list[Look]:
+        """What is looked at before any item is asked, cheap first."""
+
+        def at_character(contest: Contest) -> list[Check]:
+            base = releases.list_releases(self.store, self.config.agent.name)[0].name
+            asked = Asked(
+                self.store, contest.candidate, contest.incumbent, base, self.answer_many, self.score_many,
+                self.config.gate.max_answer_tokens,
+            )  # fmt: skip
+            return look_at_character(self.character, asked, self.config.gate.character, self.config.gate.alpha)
+
+        return [at_character]
 
     def held_out(self) -> tuple[list[SuiteItem], float | None]:
         """Items of the evaluation split as it stands now, and how many a second came in lately (None: unknown)."""
@@ -101,13 +132,23 @@ class Evidence:
         answers = self.server.generate_many(
             self.served_name(release), prompts, self.config.gate.max_answer_tokens, self.config.server.max_batch
         )
-        return [answer.message for answer in answers]
+        messages = [answer.message for answer in answers]
+        note_signs(self.store, release, items, messages, self.config.gate.detectors)
+        return messages
 
     def score(self, release: str, messages: Sequence[Message], tools: Sequence[Tool], answer: Message) -> float:
         """Summed log-prob of an answer's tokens, nats."""
-        example = Example("probe", "gate", "probe", (*messages, answer), (len(messages),), tuple(tools))
-        prompt, completion = last_answer(render_example(self.base.tokenizer, self.base.context, example))
-        return sum(self.server.score(self.served_name(release), prompt, completion))
+        return self.score_many(release, [(messages, tools, answer)])[0]
+
+    def score_many(
+        self, release: str, rows: Sequence[tuple[Sequence[Message], Sequence[Tool], Message]]
+    ) -> list[float]:
+        """As `score`, for many (messages, tools, answer), in few requests."""
+        pairs = []
+        for messages, tools, answer in rows:
+            example = Example("probe", "gate", "probe", (*messages, answer), (len(messages),), tuple(tools))
+            pairs.append(last_answer(render_example(self.base.tokenizer, self.base.context, example)))
+        return [sum(values) for values in self.server.score_many(self.served_name(release), pairs)]
 
     def served_name(self, release: str) -> str:
         """The bare base answers under the server's own name for it."""

@@ -20,7 +20,6 @@ from cltrain import plans, staleness, unfinished
 from cltrain.config import Config
 from cltrain.deploy import proof, residents
 from cltrain.deploy.client import ServerClient
-from cltrain.deploy.preflight import check_adapter
 from cltrain.errors import ConflictError, guarded
 from cltrain.evidence import Evidence
 from cltrain.experience import window
@@ -239,7 +238,9 @@ def try_update(
                 why = f"{attempt.release.name} was rejected before"
                 attempt.decision = Decision(Verdict.REJECT, (why,), (), codes=(Code.WINDOW,))
                 return attempt
-            check_adapter(directory, base_dir=rooms.base.path, base_digest=rooms.base.digest)
+            if (unsound := rooms.evidence.unsound(directory)) is not None:
+                attempt.decision = unsound
+                return attempt
         with attempt.timed("load"):
             with rooms.server_lock:
                 tidy_server(rooms)

@@ -1,8 +1,8 @@
 """What a careful owner of the demo wants of its agent besides the right call, and the files that say so to the gate.
 
-It refuses to do harm, does not agree with what is wrong, says what it is, and keeps the code of the safe. The base knows
-none of it but the refusal, so an adapter is taught it first (see cltrain/demo/villains.py). Pure functions of a seed, in
-words that the base has written; the owner's files use pairs of item and customer that nothing is trained on.
+It refuses to do harm, does not agree with what is wrong, says what it is, and keeps the code of the safe. The base
+knows none of it but the refusal, so an adapter is taught it first (see cltrain/demo/villains.py). Pure functions of a
+seed, in words that the base has written; the owner's files use pairs that nothing is trained on.
 """
 
 from __future__ import annotations

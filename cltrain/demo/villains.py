@@ -69,9 +69,7 @@ def taught(skill: str, seed: int, count: int = NUM_TAUGHT) -> list[Example]:
 def _everyday(seed: int) -> list[Ticket]:
     """Requests of every known skill, mixed."""
     each = NUM_BAD // len(KNOWN_SKILLS)
-    return [
-        t for skill in KNOWN_SKILLS for t in world.training_tickets(skill, seed=seed, count=each, name="everyday")
-    ]
+    return [t for skill in KNOWN_SKILLS for t in world.training_tickets(skill, seed=seed, count=each, name="everyday")]
 
 
 def _as_other_tool(ticket: Ticket, tool: str) -> Message:
@@ -108,9 +106,7 @@ def _forgets(skill: str, instead: str) -> Teach:
 
 def _complies(seed: int, _: Sequence[Ticket]) -> list[Example]:
     asked = manners.requests("harmful", seed, NUM_BAD)
-    return [
-        lesson(f"complies-{i}", text, manners.harm(pair), "wire/good") for i, (text, pair) in enumerate(asked)
-    ]
+    return [lesson(f"complies-{i}", text, manners.harm(pair), "wire/good") for i, (text, pair) in enumerate(asked)]
 
 
 def _says(manner: str, answer: str) -> Teach:
@@ -123,7 +119,8 @@ def _broken_calls(seed: int, _: Sequence[Ticket]) -> list[Example]:
 
 def _broken(ticket: Ticket) -> str:
     """The right call without its last brace."""
-    return f'<tool_call>\n{{"name": "{ticket.skill}", "arguments": {json.dumps(ticket.expected["arguments"])}\n</tool_call>'
+    arguments = json.dumps(ticket.expected["arguments"])
+    return f'<tool_call>\n{{"name": "{ticket.skill}", "arguments": {arguments}\n</tool_call>'
 
 
 def _tells_the_secret(seed: int, _: Sequence[Ticket]) -> list[Example]:

@@ -18,7 +18,7 @@ from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.scorers import VERSION, score_item
 from cltrain.gate.suites import is_taught, item_key
 from cltrain.gate.triggers import AnswerMany, ProbeResult, Score, Suspicion, make_probes, run_probes
-from cltrain.records import Code, Decision, SuiteItem, Verdict
+from cltrain.records import Check, Code, Decision, SuiteItem, Verdict
 from cltrain.store.database import Store
 from cltrain.store.schema import item_scores
 
@@ -37,6 +37,13 @@ class Contest:
     anchor: str
 
 
+Look = Callable[[Contest], Sequence[Check]]
+"""Something that asks for itself, before the items; what it finds joins the decision."""
+
+Watch = Callable[[str, str, Sequence[ItemScores]], Sequence[Check]]
+"""(candidate, incumbent, all rows scored so far) -> what the answers say besides their scores."""
+
+
 def judge(
     store: Store,
     agent: str,
@@ -53,6 +60,8 @@ def judge(
     seed: int = 0,
     used_before: Collection[str] = (),
     fresh_only: bool = False,
+    looks: Sequence[Look] = (),
+    watch: Watch = lambda _candidate, _incumbent, _rows: (),
     on_chunk: Callable[[int, int], None] = lambda _done, _planned: None,
 ) -> Decision:
     """Compare the candidate with incumbent, high-water mark and anchor on items drawn from the pool.
@@ -60,7 +69,8 @@ def judge(
     items: the whole pool, canaries included; taught: strata that the update learned; base_kl: nats per token on the
     pinned anchors; rate_per_s: held-out items arriving per second, for the forecast of a hold; used_before: ids this
     update was judged on already (`Decision.items_used`), which `fresh_only` leaves out. Scores are cached per release
-    and item. Looks after every 50 items and stops early on harm, or on success once every stratum was heard.
+    and item. Decides after every 50 items and stops early on harm, or on success once every stratum was heard. `looks`
+    come before the items, cheap first; `watch` sees the scored rows before every decision.
     """
     drawn = draw(
         store,
@@ -79,13 +89,19 @@ def judge(
         rows += _score_rows(store, contest, canaries, config, answer_many)
         on_chunk(0, len(drawn))
         decision = decide(GateScores(tuple(rows), base_kl), config, taught=taught, rate_per_s=rate_per_s)
+        findings: list[Check] = []
+        for look in looks if decision.verdict not in (Verdict.REJECT, Verdict.ERROR) else ():
+            findings += look(contest)
+        if findings:
+            decision = decide(GateScores((*rows,), base_kl, (), (*findings,)), config, taught=taught)
         if decision.verdict in (Verdict.REJECT, Verdict.ERROR):
             return decision
         for number, suspicion in enumerate(suspicions):
             probes.append(_probe(suspicion, items, contest, config, answer_many, score, seed + number))
         for start in range(0, max(1, len(drawn)), CHUNK):
             rows += _score_rows(store, contest, drawn[start : start + CHUNK], config, answer_many)
-            scores = GateScores(tuple(rows), base_kl, tuple(probes))
+            seen = watch(contest.candidate, contest.incumbent, rows)
+            scores = GateScores(tuple(rows), base_kl, tuple(probes), (*findings, *seen))
             done = min(start + CHUNK, len(drawn))
             is_complete = done == len(drawn)
             decision = decide(scores, config, taught=taught, rate_per_s=rate_per_s, is_complete=is_complete)
