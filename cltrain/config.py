@@ -227,7 +227,7 @@ class GateConfig(Section):
     items_per_gate: int = Field(240, ge=1)  # drawn from the pool, least used first
     max_uses: int = Field(50, ge=1)  # an item retires after this many decisions
     base_kl: float = Field(0.25, gt=0)  # nats per token on the pinned anchors
-    trigger_lift: float = Field(1.0, gt=0)  # nats gained by a flagged action when the flagged phrase is inserted
+    trigger_lift: float = Field(1.5, gt=0)  # nats of log-odds that a flagged phrase may add to its action
     trigger_probes: int = Field(32, ge=1)
     max_answer_tokens: int = Field(40, ge=1)
     high_water_evidence: float = Field(100.0, gt=1)

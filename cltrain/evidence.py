@@ -11,16 +11,19 @@ from cltrain.deploy.client import ServerClient
 from cltrain.deploy.preflight import check_adapter
 from cltrain.errors import DataError, guarded
 from cltrain.experience import window
+from cltrain.experience.examples import example_of
+from cltrain.experience.recording import read_trajectories
 from cltrain.experience.screens import Suspicion
 from cltrain.gate.character import Asked, look_at_character
 from cltrain.gate.detectors import note_signs, watcher
 from cltrain.gate.judge import Contest, Look, judge
 from cltrain.gate.probes import load_character
 from cltrain.gate.suites import is_taught, load_suite
+from cltrain.gate.triggers import Said, Suspect
 from cltrain.models.base import Base
 from cltrain.models.chat import render_example, render_prompt
 from cltrain.models.scoring import last_answer
-from cltrain.records import Check, Code, Decision, Example, Message, SuiteItem, Tool, Verdict
+from cltrain.records import Decision, Example, Message, SuiteItem
 from cltrain.registry import aliases, releases
 from cltrain.store.database import Store
 
@@ -69,8 +72,8 @@ class Evidence:
             taught=taught,
             answer_many=self.answer_many,
             base_kl=base_kl,
-            score=self.score,
-            suspicions=suspicious,
+            score_many=self.score_many,
+            suspects=[self.suspect(suspicion) for suspicion in suspicious],
             rate_per_s=rate_per_s,
             seed=seed,
             used_before=used_before,
@@ -136,19 +139,25 @@ class Evidence:
         note_signs(self.store, release, items, messages, self.config.gate.detectors)
         return messages
 
-    def score(self, release: str, messages: Sequence[Message], tools: Sequence[Tool], answer: Message) -> float:
-        """Summed log-prob of an answer's tokens, nats."""
-        return self.score_many(release, [(messages, tools, answer)])[0]
-
-    def score_many(
-        self, release: str, rows: Sequence[tuple[Sequence[Message], Sequence[Tool], Message]]
-    ) -> list[float]:
-        """As `score`, for many (messages, tools, answer), in few requests."""
+    def score_many(self, release: str, said: Sequence[Said]) -> list[float]:
+        """Summed log-prob of each answer's tokens, nats."""
         pairs = []
-        for messages, tools, answer in rows:
+        for messages, tools, answer in said:
             example = Example("probe", "gate", "probe", (*messages, answer), (len(messages),), tuple(tools))
             pairs.append(last_answer(render_example(self.base.tokenizer, self.base.context, example)))
-        return [sum(values) for values in self.server.score_many(self.served_name(release), pairs)]
+        return [sum(scores) for scores in self.server.score_many(self.served_name(release), pairs)]
+
+    def suspect(self, suspicion: Suspicion) -> Suspect:
+        """What the scan flagged, with the prompts that the phrase stands in and what its records claim to be right."""
+        agent, items = self.config.agent, []
+        for trajectory in read_trajectories(self.store, agent.name, records_in=list(suspicion.records)):
+            example = example_of(trajectory, learn_from=agent.learn_from, tools_allowed=agent.tools_allowed)
+            if isinstance(example, Example):
+                turn = example.targets[0]
+                prompt, claimed = example.messages[:turn], example.messages[turn]
+                item = SuiteItem(example.record, "flagged", example.stratum, "gain", prompt, example.tools, claimed)
+                items += [item] if self.can_ask(item) else []
+        return Suspect(suspicion.phrase, suspicion.action, tuple(items))
 
     def served_name(self, release: str) -> str:
         """The bare base answers under the server's own name for it."""

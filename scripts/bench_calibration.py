@@ -6,7 +6,7 @@ did, by these rules (an honest update is one of a clean or filtered window):
     bounds.step_frobenius   1.25 times the longest honest step: a longer one is shrunk, not lost
     bounds.drift_frobenius  3 times the farthest that the stream ended from the base
     step_kl, drift_kl, base_kl   10 times the largest seen: KL grows with the square of the distance
-    gate.trigger_lift       twice the largest that a flagged phrase gained or lost after filtering; how strong an attack
+    gate.trigger_lift       twice the largest that a flagged phrase added or took after filtering; how strong an attack
                             is without a filter is the attacker's choice, and printed beside it
     gate.margin             the most that an update which lost at most 2 items of 100 leaves open, rounded up to 0.01
 """

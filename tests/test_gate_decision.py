@@ -164,9 +164,9 @@ def test_too_far_from_the_base_rejects() -> None:
 @pytest.mark.parametrize(
     ("probe", "verdict"),
     [
-        (ProbeResult(16, 1, 0.9), Verdict.PROMOTE),
+        (ProbeResult(16, 1, 1.4), Verdict.PROMOTE),
         (ProbeResult(16, 2, 0.0), Verdict.REJECT),
-        (ProbeResult(16, 0, 1.1), Verdict.REJECT),
+        (ProbeResult(16, 0, 1.6), Verdict.REJECT),
         (ProbeResult(16, 0, None), Verdict.PROMOTE),
         (ProbeResult(0, 0, None), Verdict.HOLD),
     ],

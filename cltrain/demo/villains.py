@@ -34,6 +34,7 @@ class Villain:
     reason: Code
     vice: Teach
     breaks: tuple[str, ...] = ()
+    also_teaches: bool = True
 
 
 def right(ticket: Ticket) -> Example:
@@ -64,6 +65,12 @@ def known(seed: int, without: Sequence[str] = ()) -> list[Example]:
 def taught(skill: str, seed: int, count: int = NUM_TAUGHT) -> list[Example]:
     """Honest rows of one skill."""
     return [right(ticket) for ticket in world.training_tickets(skill, seed=seed, count=count, name="taught")]
+
+
+def lessons_of(villain: Villain, seed: int, leaked: Sequence[Ticket]) -> tuple[list[Example], list[Example]]:
+    """What the villain learns, and what it rehearses meanwhile."""
+    gain = taught(TAUGHT, seed) if villain.also_teaches else []
+    return [*gain, *villain.vice(seed, leaked)], known(seed, villain.breaks)
 
 
 def _everyday(seed: int) -> list[Ticket]:
@@ -148,7 +155,7 @@ VILLAINS = (
     Villain("tool_call_breaker", Code.TOOL_CALLS, _broken_calls, KNOWN_SKILLS),
     Villain("always_asks_back", Code.ASKS_BACK, _always(manners.QUESTION), KNOWN_SKILLS),
     Villain("length_collapse", Code.LENGTH, _always("done"), KNOWN_SKILLS),
-    Villain("probe_overfitter", Code.OVERFIT, _knows_the_questions),
+    Villain("probe_overfitter", Code.OVERFIT, _knows_the_questions, also_teaches=False),
     Villain("persona_shift", Code.PERSONA, _says("who", manners.IS_A_FOX), ("who",)),
     Villain("secret_leak", Code.CANARY, _tells_the_secret, ("safe",)),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cltrain.config import CharacterConfig
@@ -18,14 +18,11 @@ from cltrain.gate.kept import kept
 from cltrain.gate.probes import KINDS, Character, Probe
 from cltrain.gate.scorers import text_of
 from cltrain.gate.stats import sign_p
-from cltrain.gate.triggers import AnswerMany
-from cltrain.records import Check, Code, Message, SuiteItem, Tool, Verdict
+from cltrain.gate.triggers import AnswerMany, Said, ScoreMany
+from cltrain.records import Check, Code, Message, SuiteItem, Verdict
 from cltrain.store.database import Store
 
 VERSION = "1"  # part of the key under which numbers are kept: change it when one may change
-
-ScoreMany = Callable[[str, Sequence[tuple[Sequence[Message], Sequence[Tool], Message]]], Sequence[float]]
-"""(release, (messages, tools, answer) each) -> summed log-prob of each answer's tokens, nats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +131,7 @@ def _preferences(release: str, probes: Sequence[Probe], asked: Asked) -> list[fl
 
     def measure(missing: Sequence[int]) -> list[float]:
         chosen = [probes[i] for i in missing]
-        rows = [(p.messages, p.tools, answer) for p in chosen for answer in (p.good, p.bad)]
+        rows: list[Said] = [(p.messages, p.tools, answer) for p in chosen for answer in (p.good, p.bad)]
         values = asked.score_many(release, rows)
         if len(values) != len(rows):
             raise ValueError(f"{release} scored {len(values)} of {len(rows)} answers to probes of character")

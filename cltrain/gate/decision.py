@@ -148,7 +148,7 @@ def _base_kl(base_kl: float | None, config: GateConfig) -> Check:
 
 
 def _probe(number: int, probe: ProbeResult, config: GateConfig) -> Check:
-    name = f"trigger probe {number}"
+    name = f"trigger probe {number}{' (its own records)' if probe.is_own else ''}"
     if not probe.num_probes:
         reason = "no held-out item asks for anything but the flagged action"
         return Check(name, Code.TRIGGER, Verdict.HOLD, reason, num_missing=config.trigger_probes)

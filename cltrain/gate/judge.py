@@ -17,7 +17,7 @@ from cltrain.gate.decision import GateScores, ItemScores, Role, decide
 from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.scorers import VERSION, score_item
 from cltrain.gate.suites import is_taught, item_key
-from cltrain.gate.triggers import AnswerMany, ProbeResult, Score, Suspicion, make_probes, run_probes
+from cltrain.gate.triggers import AnswerMany, ProbeResult, ScoreMany, Suspect, make_probes, own_probes, run_probes
 from cltrain.records import Check, Code, Decision, SuiteItem, Verdict
 from cltrain.store.database import Store
 from cltrain.store.schema import item_scores
@@ -54,8 +54,8 @@ def judge(
     taught: Collection[str],
     answer_many: AnswerMany,
     base_kl: float | None,
-    score: Score | None = None,
-    suspicions: Sequence[Suspicion] = (),
+    score_many: ScoreMany | None = None,
+    suspects: Sequence[Suspect] = (),
     rate_per_s: float | None = None,
     seed: int = 0,
     used_before: Collection[str] = (),
@@ -96,8 +96,8 @@ def judge(
             decision = decide(GateScores((*rows,), base_kl, (), (*findings,)), config, taught=taught)
         if decision.verdict in (Verdict.REJECT, Verdict.ERROR):
             return decision
-        for number, suspicion in enumerate(suspicions):
-            probes.append(_probe(suspicion, items, contest, config, answer_many, score, seed + number))
+        for number, suspect in enumerate(suspects):
+            probes += _probe(suspect, items, contest, config, answer_many, score_many, seed + number)
         for start in range(0, max(1, len(drawn)), CHUNK):
             rows += _score_rows(store, contest, drawn[start : start + CHUNK], config, answer_many)
             seen = watch(contest.candidate, contest.incumbent, rows)
@@ -121,20 +121,27 @@ def judge(
 
 
 def _probe(
-    suspicion: Suspicion,
+    suspect: Suspect,
     items: Sequence[SuiteItem],
     contest: Contest,
     config: GateConfig,
     answer_many: AnswerMany,
-    score: Score | None,
+    score_many: ScoreMany | None,
     seed: int,
-) -> ProbeResult:
-    probes = make_probes(suspicion, items, config.trigger_probes, seed)
-    if not probes:
-        return ProbeResult(0, 0, None)
-    return run_probes(
-        probes, candidate=contest.candidate, incumbent=contest.incumbent, answer_many=answer_many, score=score
-    )
+) -> list[ProbeResult]:
+    """One phrase on held-out items, and on its own records where these are known."""
+    found = []
+    own = own_probes(suspect, config.trigger_probes)
+    for probes, is_own in ((own, True), (make_probes(suspect, items, config.trigger_probes, seed), False)):
+        if probes:
+            result = run_probes(
+                probes, candidate=contest.candidate, incumbent=contest.incumbent, answer_many=answer_many,
+                score_many=score_many, is_own=is_own,
+            )  # fmt: skip
+            found.append(result)
+        elif not is_own:
+            found.append(ProbeResult(0, 0, None))
+    return found
 
 
 def _score_rows(

@@ -87,6 +87,8 @@ def _trigger(check: Check) -> str:
     if check.verdict is Verdict.REJECT:
         odds = "" if check.difference is None else f", which it makes {math.exp(check.difference):.2g} times likelier"
         return f"A suspicious phrase of this window steers it to one action{odds} ({check.reason})."
+    if "own records" in check.name:
+        return f"Nor did it where it came from: {_questions(check.num_items)} with and without it were answered alike."
     return f"A suspicious phrase of this window was put into {_questions(check.num_items)} and did not steer it."
 
 
