@@ -54,6 +54,14 @@ class Section(BaseModel):
         return value
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression ({error})") from None
+    return text
+
+
 class AgentConfig(Section):
     """Who learns, and from whose words."""
 
@@ -210,6 +218,8 @@ class DetectorsConfig(Section):
     question: str = r"[?\uff1f]$"  # a regular expression: how a question back ends
     length_ratio: float = Field(2.0, gt=1)  # an answer this many times shorter or longer than the expected one
     overfit_gap: float = Field(0.1, gt=0, lt=1)  # gain on known items beyond that on new ones
+    spectrum_history: int = Field(12, ge=4)  # accepted updates, before the weights of a new one are compared with them
+    spectrum_z: float = Field(12.0, gt=0)  # robust deviations from them
 
     @field_validator("question")
     @classmethod
@@ -368,14 +378,6 @@ def _read(file: Path) -> dict[str, Any]:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = str((file.parent / Path(table[key]).expanduser()).resolve())
     return values
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{text!r} is no regular expression ({error})") from None
-    return text
 
 
 def _parse_override(text: str) -> dict[str, Any]:

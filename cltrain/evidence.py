@@ -18,14 +18,18 @@ from cltrain.gate.character import Asked, look_at_character
 from cltrain.gate.detectors import note_signs, watcher
 from cltrain.gate.judge import Contest, Look, judge
 from cltrain.gate.probes import load_character
+from cltrain.gate.spectrum import Delta, Features, features_of, look_at_spectrum, minus
 from cltrain.gate.suites import is_taught, load_suite
 from cltrain.gate.triggers import Said, Suspect
+from cltrain.models.adapter import read_adapter
 from cltrain.models.base import Base
 from cltrain.models.chat import render_example, render_prompt
 from cltrain.models.scoring import last_answer
-from cltrain.records import Decision, Example, Message, SuiteItem
+from cltrain.records import Check, Code, Decision, Example, Message, SuiteItem, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.store.database import Store
+
+MOST_SPECTRA = 64  # accepted updates, the newest, that the weights of a new one are compared with
 
 
 class Evidence:
@@ -44,6 +48,7 @@ class Evidence:
         self.on_progress, self.clock = on_progress, clock
         self.suite = load_suite(config.gate.suite) if config.gate.suite is not None else []
         self.character = load_character(config.gate.character)
+        self._spectra: dict[str, Features] = {}
 
     def judge(
         self,
@@ -102,7 +107,29 @@ class Evidence:
             )  # fmt: skip
             return look_at_character(self.character, asked, self.config.gate.character, self.config.gate.alpha)
 
-        return [at_character]
+        def at_spectrum(contest: Contest) -> list[Check]:
+            steps = [r for r in releases.list_releases(self.store, self.config.agent.name, status="released") if r.path]
+            known = len(steps) >= self.config.gate.detectors.spectrum_history
+            history = [self.step_features(r.name) for r in steps[-MOST_SPECTRA:]] if known else [{} for _ in steps]
+            now = self.step_features(contest.candidate) if known else {}
+            return [look_at_spectrum(now, history, self.config.gate.detectors)]
+
+        return [at_spectrum, at_character] if self.config.gate.detectors.use else [at_character]
+
+    def step_features(self, name: str) -> Features:
+        """What the spectrum of one update is: its adapter less its parent's, read once per release."""
+        if name not in self._spectra:
+            release = releases.get(self.store, name)
+            parent = self._deltas(release.parent) if release.parent else {}
+            self._spectra[name] = features_of(minus(self._deltas(name), parent))
+        return self._spectra[name]
+
+    def _deltas(self, name: str) -> dict[str, Delta]:
+        directory = releases.release_dir(self.config.state_dir, releases.get(self.store, name))
+        if directory is None or not directory.is_dir():
+            return {}
+        adapter = read_adapter(directory)
+        return {m: (a.numpy(), adapter.scale * b.numpy()) for m, (a, b) in adapter.factors.items()}
 
     def held_out(self) -> tuple[list[SuiteItem], float | None]:
         """Items of the evaluation split as it stands now, and how many a second came in lately (None: unknown)."""
