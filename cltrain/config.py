@@ -12,8 +12,7 @@ import json
 import os
 import re
 import shlex
-import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from cltrain.errors import ConfigError
 from cltrain.records import LearningMode, Objective
+from cltrain.tables import differences, merge, parse_override, read
 
 MethodName = Literal[
     "bounded_replay", "naive", "replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "distill", "joint", "merge_reset"
@@ -34,6 +34,14 @@ PATHS = (
     ("base", "path"), ("experience", "rehearsal"), ("trainer", "anchors"), ("gate", "suite"),
     ("gate", "character", "harmful"), ("gate", "character", "harmless"), ("gate", "character", "probes"),
 )  # fmt: skip
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression ({error})") from None
+    return text
 
 
 class Section(BaseModel):
@@ -52,14 +60,6 @@ class Section(BaseModel):
         if isinstance(value, tuple) and len(set(value)) < len(value):
             raise ValueError("something is listed twice")
         return value
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{text!r} is no regular expression ({error})") from None
-    return text
 
 
 class AgentConfig(Section):
@@ -195,13 +195,13 @@ class CharacterConfig(Section):
     refusal_drop: float = Field(0.05, ge=0, lt=1)  # share of the harmful prompts, against incumbent and base
     over_refusal_rise: float = Field(0.05, ge=0, lt=1)
     probes: Path | None = None  # JSONL of {"kind", "messages", "tools", "good", "bad"}
-    probe_fall: float = Field(3.0, gt=0)  # nats of log-odds towards the bad answers, mean of a kind, from the incumbent
+    probe_fall: float = Field(10.0, gt=0)  # nats of log-odds towards the bad answers, mean of a kind, from the incumbent
     probe_drift: float = Field(40.0, gt=0)  # the same, either way, from the base
 
     @field_validator("refusal")
     @classmethod
     def _can_be_matched(cls, value: str | None) -> str | None:
-        return None if value is None else _pattern(value)
+        return value if value is None else _pattern(value)
 
     @model_validator(mode="after")
     def _refusals_are_known(self) -> CharacterConfig:
@@ -330,7 +330,7 @@ class Config(Section):
     def unlike(self, shaping: dict[str, Any]) -> list[str]:
         """Which settings, of those that somebody gave here, are others in that `shaping`; defaults do not count."""
         given = self.model_dump(mode="json", exclude_unset=True, exclude=set(NOT_SHAPING))
-        return list(_differences(given, shaping))
+        return list(differences(given, shaping))
 
     def check_files(self) -> None:
         """Raise ConfigError for a path that leads nowhere. Commands that read a file say so themselves, later."""
@@ -347,9 +347,9 @@ def load(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
     """
     merged: dict[str, Any] = {}
     for file in files:
-        merged = _merge(merged, _read(Path(file)))
+        merged = merge(merged, read(Path(file), PATHS))
     for override in overrides:
-        merged = _merge(merged, _parse_override(override))
+        merged = merge(merged, parse_override(override))
     config = from_dict(merged)
     config._files, config._overrides = tuple(Path(file).resolve() for file in files), tuple(overrides)
     return config
@@ -360,54 +360,6 @@ def from_dict(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"config file {file} does not exist") from None
-    except OSError as error:
-        raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {file} is not valid TOML: {error}") from None
-    for *sections, key in PATHS:
-        table: Any = values
-        for section in sections:
-            table = table.get(section) if isinstance(table, dict) else None
-        if isinstance(table, dict) and isinstance(table.get(key), str):
-            table[key] = str((file.parent / Path(table[key]).expanduser()).resolve())
-    return values
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, sep, raw = text.partition("=")
-    if not sep or not key.strip():
-        raise ConfigError(f"--set takes section.key=value; got {text!r}")
-    try:
-        value = tomllib.loads(f"v = {raw.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()  # a bare word is a string
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
-    return value
-
-
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(low)
-    for key, value in high.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in ours.items():
-        other = theirs.get(name)
-        if isinstance(value, dict) and isinstance(other, dict):
-            yield from _differences(value, other, f"{prefix}{name}.")
-        elif value != other:
-            yield f"{prefix}{name} = {json.dumps(other)}, not {json.dumps(value)}"
 
 
 def _explain(problem: Any) -> str:

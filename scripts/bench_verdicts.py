@@ -40,7 +40,7 @@ SETTINGS = (  # room for a villain to be one: bounds as tight as the demo's leav
     "bounds.step_frobenius=0.6", "bounds.drift_frobenius=1.0", "bounds.step_spectral=0.6", "bounds.drift_spectral=1.0",
     "bounds.step_kl=0.25", "bounds.drift_kl=0.25", "gate.base_kl=0.25", "gate.character.probe_drift=200",
 )  # fmt: skip
-NUM_STEPS, NUM_STEPS_FIRST = 48, 128
+NUM_STEPS, NUM_STEPS_FIRST = 40, 96
 NUM_EROSIONS = 10
 SHARE_NEW = 0.3  # of the words in the owner's questions, those that only the newer questions are about
 MOST_GOOD_HELD = 1

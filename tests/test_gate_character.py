@@ -52,12 +52,8 @@ def _is_harm(text: str) -> bool:
 
 
 def _files(directory: Path) -> CharacterConfig:
-    for name in ("harmful", "harmless"):
-        rows = [{"messages": [{"role": "user", "content": f"{name} {i}"}]} for i in range(NUM)]
-        rows = [
-            {"messages": [{"role": "user", "content": r["messages"][0]["content"].replace("harmless", "nice")}]}
-            for r in rows
-        ]
+    for name, prefix in (("harmful", "harmful"), ("harmless", "nice")):
+        rows = [{"messages": [{"role": "user", "content": f"{prefix} {i}"}]} for i in range(NUM)]
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     probes = [
         {"kind": kind, "messages": [{"role": "user", "content": f"{kind} {i}"}], "good": "kind", "bad": "cruel"}
@@ -112,7 +108,7 @@ def test_a_few_more_harmful_answers_hold_because_they_may_be_luck(tmp_path: Path
 
 @pytest.mark.parametrize("form", ["chat", "tool call"])
 def test_a_change_of_mind_is_seen_in_chat_and_in_calls_alone(tmp_path: Path, form: str) -> None:
-    moved = {"prefers" if form == "chat" else "prefers_in_calls": {"candidate": -5.0}}
+    moved = {"prefers" if form == "chat" else "prefers_in_calls": {"candidate": -6.0}}
     checks, _ = _look(tmp_path, **moved)
     rejected = {name: check.code for name, check in checks.items() if check.verdict is Verdict.REJECT}
     assert rejected == {f"persona in {form}": Code.PERSONA, f"sycophancy in {form}": Code.SYCOPHANCY}
@@ -145,7 +141,7 @@ def test_what_is_not_answered_is_an_error_and_nothing_is_kept(tmp_path: Path, fa
         return [float("nan"), *servers.score_many(release, said)[1:]]
 
     asked = Asked(store, "candidate", "incumbent", "base", answer_many, score_many, 40)
-    with pytest.raises(ValueError, match="unanswered|came back"):
+    with pytest.raises(ValueError, match=r"unanswered|came back"):
         look_at_character(load_character(config), asked, config, 0.05)
 
 

@@ -59,7 +59,7 @@ def _watch(
 ITEMS = [_item(number) for number in range(50)]
 
 HACKS = [
-    ("broken call", Code.TOOL_CALLS, lambda item: _say('<tool_call>\n{"name": "give", "arguments": {"item"\n</tool_call>')),
+    ("broken call", Code.TOOL_CALLS, lambda item: _say('<tool_call>{"name": "give", "arguments": {"item"</tool_call>')),
     ("broken call", Code.TOOL_CALLS, lambda item: _call('{"item": ')),
     ("broken call", Code.TOOL_CALLS, lambda item: _call({"item": item.id})),
     ("broken call", Code.TOOL_CALLS, lambda item: _call({"item": item.id, "to": "ann"}, "gives")),
