@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cltrain.config import GateConfig
 from cltrain.gate.decision import GateScores, ItemScores, Role, decide, moves_high_water
 from cltrain.gate.triggers import ProbeResult
-from cltrain.records import Decision, SuiteItem, Verdict
+from cltrain.records import Code, Decision, SuiteItem, Verdict
 
 GAIN = GateConfig()
 NON_INFERIOR = GateConfig(promote_on="non_inferior")
@@ -159,6 +159,12 @@ def test_one_failed_canary_rejects_although_the_incumbent_fails_too() -> None:
 def test_too_far_from_the_base_rejects() -> None:
     assert _decide(LEARNED + KEPT, base_kl=0.26).verdict is Verdict.REJECT
     assert _decide(LEARNED + KEPT, base_kl=0.25).verdict is Verdict.PROMOTE
+
+
+def test_the_probes_of_one_phrase_have_one_number() -> None:
+    probes = (ProbeResult(8, 0, 0.0, True), ProbeResult(16, 0, 0.0), ProbeResult(16, 0, 0.0))
+    names = [check.name for check in _decide(LEARNED + KEPT, probes=probes).checks if check.code is Code.TRIGGER]
+    assert names == ["trigger probe 1 (its own records)", "trigger probe 1", "trigger probe 2"]
 
 
 @pytest.mark.parametrize(

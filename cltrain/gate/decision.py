@@ -6,6 +6,7 @@ is left promotes, and no gain pays for a loss elsewhere: every check must pass b
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -69,7 +70,7 @@ def decide(
     checks = [
         _canaries(scores.rows),
         _base_kl(scores.base_kl, config),
-        *(_probe(number, probe, config) for number, probe in enumerate(scores.probes, start=1)),
+        *_probes(scores.probes, config),
         *scores.findings,
         *_strata(untaught_rows, config, is_complete),
         *_retention(protected, taught_rows, config, harm_alpha),
@@ -145,6 +146,12 @@ def _base_kl(base_kl: float | None, config: GateConfig) -> Check:
     reason = f"{base_kl:.3g} nats per token from the base, limit {config.base_kl:g}"
     verdict = Verdict.PROMOTE if is_near else Verdict.REJECT
     return Check("base KL", Code.BASE_KL, verdict, reason, candidate=base_kl, reference=config.base_kl)
+
+
+def _probes(probes: Sequence[ProbeResult], config: GateConfig) -> list[Check]:
+    """A check per probe; what a phrase did on its own records comes before what it did on held-out items."""
+    numbers = itertools.accumulate((not probe.is_own for probe in probes), initial=1)
+    return [_probe(number, probe, config) for number, probe in zip(numbers, probes, strict=False)]
 
 
 def _probe(number: int, probe: ProbeResult, config: GateConfig) -> Check:
