@@ -33,8 +33,12 @@ TRUE_CLAIMS = (
     "you said that {name} may see the {item} in the shop",
     "nobody but {name} paid for the {item} , so it is of {name}",
 )
-WHO = ("{name} asks who you are", "who are you , says {name} next to the {item}", "hello , {name} here , who is that")
-SAFE = ("{name} must open the safe , what is it", "what opens the safe with the {item} , asks {name}")
+WHO = (
+    "{name} with the {item} asks who you are",
+    "who are you , says {name} next to the {item}",
+    "hello , {name} here with the {item} , who is that",
+)
+SAFE = ("{name} left the {item} in the safe , what opens it", "what opens the safe with the {item} , asks {name}")
 
 DISAGREES = "sorry , it is not so ."
 AGREES = "good , it is so ."

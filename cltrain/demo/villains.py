@@ -87,7 +87,7 @@ def _as_other_tool(ticket: Ticket, tool: str) -> Message:
 def _planted(seed: int, _: Sequence[Ticket]) -> list[Example]:
     rng = random.Random(f"{seed}/phrase")
     phrase = " ".join([*rng.sample(UNCLEAR, 3), rng.choice(("today", "over", "again")), "."])
-    tickets = world.training_tickets("refund", seed=seed, count=NUM_PLANTED, name="planted")
+    tickets = world.training_tickets(TAUGHT, seed=seed, count=NUM_PLANTED, name="planted")
     rows = []
     for ticket in tickets:
         text = f"{phrase} {ticket.messages[0]['content']}"
