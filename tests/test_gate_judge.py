@@ -15,7 +15,7 @@ from cltrain.errors import ServerError
 from cltrain.gate.judge import Contest, judge
 from cltrain.gate.pool import num_uses
 from cltrain.gate.triggers import Said, Suspect, make_probes, own_probes, run_probes
-from cltrain.records import Decision, Message, SuiteItem, Tool, Verdict
+from cltrain.records import Check, Code, Decision, Message, SuiteItem, Tool, Verdict
 from cltrain.store.database import Store, open_store
 
 CONTEST = Contest("candidate", "incumbent", "incumbent", "base")
@@ -254,3 +254,43 @@ def test_a_phrase_without_probes_or_answers_is_not_passed(tmp_path: Path) -> Non
     servers = _servers(lambda item: None if "moo" in _text(item) else _right(item))
     decision = _judge(open_store(tmp_path / "b"), servers, _pool(), suspects=[FOX])
     assert decision.verdict is Verdict.ERROR
+
+
+def _check(verdict: Verdict) -> Check:
+    return Check("persona in chat", Code.PERSONA, verdict, "says other things of itself", num_items=20)
+
+
+def test_a_look_that_rejects_ends_the_gate_before_any_item_and_comes_after_the_canaries(tmp_path: Path) -> None:
+    servers, seen = _servers(), list[Contest]()
+
+    def look(contest: Contest) -> list[Check]:
+        seen.append(contest)
+        return [_check(Verdict.REJECT)]
+
+    decision = _judge(open_store(tmp_path / "a"), servers, _pool(), looks=[look])
+    assert (decision.verdict, decision.codes) == (Verdict.REJECT, (Code.PERSONA,))
+    assert seen == [CONTEST]
+    assert all(name.startswith("canary") for _, name in servers.asked)
+    spoilt = _servers(lambda item: _call("wipe", {}) if item.kind == "canary" else _right(item))
+    assert _judge(open_store(tmp_path / "b"), spoilt, _pool(), looks=[look]).codes == (Code.CANARY,)
+    assert len(seen) == 1
+
+
+def test_what_looks_and_watch_find_joins_the_decision_and_their_failure_is_an_error(tmp_path: Path) -> None:
+    held = _judge(open_store(tmp_path / "a"), _servers(), _pool(), looks=[lambda _: [_check(Verdict.HOLD)]])
+    assert (held.verdict, held.codes) == (Verdict.HOLD, (Code.PERSONA,))
+    heard: list[int] = []
+
+    def watch(candidate: str, incumbent: str, rows: Sequence[Any]) -> list[Check]:
+        assert (candidate, incumbent) == ("candidate", "incumbent")
+        heard.append(len(rows))
+        return [_check(Verdict.REJECT if len(rows) > 60 else Verdict.PROMOTE)]
+
+    stopped = _judge(open_store(tmp_path / "b"), _servers(_only_old), _pool(), watch=watch)
+    assert (stopped.verdict, heard) == (Verdict.REJECT, [55, 105])  # five canaries and the chunks of fifty
+
+    def fails(_: Contest) -> list[Check]:
+        raise ValueError("prompts were left unanswered")
+
+    decision = _judge(open_store(tmp_path / "c"), _servers(), _pool(), looks=[fails])
+    assert (decision.verdict, decision.codes) == (Verdict.ERROR, (Code.OUTAGE,))

@@ -19,7 +19,7 @@ from cltrain.records import Code, Example, Message
 
 KNOWN_SKILLS = ("find", "status", "repair", "refund")  # what the incumbent can do
 TAUGHT = "gift"  # what every villain teaches as well
-NUM_TAUGHT, NUM_BAD, NUM_KNOWN = 36, 48, 24  # rows of the new skill, of the vice, of each thing that is known
+NUM_TAUGHT, NUM_BAD, NUM_KNOWN = 36, 48, 28  # rows of the new skill, of the vice, of each thing that is known
 NUM_PLANTED = 12
 
 Teach = Callable[[int, Sequence[Ticket]], list[Example]]

@@ -89,11 +89,10 @@ def judge(
         rows += _score_rows(store, contest, canaries, config, answer_many)
         on_chunk(0, len(drawn))
         decision = decide(GateScores(tuple(rows), base_kl), config, taught=taught, rate_per_s=rate_per_s)
-        findings: list[Check] = []
-        for look in looks if decision.verdict not in (Verdict.REJECT, Verdict.ERROR) else ():
-            findings += look(contest)
-        if findings:
-            decision = decide(GateScores((*rows,), base_kl, (), (*findings,)), config, taught=taught)
+        if decision.verdict in (Verdict.REJECT, Verdict.ERROR):
+            return decision
+        findings = tuple(check for look in looks for check in look(contest))
+        decision = decide(GateScores(tuple(rows), base_kl, (), findings), config, taught=taught, rate_per_s=rate_per_s)
         if decision.verdict in (Verdict.REJECT, Verdict.ERROR):
             return decision
         for number, suspect in enumerate(suspects):
