@@ -106,6 +106,7 @@ class ExperienceConfig(Section):
     trigger_max_principals: int = Field(1, ge=1)
     buffer_per_stratum: int = Field(64, ge=1)  # bottom-k by keyed hash
     rare_stratum: int = Field(4, ge=1)  # strata with fewer records are pooled as `other`
+    max_doubtful_share: float = Field(0.25, ge=0, lt=1)  # of a stratum; in doubt of more, the adapter does not know it
     rehearsal: Path | None = None  # JSONL of the owner's own episodes, always in replay
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cltrain.deploy.client import ServerClient
 from cltrain.errors import ConflictError, guarded
 from cltrain.evidence import Evidence
 from cltrain.experience import window
-from cltrain.experience.buffer import replay_examples
+from cltrain.experience.buffer import doubtful, replay_examples
 from cltrain.experience.screens import screen, within_shares
 from cltrain.gate.decision import moves_high_water
 from cltrain.models.adapter import AdapterFile, read_adapter
@@ -94,6 +95,7 @@ class Attempt:
     candidate: Candidate | None = None
     release: Release | None = None
     proof: proof.Proof | None = None
+    doubtful: frozenset[str] = frozenset()  # records that the candidate learned, and would not repeat
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -246,7 +248,10 @@ def try_update(
                 tidy_server(rooms)
                 rooms.server.load(attempt.release.name, directory)
         with attempt.timed("prove"):
-            attempt.proof = prove(rooms, plan, attempt.release.name, read_adapter(directory), incumbent, fresh)
+            exported = read_adapter(directory)
+            attempt.proof = prove(rooms, plan, attempt.release.name, exported, incumbent, fresh)
+            score, share = partial(token_log_probs, rooms.base, exported), rooms.config.experience.max_doubtful_share
+            attempt.doubtful = doubtful(fresh, plan.replay, plan.taught, score, share)
         with attempt.timed("gate"):
             kl = attempt.candidate.bounds.drift_kl
             attempt.decision = rooms.evidence.judge(
@@ -292,7 +297,8 @@ def _conclude(rooms: Rooms, plan: Plan, attempt: Attempt, decision: Decision, *,
         summary = plans.summary_of(
             plan, decision, candidate=name, made=attempt.candidate,
             learned=attempt.learned, proof=attempt.proof.verdict if attempt.proof else None, seconds=attempt.seconds,
-            mode=mode, serving=aliases.serving_in(connection, rooms.agent), is_served=is_served, now=now,
+            mode=mode, serving=aliases.serving_in(connection, rooms.agent), doubtful=attempt.doubtful,
+            is_served=is_served, now=now,
         )  # fmt: skip
         plans.close_plan(
             connection, plan, attempt.candidate, summary, decision, learned=attempt.learned, is_served=is_served,

@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from cltrain.trainer.methods import method_of
 
 ROWS_FILE = "rows.json"
 CONCLUDED = ("done", "discarded")
+DOUBTFUL = "doubted and not rehearsed"
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def close_plan(
             [{"update": plan.id, "step": r.step, "slot": r.slot, "record": r.record} for r in candidate.reads],
         )
     if not plan.is_trial:
-        _file_records(connection, plan, learned, decision, is_served=is_served, now=now)
+        _file_records(connection, plan, learned, decision, summary["doubtful"], is_served=is_served, now=now)
     payload = {key: summary[key] for key in ("update", "verdict", "candidate", "is_served")}
     append(connection, plan.agent, "verdict", payload, now)
     event = update_event(summary, decision, candidate.bounds if candidate else None)
@@ -239,6 +240,7 @@ def summary_of(
     seconds: dict[str, float],
     mode: LearningMode,
     serving: str,
+    doubtful: Collection[str] = (),
     is_served: bool,
     now: float,
 ) -> dict[str, Any]:
@@ -271,12 +273,13 @@ def summary_of(
             **tallies(plan.window, [row.record for row in learned]),
             "objectives": dict(Counter(row.objective for row in learned)),
             "set_aside": dict(Counter(aside.reason.split(":")[0] for aside in plan.set_aside)),
-            "notes": dict(Counter(note.split(":")[0] for _, note in plan.notes)),
+            "notes": dict(Counter([*(note.split(":")[0] for _, note in plan.notes), *(DOUBTFUL for _ in doubtful)])),
             "suspicious": [asdict(s) for s in plan.suspicious],
             "is_refused": plan.refusal is not None,
             "reason": plan.refusal,
         },
         "replay": dict(Counter(row.stratum for row in plan.replay)),
+        "doubtful": sorted(doubtful),
         "bounds": asdict(made.bounds) if made else None,
         "metrics": made.metrics if made else {},
         "proof": proof,
@@ -313,35 +316,33 @@ def nothing_to_learn(store: Store, agent: str, serving: str, waiting: window.Win
 
 
 def _file_records(
-    connection: Connection, plan: Plan, learned: Sequence[TokenRow], decision: Decision, *, is_served: bool, now: float
+    connection: Connection,
+    plan: Plan,
+    learned: Sequence[TokenRow],
+    decision: Decision,
+    doubtful: Collection[str],
+    *,
+    is_served: bool,
+    now: float,
 ) -> None:
     """Where each record of the window goes: where it was set aside to, or with the others by the verdict."""
     aside = {one.record: one for one in plan.set_aside}
     claims = {row.record for row in learned if is_claim(row)}
+    if is_served:
+        window.forget_rehearsal(connection, plan.agent, doubtful, reason=f"update {plan.number}: {DOUBTFUL}", now=now)
     began_at = connection.execute(select(updates.c.started_at).where(updates.c.id == plan.id)).scalar_one()
     for record, stratum, _ in plan.window:
         one = aside.get(record)
         if one is None:
-            status = _standing(decision, is_right=record in claims, is_served=is_served)
-            reason = f"update {plan.number}: {decision.verdict}"
+            is_sure = record not in doubtful
+            status = window.standing(decision, is_right=record in claims, is_sure=is_sure, is_served=is_served)
+            reason = f"update {plan.number}: {decision.verdict}{'' if is_sure else ', ' + DOUBTFUL}"
             window.mark(connection, plan.agent, record, status, now=now, reason=reason, stratum=stratum, update=plan.id)
         elif one.status == "unusable":  # as of when it was read: what was said since may revive it
             reason = one.reason + plan.manifest["rules"]
             window.mark(connection, plan.agent, record, one.status, now=began_at, reason=reason, stratum=stratum)
         else:
             window.mark(connection, plan.agent, record, one.status, now=now, reason=one.reason, stratum=stratum)
-
-
-def _standing(decision: Decision, *, is_right: bool, is_served: bool) -> str:
-    """What becomes of a learned record. A hold that lacks nothing but gain means that they teach nothing new: what was
-    right was verified and did no harm, so it is rehearsed from now on and leaves the next window to what is new. What
-    was wrong is never rehearsed: it is learned once something serves that learned it, and waits until then."""
-    if decision.verdict is Verdict.REJECT:
-        return "quarantined"
-    if is_served:
-        return "replay" if is_right else "learned"
-    harmless = all(c.verdict is Verdict.PROMOTE or c.name.startswith("gain") for c in decision.checks)
-    return "replay" if is_right and decision.verdict is Verdict.HOLD and decision.checks and harmless else "waiting"
 
 
 def suspicions_of(manifest: dict[str, Any]) -> tuple[Suspicion, ...]:

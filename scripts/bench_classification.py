@@ -3,10 +3,11 @@
 `scripts/bench classification [--seeds 3] [--json F]` teaches five generated tasks (cltrain/demo/classes.py) through the
 trainer, in process, with the demo's settings and bounds (half its anchors); `--data DIR` takes folders of the O-LoRA
 benchmark instead. Every window of 48 rows is one update, four to a task, and what was learned goes to the replay
-buffer: per stratum the k rows with the smallest keyed hash, as in the product. `replay` has the same buffer, no KL and
-no bounds; `joint` has every row so far. No gate and no principal's quota: every update that its method lets through
-serves. A tenth of the training labels is wrong. `cpu_s` is the processor time of the updates alone. Settings are chosen
-on seeds from 900 up, which are examined on texts of their own.
+buffer: per stratum the k rows with the smallest keyed hash, as in the product. `bounded_replay` leaves out what its new
+adapter doubts, also as in the product. `replay` has the same buffer without doubts, no KL and no bounds; `joint` has
+every row so far. No gate and no principal's quota: every update that its method lets through serves. A tenth of the
+training labels is wrong; `odd` is their share of the buffer at the end. `cpu_s` is the processor time of the
+updates alone. Settings are chosen on seeds from 900 up, which are examined on texts of their own.
 
 An answer is right when greedy decoding writes the label and ends the turn there (`em`); `ranked` only asks whether the
 right label is likelier than the task's other labels. The first is what ACC, BWT and FWT are of, unless they say so.
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,13 @@ import torch
 from cltrain.config import Config, load
 from cltrain.demo import classes, exam, text, world
 from cltrain.demo.classes import Task, Text
-from cltrain.experience.buffer import select
+from cltrain.experience.buffer import doubtful, select
 from cltrain.models.adapter import AdapterFile, attach, read_adapter
 from cltrain.models.anchors import load_anchors
 from cltrain.models.base import Base, load_base
 from cltrain.models.chat import render_example
 from cltrain.models.forward import batches_of, next_log_probs, predicted
+from cltrain.models.scoring import token_log_probs
 from cltrain.records import Example, TokenRow
 from cltrain.trainer.memory import read_memory
 from cltrain.trainer.reference import Reference
@@ -153,6 +156,7 @@ def run_method(stage: Stage, method: str, directory: Path) -> dict[str, Any]:
     em: Matrix = []
     ranked: Matrix = []
     num_updates, seconds = 0, 0.0
+    wrong = {item.id for task in stage.tasks for item in task.train if item.claimed != item.answer}
     for task in stage.tasks:
         rows = [
             row_of(base, item, item.claimed, task.name if stage.strata == "task" else "text") for item in task.train
@@ -184,6 +188,9 @@ def run_method(stage: Stage, method: str, directory: Path) -> dict[str, Any]:
                 adapter = read_adapter(path)
                 shrinks.append(candidate.bounds.shrink)
                 learned |= {row.record: row for row in fresh}
+                if method == OURS:
+                    for record in doubted(base, adapter, fresh, replay, config):
+                        del learned[record]
             seconds += time.process_time() - began
             num_updates += 1
         found = stage.scores(adapter)
@@ -195,6 +202,7 @@ def run_method(stage: Stage, method: str, directory: Path) -> dict[str, Any]:
         "method": method,
         **figures(em, before_em),
         "base_kl": exam.drift(base, adapter, stage.samples),
+        "odd": statistics.fmean(row.record in wrong for row in buffer(learned, config, stage.seed)) if learned else 0.0,
         "cpu_s": seconds,
         "updates": num_updates,
         "discarded": discarded,
@@ -205,6 +213,14 @@ def run_method(stage: Stage, method: str, directory: Path) -> dict[str, Any]:
         "R_em": em,
         "R_ranked": ranked,
     }
+
+
+def doubted(
+    base: Base, adapter: AdapterFile, fresh: Sequence[TokenRow], replay: Sequence[TokenRow], config: Config
+) -> frozenset[str]:
+    """What the product would not rehearse, or no longer: see cltrain/experience/buffer.py."""
+    score = partial(token_log_probs, base, adapter)
+    return doubtful(fresh, replay, {row.stratum for row in fresh}, score, config.experience.max_doubtful_share)
 
 
 def buffer(learned: dict[str, TokenRow], config: Config, seed: int) -> list[TokenRow]:
@@ -249,7 +265,7 @@ def run_seed(
             yield run_method(stage, method, directory / method)
 
 
-COLUMNS = ("acc", "bwt", "fwt", "learned", "worst", "base_kl", "cpu_s")
+COLUMNS = ("acc", "bwt", "fwt", "learned", "worst", "base_kl", "odd", "cpu_s")
 
 
 def line_of(head: str, row: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """How well each method learns and remembers on the demo's stream: a row of figures per method and seed.
 
-`scripts/bench learning --seeds 3 --json F [--plot F.svg]` runs every method in processes of its own, two at a time.
+`scripts/bench learning --seeds 3 --json F [--plot F.svg]` runs them in two processes, a row at a time in each.
 `default` is the product (screens, bounds, gate; see cltrain/demo/lab.py), the others are one method's training alone.
 """
 
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -86,17 +86,6 @@ def run_one(method: str, seed: int, settings: Sequence[str]) -> Row:
     return {"method": method, "seed": seed, "verifier_miss": VERIFIER_MISS.get(method, 0.0), **found}
 
 
-def run_apart(method: str, seed: int, settings: Sequence[str]) -> Row:
-    """`run_one` in a process of its own."""
-    words = [sys.executable, __file__, "--one", method, "--first", str(seed), *(f"--set={s}" for s in settings)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{method} on seed {seed} failed:\n{done.stderr[-3000:]}")
-    row: Row = json.loads(done.stdout.splitlines()[-1])
-    print("  ".join([f"{method:<28} seed {seed}", *(f"{key} {row[key]:.3f}" for key in FIGURES)]), flush=True)
-    return row
-
-
 def means_of(rows: Sequence[Row]) -> Means:
     """Method -> mean of each figure over its seeds."""
     names = dict.fromkeys(row["method"] for row in rows)
@@ -135,21 +124,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where the rows go")
     parser.add_argument("--plot", type=Path, help="where an SVG of final skill against KL to the base goes")
-    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
-    if given.one:
-        print(json.dumps(run_one(given.one, given.first, given.set)))
-        return 0
     jobs = [(name, seed) for seed in range(given.first, given.first + given.seeds) for name in given.methods]
     rows, failed = [], 0
-    with ThreadPoolExecutor(given.processes) as pool:
-        tasks = [pool.submit(run_apart, name, seed, [*METHODS[name], *given.set]) for name, seed in jobs]
+    with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
+        tasks = {pool.submit(run_one, name, seed, [*METHODS[name], *given.set]): (name, seed) for name, seed in jobs}
         for task in as_completed(tasks):
+            name, seed = tasks[task]
             try:
-                rows.append(task.result())
-            except RuntimeError as error:  # the rows of the others are kept
-                print(error, file=sys.stderr, flush=True)
+                row = task.result()
+            except Exception as error:  # the rows of the others are kept
+                print(f"{name} on seed {seed} failed: {error!r}", file=sys.stderr, flush=True)
                 failed += 1
+                continue
+            rows.append(row)
+            said = (f"{key} {row[key]:.3f}" for key in FIGURES)
+            print("  ".join([f"{name:<28} seed {seed}", *said]), flush=True)
             if given.json:
                 given.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if not rows:

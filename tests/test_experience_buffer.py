@@ -4,6 +4,7 @@ import random
 from collections import Counter
 
 from cltrain.experience import bench, buffer
+from cltrain.records import TokenRow
 from tests.experience_parts import CONFIG, KEY, RULES, episode, file_as, good, recorder, store
 
 __all__ = ["recorder", "store"]  # fixtures
@@ -117,3 +118,43 @@ def test_a_stratum_that_one_principal_alone_taught_is_rehearsed_within_its_quota
 
 def test_an_empty_buffer_is_no_error(store):
     assert rehearsed(store) == []
+
+
+def row_of(record, stratum="mend/good", **changes):
+    return TokenRow(record, stratum, "p", (1, 2, 3), (0.0, 1.0, 1.0), **changes)
+
+
+SURE, ODD = [-0.1, -0.1], [-0.1, -0.7]  # e^-0.7 < 0.5: greedy decoding may write another token
+
+
+def doubted(fresh, replay=(), *, odd=(), taught=("mend/good",), max_share=0.25):
+    def log_probs_of(rows):
+        return [ODD if row.record in odd else SURE for row in rows]
+
+    return buffer.doubtful(fresh, replay, taught, log_probs_of, max_share)
+
+
+def test_what_the_adapter_would_not_repeat_is_doubtful_once_it_knows_the_rest_of_that_work():
+    fresh = [*(row_of(f"m{k}") for k in range(8)), *(row_of(f"w{k}", "wire/good") for k in range(4))]
+    assert doubted(fresh, odd={"m0", "m1", "w0"}) == {"m0", "m1", "w0"}
+    assert doubted(fresh, odd={"m0", "m1", "m2", "w0"}) == {"w0"}, "three of eight: it does not know how to mend yet"
+    assert doubted(fresh, odd={"m0"}, max_share=0.0) == frozenset()
+
+
+def test_a_lone_odd_record_is_judged_beside_what_is_rehearsed_of_its_work():
+    lone, old = row_of("lone", "wire/good"), [row_of(f"w{k}", "wire/good") for k in range(5)]
+    fresh = [*(row_of(f"m{k}") for k in range(8)), lone]
+    assert doubted(fresh, odd={"lone"}) == frozenset(), "one of one: a new kind of work looks like this"
+    assert doubted(fresh, old, odd={"lone"}) == {"lone"}
+
+
+def test_what_is_rehearsed_is_doubted_only_while_its_work_is_taught():
+    fresh = [row_of("m0"), row_of("w0", "wire/good")]
+    old = [row_of(f"{name}{k}", f"{work}/good") for name, work in (("m", "mend"), ("w", "wire")) for k in range(1, 9)]
+    old += [row_of("p", "pay/good")]
+    assert doubted(fresh, old, odd={"m5", "w5", "p"}) == {"m5"}
+
+
+def test_what_only_says_what_was_wrong_is_no_matter_of_doubt():
+    rows = [row_of("bad", objective="kto", value=-1.0), *(row_of(f"m{k}") for k in range(5))]
+    assert doubted(rows, odd={"bad", "m4"}) == {"m4"}

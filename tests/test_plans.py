@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 
 from cltrain import plans
 from cltrain.config import ObjectivesConfig
@@ -42,14 +42,14 @@ def plan_of(rows, aside=(), **changes):
     return replace(plan, **changes)
 
 
-def filed(store, plan, decision, *, is_served=False, learned=None):
+def filed(store, plan, decision, *, is_served=False, learned=None, doubtful=()):
     """Record -> (status, reason, update) once the plan, begun at 10, is concluded at 20."""
     with store.write() as connection:
         if connection.scalar(select(updates.c.id)) is None:
             values = {"id": "u", "agent": "support", "number": 1, "state": "done", "parent": "x", "candidate": "y"}
             connection.execute(insert(updates).values(**values, mode="auto", fence=1, manifest={}, started_at=10.0))
         rows = plan.fresh if learned is None else learned
-        plans._file_records(connection, plan, rows, decision, is_served=is_served, now=20.0)
+        plans._file_records(connection, plan, rows, decision, doubtful, is_served=is_served, now=20.0)
         return {row.record: (row.status, row.reason, row.update) for row in connection.execute(select(screenings))}
 
 
@@ -68,6 +68,40 @@ def test_what_was_wrong_is_learned_once_something_serves_and_never_rehearsed(sto
     assert plan.taught == {"mend/good"}
     found = filed(store, plan, decision, is_served=is_served)
     assert [found[row.record][0] for row in ROWS] == expected
+
+
+@pytest.mark.parametrize(
+    ("decision", "is_served", "expected"),
+    [
+        (Decision(Verdict.PROMOTE, ("",), ()), True, ["replay", "learned"]),
+        (Decision(Verdict.PROMOTE, ("",), ()), False, ["waiting", "waiting"]),
+        (Decision(Verdict.HOLD, ("",), GAINLESS), False, ["replay", "learned"]),
+        (Decision(Verdict.REJECT, ("",), ()), False, ["quarantined", "quarantined"]),
+    ],
+)
+def test_what_the_adapter_doubts_right_after_learning_it_leaves_the_window_and_is_never_rehearsed(
+    store, decision, is_served, expected
+):
+    rows = (row_of("right"), row_of("odd"))
+    found = filed(store, plan_of(rows), decision, is_served=is_served, doubtful={"odd"})
+    assert [found[row.record][0] for row in rows] == expected
+    assert [plans.DOUBTFUL in found[row.record][1] for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize("is_served", [True, False])
+def test_what_was_rehearsed_and_is_doubted_leaves_the_buffer_only_once_the_doubter_serves(store, is_served):
+    with store.write() as connection:
+        for name in ("old", "odd"):
+            window.mark(connection, "support", name, "replay", now=1.0, stratum="mend/good", update="before")
+        window.mark(connection, "support", "undone", "quarantined", now=1.0, stratum="mend/good", update="before")
+    verdict = Decision(Verdict.PROMOTE, ("",), ())
+    found = filed(
+        store, plan_of((row_of("right"),)), verdict, is_served=is_served, doubtful={"odd", "undone", "owners"}
+    )
+    assert found["odd"][::2] == ("learned" if is_served else "replay", "before"), "a rollback still finds it"
+    assert {name: one[0] for name, one in found.items() if name in ("old", "undone", "owners")} == {
+        "old": "replay", "undone": "quarantined"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("verdict", [Verdict.PROMOTE, Verdict.REJECT])
@@ -114,15 +148,17 @@ def test_a_second_attempt_says_of_each_record_why_it_is_left_out():
     assert {one.status for one in aside} == {"quarantined"}
 
 
-def test_what_a_human_promotes_is_rehearsed_but_for_its_failures_and_what_was_not_learned(store):
+def test_what_a_human_promotes_is_rehearsed_but_for_its_failures_its_doubts_and_what_was_not_learned(store):
     aside = [Aside("surplus", "waiting", "quota: it has enough")]
-    read = (("right", "mend/good", "p"), ("wrong", "mend/bad", "p"), ("surplus", "mend/good", "p"))
-    plan = plan_of(ROWS[:2], aside, window=read)
-    filed(store, plan, Decision(Verdict.PROMOTE, ("",), ()))
+    read = (*((name, "mend/good", "p") for name in ("right", "odd", "surplus")), ("wrong", "mend/bad", "p"))
+    plan = plan_of((*ROWS[:2], row_of("odd")), aside, window=read)
+    filed(store, plan, Decision(Verdict.PROMOTE, ("",), ()), doubtful={"odd"})
+    with store.write() as connection:
+        connection.execute(update(updates).values(summary={"doubtful": ["odd"]}))
     aliases.file_approved(store, "support", "y", 30.0)
     with store.read() as connection:
         found = dict(map(tuple, connection.execute(select(screenings.c.record, screenings.c.status))))
-    assert found == {"right": "replay", "wrong": "learned", "surplus": "waiting"}
+    assert found == {"right": "replay", "wrong": "learned", "odd": "learned", "surplus": "waiting"}
 
 
 def test_a_plan_with_partners_and_notes_comes_back_from_disk():

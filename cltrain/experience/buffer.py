@@ -1,4 +1,5 @@
-"""The replay buffer: per stratum the k records with the smallest keyed hash, of those that were learned and verified.
+"""The replay buffer: per stratum the k records with the smallest keyed hash, of those that were learned and verified
+and that the adapter which had just learned their stratum agrees with.
 
 No principal has more than its quota of the k slots. Uniform within a principal, whatever the order of arrival; deleting
 a record touches its own slot only, and the next one moves up. What has no slot stays in the store: nothing is evicted.
@@ -8,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from sqlalchemy import select as query
@@ -19,9 +21,11 @@ from cltrain.errors import guarded
 from cltrain.experience.examples import POOLED, example_of
 from cltrain.experience.reading import read_trajectories
 from cltrain.experience.verify import verify
-from cltrain.records import Example, Trajectory
+from cltrain.records import Example, TokenRow, Trajectory, is_claim
 from cltrain.store.database import Store
 from cltrain.store.schema import records, screenings, updates
+
+SURE = 0.5  # above it greedy decoding is certain to write the token
 
 
 def select(strata: Mapping[str, Iterable[str]], k: int, key: bytes) -> dict[str, list[str]]:
@@ -30,6 +34,34 @@ def select(strata: Mapping[str, Iterable[str]], k: int, key: bytes) -> dict[str,
         stratum: sorted(set(ids), key=lambda record: (_hash(key, record), record))[:k]
         for stratum, ids in strata.items()
     }
+
+
+def doubtful(
+    fresh: Sequence[TokenRow],
+    replay: Sequence[TokenRow],
+    taught: Collection[str],
+    log_probs_of: Callable[[Sequence[TokenRow]], Sequence[Sequence[float]]],
+    max_share: float,
+) -> frozenset[str]:
+    """The records that an adapter which has just learned `fresh` would not repeat: probably mislabelled, and not to be
+    rehearsed, or no longer.
+
+    Not repeated is what has a token that the adapter (`log_probs_of`) gives less than SURE. Each stratum of `fresh` is
+    judged together with what is rehearsed of it. Where more than `max_share` of it is not repeated, the adapter does
+    not know that work yet, and nothing of it is doubted. What was rehearsed is only doubted in the strata `taught` just
+    now: elsewhere, what is forgotten would look the same.
+    """
+    strata = {row.stratum for row in fresh}
+    rows = [row for row in (*fresh, *replay) if row.stratum in strata and is_claim(row)]
+    worst = [min(values, default=0.0) for values in (log_probs_of(rows) if rows else ())]
+    unsure = [row for row, value in zip(rows, worst, strict=True) if value < math.log(SURE)]
+    sizes, num_unsure = (Counter(row.stratum for row in its) for its in (rows, unsure))
+    new = {row.record for row in fresh}
+    return frozenset(
+        row.record
+        for row in unsure
+        if num_unsure[row.stratum] <= max_share * sizes[row.stratum] and (row.record in new or row.stratum in taught)
+    )
 
 
 def replay_examples(

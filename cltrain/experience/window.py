@@ -23,7 +23,7 @@ from cltrain.experience.screens import negative_cap
 from cltrain.experience.triggers import Suspicion, concerns, find_suspicions
 from cltrain.experience.verify import verify
 from cltrain.experience.waiting import WITH_SCREENING, is_unread, mature, rules_mark, without_rules
-from cltrain.records import Example, SuiteItem, Trajectory, is_claim
+from cltrain.records import Decision, Example, SuiteItem, Trajectory, Verdict, is_claim
 from cltrain.store.database import Store
 from cltrain.store.schema import records, screenings, updates
 
@@ -108,6 +108,21 @@ def next_window(
     )
 
 
+def standing(decision: Decision, *, is_right: bool, is_sure: bool, is_served: bool) -> str:
+    """What becomes of a learned record. A hold that lacks nothing but gain means that they teach nothing new: what was
+    right was verified and did no harm, so it is rehearsed from now on and leaves the next window to what is new; where
+    the adapter that learned it is not sure of it (see buffer.doubtful), it leaves and is not rehearsed. What was wrong
+    is never rehearsed: it is learned once something serves that learned it, and waits until then."""
+    if decision.verdict is Verdict.REJECT:
+        return "quarantined"
+    if is_served:
+        return "replay" if is_right and is_sure else "learned"
+    harmless = all(c.verdict is Verdict.PROMOTE or c.name.startswith("gain") for c in decision.checks)
+    if is_right and decision.verdict is Verdict.HOLD and decision.checks and harmless:
+        return "replay" if is_sure else "learned"
+    return "waiting"
+
+
 def mark(
     connection: Connection,
     agent: str,
@@ -130,6 +145,13 @@ def mark(
     where = (screenings.c.record == record) & (screenings.c.agent == agent)
     if connection.execute(change(screenings).where(where).values(**values)).rowcount == 0:
         connection.execute(insert(screenings).values(record=record, agent=agent, **values))
+
+
+def forget_rehearsal(connection: Connection, agent: str, doubtful: Iterable[str], *, reason: str, now: float) -> None:
+    """What is rehearsed of these records no longer is; which update learned them stays. Not the owner's rehearsal
+    episodes: they have no standing."""
+    where = (screenings.c.agent == agent) & screenings.c.record.in_(doubtful) & (screenings.c.status == "replay")
+    connection.execute(change(screenings).where(where).values(status="learned", reason=reason, changed_at=now))
 
 
 def heldout_items(

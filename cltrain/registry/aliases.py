@@ -247,10 +247,14 @@ def require_judged(store: Store, agent: str, name: str, serving: str) -> None:
 
 def file_approved(store: Store, agent: str, name: str, now: float) -> None:
     """The records behind a release that a human promoted are rehearsed from now on, and not read again; those that only
-    show what was wrong (stratum `<tool>/bad`) are not even rehearsed."""
-    standing = case((screenings.c.stratum.endswith("/bad"), "learned"), else_="replay")
+    show what was wrong (stratum `<tool>/bad`), or that the release was not sure of, are not even rehearsed."""
     with store.write() as connection:
-        learned = select(updates.c.id).where(updates.c.agent == agent, updates.c.candidate == name)
+        of_release = updates.c.agent == agent, updates.c.candidate == name
+        summaries = connection.scalars(select(updates.c.summary).where(*of_release))
+        doubtful = {record for summary in summaries for record in (summary or {}).get("doubtful", ())}
+        is_left = or_(screenings.c.stratum.endswith("/bad"), screenings.c.record.in_(doubtful))
+        standing = case((is_left, "learned"), else_="replay")
+        learned = select(updates.c.id).where(*of_release)
         connection.execute(
             update(screenings)
             .where(screenings.c.agent == agent, screenings.c["update"].in_(learned), screenings.c.status == "waiting")
