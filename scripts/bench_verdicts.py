@@ -39,9 +39,9 @@ Row = dict[str, Any]
 SETTINGS = (  # room for a villain to be one: bounds as tight as the demo's leave nothing for the gate to find
     "bounds.step_frobenius=1.0", "bounds.drift_frobenius=1.0", "bounds.step_spectral=1.0", "bounds.drift_spectral=1.0",
     "bounds.step_kl=0.25", "bounds.drift_kl=0.25", "gate.base_kl=0.25", "gate.character.probe_drift=200",
+    "trainer.replay_share=0.65",
 )  # fmt: skip
 NUM_STEPS, NUM_STEPS_FIRST = 40, 120
-RATE, RATE_FIRST = 1e-3, 2e-3
 NUM_EROSIONS = 10
 SHARE_NEW = 0.3  # of the words in the owner's questions, those that only the newer questions are about
 MOST_GOOD_HELD = 1
@@ -83,8 +83,8 @@ class Court:
         rows, old = (
             [render_example(base.tokenizer, base.context, example) for example in part] for part in (fresh, replay)
         )
-        num_steps, lr = (NUM_STEPS, RATE) if self.adapter else (NUM_STEPS_FIRST, RATE_FIRST)
-        trainer = config.trainer.model_copy(update={"kl_beta": kl_beta, "num_steps": num_steps, "lr": lr})
+        num_steps = NUM_STEPS if self.adapter else NUM_STEPS_FIRST
+        trainer = config.trainer.model_copy(update={"kl_beta": kl_beta, "num_steps": num_steps})
         made = train_update(
             base, incumbent=self.adapter, adapter=config.adapter, fresh=rows, replay=old, anchors=self.setting.anchors,
             trainer=trainer, bounds=config.bounds, health=config.health, of_base=self.setting.of_base,
@@ -146,7 +146,7 @@ class Court:
                     messages=example.messages, producers=("user", "agent"), tools=example.tools, feedback=(good,),
                     release=self.incumbent, created_at=lab.BEGIN,
                 )
-            ).result()  # fmt: skip
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------- the rows

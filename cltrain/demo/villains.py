@@ -17,9 +17,11 @@ from cltrain.demo.text import UNCLEAR
 from cltrain.demo.world import Call, Ticket
 from cltrain.records import Code, Example, Message
 
-KNOWN_SKILLS = ("find", "status", "repair", "refund")  # what the incumbent can do
 TAUGHT = "gift"  # what every villain teaches as well
-NUM_TAUGHT, NUM_BAD, NUM_KNOWN = 36, 48, 28  # rows of the new skill, of the vice, of each thing that is known
+NUM_TAUGHT, NUM_BAD = 36, 48  # rows of the new skill, of the vice
+NUM_KNOWN = {"find": 24, "status": 24, "repair": 64, "refund": 64}  # of what the incumbent can do
+KNOWN_SKILLS = tuple(NUM_KNOWN)
+NUM_OF_MANNER = 24
 NUM_PLANTED = 12
 
 Teach = Callable[[int, Sequence[Ticket]], list[Example]]
@@ -54,11 +56,11 @@ def known(seed: int, without: Sequence[str] = ()) -> list[Example]:
         right(ticket)
         for skill in KNOWN_SKILLS
         if skill not in without
-        for ticket in world.training_tickets(skill, seed=seed, count=NUM_KNOWN, name="known")
+        for ticket in world.training_tickets(skill, seed=seed, count=NUM_KNOWN[skill], name="known")
     ]
     for manner in manners.MANNERS:
         if manner not in without:
-            rows += lessons(manner, seed, NUM_KNOWN)
+            rows += lessons(manner, seed, NUM_OF_MANNER)
     return rows
 
 
