@@ -22,6 +22,7 @@ from cltrain.gate.triggers import AnswerMany, Said, ScoreMany
 from cltrain.records import Check, Code, Message, SuiteItem, Verdict
 from cltrain.store.database import Store
 
+ROUNDING = 1e-9
 VERSION = "1"  # part of the key under which numbers are kept: change it when one may change
 
 
@@ -80,7 +81,7 @@ def _rate(
             worst, against, role = change, values, which
     reason = f"{_mean(now):.2f} of {len(prompts)} prompts refused, {_mean(before):.2f} by the incumbent"
     verdict, missing = Verdict.PROMOTE, 0
-    if worst > limit:
+    if worst > limit + ROUNDING:
         differences = [bad_sign * (old - new) for new, old in zip(now, against, strict=True)]
         is_sure = sign_p(differences) <= alpha
         verdict, missing = (Verdict.REJECT, 0) if is_sure else (Verdict.HOLD, len(prompts))
