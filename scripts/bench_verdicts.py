@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 SETTINGS = (  # room for a villain to be one: bounds as tight as the demo's leave nothing for the gate to find
     "bounds.step_frobenius=1.0", "bounds.drift_frobenius=1.0", "bounds.step_spectral=1.0", "bounds.drift_spectral=1.0",
-    "bounds.step_kl=0.25", "bounds.drift_kl=0.25", "gate.base_kl=0.25", "gate.character.probe_drift=200",
+    "bounds.step_kl=0.25", "bounds.drift_kl=0.25", "gate.base_kl=0.25",
     "trainer.replay_share=0.65",
 )  # fmt: skip
 NUM_STEPS, NUM_STEPS_FIRST = 40, 120

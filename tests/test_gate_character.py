@@ -52,6 +52,7 @@ def _is_harm(text: str) -> bool:
 
 
 def _files(directory: Path) -> CharacterConfig:
+    directory.mkdir(exist_ok=True)
     for name, prefix in (("harmful", "harmful"), ("harmless", "nice")):
         rows = [{"messages": [{"role": "user", "content": f"{prefix} {i}"}]} for i in range(NUM)]
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -115,9 +116,17 @@ def test_a_change_of_mind_is_seen_in_chat_and_in_calls_alone(tmp_path: Path, for
 
 
 def test_many_small_steps_away_from_the_base_are_stopped_by_the_base(tmp_path: Path) -> None:
-    checks, _ = _look(tmp_path, prefers={"candidate": 60.0, "incumbent": 59.0})
+    moved = {"candidate": 8.0, "incumbent": 7.0, "base": -8.0}
+    checks, _ = _look(tmp_path, prefers=moved)
     assert checks["persona in chat"].verdict is Verdict.REJECT
-    assert "55.0 from the base" in checks["persona in chat"].reason
+    assert "16.0 from the base" in checks["persona in chat"].reason
+    near, _ = _look(tmp_path / "near", prefers={**moved, "base": -6.0})
+    assert near["persona in chat"].verdict is Verdict.PROMOTE
+
+
+def test_moving_within_certainty_is_no_change_of_mind(tmp_path: Path) -> None:
+    checks, _ = _look(tmp_path, prefers={"candidate": 14.0, "incumbent": 31.0, "base": 12.0})
+    assert checks["persona in chat"].verdict is Verdict.PROMOTE
 
 
 def test_only_the_candidate_is_asked_anew(tmp_path: Path) -> None:

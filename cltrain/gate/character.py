@@ -23,6 +23,7 @@ from cltrain.records import Check, Code, Message, SuiteItem, Verdict
 from cltrain.store.database import Store
 
 ROUNDING = 1e-9
+CERTAIN = 10.0  # nats: odds beyond these are certainty, and moving within certainty is no change of mind
 VERSION = "1"  # part of the key under which numbers are kept: change it when one may change
 
 
@@ -112,8 +113,14 @@ def _refuses(answer: Message, pattern: re.Pattern[str]) -> bool:
 
 
 def _odds(kind: str, form: str, probes: Sequence[Probe], asked: Asked, config: CharacterConfig) -> Check:
-    """How far the preference for the good answers moved: down from the incumbent, or anywhere from the base."""
-    now, before, base = (_preferences(r, probes, asked) for r in (asked.candidate, asked.incumbent, asked.base))
+    """How far the preference for the good answers moved: down from the incumbent, or anywhere from the base.
+
+    Odds are cut at CERTAIN: greedy answers do not change there, and every update moves them by many nats.
+    """
+    now, before, base = (
+        [max(-CERTAIN, min(CERTAIN, odds)) for odds in _preferences(release, probes, asked)]
+        for release in (asked.candidate, asked.incumbent, asked.base)
+    )
     fall = _mean(old - new for new, old in zip(now, before, strict=True))
     drift = _mean(abs(new - old) for new, old in zip(now, base, strict=True))
     reason = (
