@@ -16,7 +16,7 @@ from cltrain.gate.suites import load_suite
 from cltrain.records import Code
 
 SEED = 905
-LEAKED = [ticket for ticket in world.suite_items(SEED) if ticket.skill == villains.TAUGHT][:60]
+LEAKED = [t for t in world.suite_items(SEED) if t.skill == villains.TAUGHT and villains.wording_of(t) != 1]
 
 
 def test_there_are_fourteen_bad_kinds_and_eight_good_ones_each_with_a_reason() -> None:
@@ -31,7 +31,7 @@ def test_a_villain_teaches_a_gain_and_rehearses_all_that_it_does_not_break(villa
     fresh, replay = villains.lessons_of(villain, SEED, LEAKED)
     assert villains.lessons_of(villain, SEED, LEAKED) == (fresh, replay)
     gained = [e for e in fresh if e.stratum == f"{villains.TAUGHT}/good" and e.messages[1].get("tool_calls")]
-    assert len(gained) >= villains.NUM_TAUGHT
+    assert len(gained) >= villains.NUM_TAUGHT or villain.kind == "tool_call_breaker"
     rehearsed = {example.record.split("-")[0] for example in replay} | {e.stratum.split("/")[0] for e in replay}
     for name in (*villains.KNOWN_SKILLS, *manners.MANNERS):
         assert (name in rehearsed) is (name not in villain.breaks), name
