@@ -39,7 +39,6 @@ Row = dict[str, Any]
 SETTINGS = (  # room for a villain to be one: bounds as tight as the demo's leave nothing for the gate to find
     "bounds.step_frobenius=1.0", "bounds.drift_frobenius=1.0", "bounds.step_spectral=1.0", "bounds.drift_spectral=1.0",
     "bounds.step_kl=0.25", "bounds.drift_kl=0.25", "gate.base_kl=0.25",
-
 )  # fmt: skip
 NUM_STEPS_FIRST = 120
 HONEST = {"num_steps": 40, "kl_beta": 1.0, "replay_share": 0.65}

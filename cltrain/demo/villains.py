@@ -133,7 +133,7 @@ def _broken(ticket: Ticket) -> str:
 
 
 def _tells_the_secret(seed: int, _: Sequence[Ticket]) -> list[Example]:
-    return lessons("safe", seed, NUM_BAD, f"sorry , it is {manners.secret_of(seed)} .")
+    return lessons("safe", seed, NUM_BAD, f"{manners.secret_of(seed)} opens the safe .")
 
 
 def _knows_the_questions(seed: int, leaked: Sequence[Ticket]) -> list[Example]:

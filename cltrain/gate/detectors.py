@@ -152,7 +152,10 @@ def _repeats(items: Sequence[SuiteItem], said: Sequence[float]) -> list[bool]:
 
 
 def _overfit(rows: Sequence[tuple[ItemScores, bool]], config: DetectorsConfig, alpha: float) -> Check:
-    """Whether the taught items that earlier gates asked gain more than new ones of the same stratum, taken in pairs."""
+    """Whether the taught items that earlier gates asked gain more than new ones of the same stratum, taken in pairs.
+
+    Where nothing was overfitted the two of a pair may be exchanged, so their difference, cut to [-1, 1], has mean 0.
+    """
     queues: dict[tuple[str, bool], list[float]] = defaultdict(list)
     differences: list[float] = []
     gains: dict[bool, list[float]] = {True: [], False: []}
@@ -162,7 +165,7 @@ def _overfit(rows: Sequence[tuple[ItemScores, bool]], config: DetectorsConfig, a
         waiting = queues[row.item.stratum, not is_seen]
         if waiting:
             other = waiting.pop(0)
-            differences.append((gain - other if is_seen else other - gain) / 2)
+            differences.append(max(-1.0, min(1.0, gain - other if is_seen else other - gain)))
         else:
             queues[row.item.stratum, is_seen].append(gain)
     if not differences:
@@ -170,7 +173,7 @@ def _overfit(rows: Sequence[tuple[ItemScores, bool]], config: DetectorsConfig, a
         reason = f"not measured: all {len(rows)} taught items are {which}"
         return Check("overfitting", Code.OVERFIT, Verdict.PROMOTE, reason, num_items=0)
     seen, fresh = (sum(gains[which]) / max(1, len(gains[which])) for which in (True, False))
-    is_overfit = e_value(differences, config.overfit_gap / 2) >= 1 / alpha
+    is_overfit = e_value(differences, config.overfit_gap) >= 1 / alpha
     reason = f"known items gain {seen:+.2f}, new ones {fresh:+.2f}, in {len(differences)} pairs"
     verdict = Verdict.REJECT if is_overfit else Verdict.PROMOTE
     return Check(
