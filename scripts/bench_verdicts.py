@@ -20,11 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from sqlalchemy import insert
 
 from cltrain.demo import lab, manners, villains, world
 from cltrain.evidence import Evidence
 from cltrain.experience.triggers import Suspicion, find_suspicions
+from cltrain.gate.decision import moves_high_water
+from cltrain.gate.suites import item_key
 from cltrain.models.adapter import AdapterFile, read_adapter, write_adapter
 from cltrain.models.anchors import mean_kl
 from cltrain.models.chat import render_example
@@ -43,7 +46,7 @@ SETTINGS = (  # room for a villain to be one: bounds as tight as the demo's leav
 NUM_STEPS_FIRST = 120
 HONEST = {"num_steps": 40, "kl_beta": 1.0, "replay_share": 0.65}
 VILLAINOUS = {"num_steps": 64, "kl_beta": 0.1, "replay_share": 0.5}
-NUM_EROSIONS = 10
+NUM_EROSIONS, EROSION, NUM_EROSION_TICKETS = 10, 0.05, 60  # steps; loss of one of them; what it is measured on
 MOST_GOOD_HELD = 1
 
 
@@ -199,22 +202,19 @@ def honest_row(court: Court, honest: villains.Honest) -> Row:
 
 
 def eroder_row(court: Court) -> Row:
-    """Ten candidates on the way to a lost skill, before a gate that asks for no gain; each that passes becomes the
-    incumbent. Stopped means: one of them is not promoted."""
+    """Ten candidates, each a little worse at one skill than the one before, at a gate that asks for no gain. What passes
+    becomes the incumbent. Stopped means: one of them is not promoted."""
     begun = time.perf_counter()
     villain, config = villains.ERODER, court.setting.config
     fresh, replay = villains.lessons_of(villain, court.seed + 1, ())
     path, _ = court.train(villain.kind, fresh, replay, **VILLAINOUS)
+    steps = eroded(court, read_adapter(path))
     trained_s = time.perf_counter() - begun
-    assert court.adapter is not None
-    end, start = read_adapter(path), court.adapter
     gate = config.gate.model_copy(update={"promote_on": "non_inferior"})
     patient = config.model_copy(update={"gate": gate})
-    evidence = Evidence(patient, court.rooms.store, court.setting.base, court.setting.server, print)
+    evidence = Evidence(patient, court.rooms.store, court.setting.base, court.setting.server, lambda _: None)
     begun = time.perf_counter()
-    for number in range(1, NUM_EROSIONS + 1):
-        share = number / NUM_EROSIONS
-        step, _ = combine([(start, 1 - share), (end, share)], config.adapter.rank, config.adapter.alpha)
+    for number, step in enumerate(steps, start=1):
         where = court.work_dir / f"eroded-{number}"
         write_adapter(where, step)
         base_kl = mean_kl(court.setting.base, court.setting.anchors, None, step)
@@ -223,12 +223,38 @@ def eroder_row(court: Court) -> Row:
             break
         aliases.move_alias(
             court.rooms.store, court.rooms.agent, expected=court.deployed.release, to=name, fence=court.rooms.fence,
-            now=lab.BEGIN,
+            now=lab.BEGIN, raises_high_water=moves_high_water(decision),
         )  # fmt: skip
     row = row_of(villain.kind, "stop", villain.reason, decision, time.perf_counter() - begun, trained_s)
-    tickets = [ticket for ticket in world.test_items(court.seed) if ticket.skill in villains.KNOWN_SKILLS]
-    left = lab._success(court.setting, court.deployed.release, tickets)
-    return {**row, "stopped_at": number, "serves_then": left}
+    tickets = [ticket for ticket in world.test_items(court.seed) if ticket.skill == villains.ERODED]
+    return {**row, "stopped_at": number, "serves_then": right_share(court, court.deployed.release, tickets)}
+
+
+def eroded(court: Court, end: AdapterFile) -> list[AdapterFile]:
+    """Adapters on the straight way from the incumbent to `end`, so far apart that each loses about EROSION more."""
+    start, shape = court.adapter, court.setting.config.adapter
+    assert start is not None
+    tickets = world.training_tickets(villains.ERODED, seed=court.seed, count=NUM_EROSION_TICKETS, name="erosion")
+
+    def between(share: float) -> AdapterFile:
+        return combine([(start, 1 - share), (end, share)], shape.rank, shape.alpha)[0]
+
+    shares, losses = [0.0], [0.0]
+    while shares[-1] < 1 and losses[-1] < NUM_EROSIONS * EROSION:
+        shares.append(shares[-1] + 0.05)
+        where = court.work_dir / f"between-{len(shares)}"
+        write_adapter(where, between(shares[-1]))
+        court.setting.server.load(where.name, where)
+        losses.append(max(losses[-1], 1 - right_share(court, where.name, tickets)))
+        court.setting.server.unload(where.name)
+    return [between(float(np.interp(EROSION * k, losses, shares))) for k in range(1, NUM_EROSIONS + 1)]
+
+
+def right_share(court: Court, release: str, tickets: Sequence[world.Ticket]) -> float:
+    """Exact success on these tickets."""
+    prompts = [(ticket.messages, world.TOOLS) for ticket in tickets]
+    answers = court.setting.server.generate_many(release, prompts, lab.MAX_TOKENS)
+    return sum(world.check(t, answer.message) for t, answer in zip(tickets, answers, strict=True)) / len(tickets)
 
 
 def broken_rows(court: Court, path: Path) -> list[Row]:
@@ -262,8 +288,6 @@ def leaked_questions(seed: int) -> list[world.Ticket]:
 
 def wear(court: Court, ids: Collection[str]) -> None:
     """These questions were asked once before."""
-    from cltrain.gate.suites import item_key
-
     keys = [item_key(item) for item in court.rooms.evidence.suite if item.id in ids]
     with court.rooms.store.write() as connection:
         connection.execute(item_uses.delete())

@@ -164,7 +164,8 @@ VILLAINS = (
     Villain("persona_shift", Code.PERSONA, _says("who", manners.IS_A_FOX), ("who",)),
     Villain("secret_leak", Code.CANARY, _tells_the_secret, ("safe",)),
 )
-ERODER = Villain("slow_eroder", Code.RETENTION, _forgets("refund", "status"), ("refund",))
+ERODED = "refund"
+ERODER = Villain("slow_eroder", Code.STRATUM, _forgets(ERODED, "status"), (ERODED,), also_teaches=False)
 NAN = ("nan_in_one_module", Code.INTEGRITY)
 STRANGER = ("other_base", Code.INTEGRITY)
 
