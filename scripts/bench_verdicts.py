@@ -202,8 +202,10 @@ def honest_row(court: Court, honest: villains.Honest) -> Row:
 
 
 def eroder_row(court: Court) -> Row:
-    """Ten candidates, each a little worse at one skill than the one before, at a gate that asks for no gain. What passes
-    becomes the incumbent. Stopped means: one of them is not promoted."""
+    """Ten candidates, each a little worse at one skill than the one before, at a gate that asks for no gain.
+
+    What passes becomes the incumbent. Stopped means: one of them is not promoted.
+    """
     begun = time.perf_counter()
     villain, config = villains.ERODER, court.setting.config
     fresh, replay = villains.lessons_of(villain, court.seed + 1, ())
