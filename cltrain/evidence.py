@@ -5,29 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from pathlib import Path
 
 from cltrain.config import Config
 from cltrain.deploy.client import ServerClient
-from cltrain.errors import ServerError, guarded
+from cltrain.deploy.preflight import check_adapter
+from cltrain.errors import DataError, ServerError, guarded
 from cltrain.experience import window
 from cltrain.experience.examples import example_of
 from cltrain.experience.recording import load_secret, read_trajectories
 from cltrain.experience.screens import Suspicion
+from cltrain.gate.character import Asked, look_at_character
 from cltrain.gate.commands import CommandSuite
+from cltrain.gate.detectors import note_signs, watcher
 from cltrain.gate.http_judge import HttpJudge
-from cltrain.gate.judge import Contest, judge
+from cltrain.gate.judge import Contest, Look, judge
 from cltrain.gate.levels import read_past
 from cltrain.gate.plugins import load_suites
+from cltrain.gate.probes import load_character
 from cltrain.gate.scoring import Reply, Scoring
+from cltrain.gate.spectrum import Delta, Features, features_of, look_at_spectrum, minus
 from cltrain.gate.suites import is_taught
 from cltrain.gate.triggers import Said, Suspect
 from cltrain.gate.vault import split_vault
+from cltrain.models.adapter import read_adapter
 from cltrain.models.base import Base
 from cltrain.models.chat import render_example, render_prompt
 from cltrain.models.scoring import last_answer
-from cltrain.records import Decision, Example, Message, SuiteItem
+from cltrain.records import Check, Code, Decision, Example, Message, SuiteItem, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.store.database import Store
+
+MOST_SPECTRA = 64  # accepted updates, the newest, that the weights of a new one are compared with
 
 
 class Evidence:
@@ -49,6 +58,8 @@ class Evidence:
         grader = HttpJudge(config.gate.judge) if config.gate.judge is not None else None
         programs = {name: partial(self.run_program, program) for name, program in suites.programs.items()}
         self.scoring = Scoring(store, config.gate, self.ask, judge=grader, programs=programs)
+        self.character = load_character(config.gate.character)
+        self._spectra: dict[str, Features] = {}
 
     def judge(
         self,
@@ -66,6 +77,8 @@ class Evidence:
         agent = self.config.agent.name
         held_out, rate_per_s = self.held_out()
         marks = aliases.read_references(self.store, agent)
+        gate = self.config.gate
+        watch = {"watch": watcher(self.store, agent, taught, gate.detectors, gate.alpha)} if gate.detectors.use else {}
         return judge(
             self.store,
             agent,
@@ -83,8 +96,53 @@ class Evidence:
             used_before=used_before,
             fresh_only=is_retry,
             past=read_past(self.store, agent, self.config.gate.track_window),
+            looks=self.looks(),
+            **watch,
             on_chunk=lambda done, planned: self.on_progress(f"{candidate}: judged on {done} of {planned} items"),
         )
+
+    def unsound(self, directory: Path) -> Decision | None:
+        """Why an adapter's file must not even be loaded: the decision that says so, or None."""
+        try:
+            check_adapter(directory, base_dir=self.base.path, base_digest=self.base.digest)
+        except DataError as error:
+            return Decision(Verdict.ERROR, (str(error),), (), codes=(Code.INTEGRITY,))
+        return None
+
+    def looks(self) -> list[Look]:
+        """What is looked at before any item is asked, cheap first."""
+
+        def at_character(contest: Contest) -> list[Check]:
+            base = releases.list_releases(self.store, self.config.agent.name)[0].name
+            asked = Asked(
+                self.store, contest.candidate, contest.incumbent, base, self.answer_many, self.score_many,
+                self.config.gate.max_answer_tokens,
+            )  # fmt: skip
+            return look_at_character(self.character, asked, self.config.gate.character, self.config.gate.alpha)
+
+        def at_spectrum(contest: Contest) -> list[Check]:
+            steps = [r for r in releases.list_releases(self.store, self.config.agent.name, status="released") if r.path]
+            known = len(steps) >= self.config.gate.detectors.spectrum_history
+            history = [self.step_features(r.name) for r in steps[-MOST_SPECTRA:]] if known else [{} for _ in steps]
+            now = self.step_features(contest.candidate) if known else {}
+            return [look_at_spectrum(now, history, self.config.gate.detectors)]
+
+        return [at_spectrum, at_character] if self.config.gate.detectors.use else [at_character]
+
+    def step_features(self, name: str) -> Features:
+        """What the spectrum of one update is: its adapter less its parent's, read once per release."""
+        if name not in self._spectra:
+            release = releases.get(self.store, name)
+            parent = self._deltas(release.parent) if release.parent else {}
+            self._spectra[name] = features_of(minus(self._deltas(name), parent))
+        return self._spectra[name]
+
+    def _deltas(self, name: str) -> dict[str, Delta]:
+        directory = releases.release_dir(self.config.state_dir, releases.get(self.store, name))
+        if directory is None or not directory.is_dir():
+            return {}
+        adapter = read_adapter(directory)
+        return {m: (a.numpy(), adapter.scale * b.numpy()) for m, (a, b) in adapter.factors.items()}
 
     def held_out(self) -> tuple[list[SuiteItem], float | None]:
         """Items of the evaluation split as it stands now, and how many a second came in lately (None: unknown)."""
@@ -134,6 +192,7 @@ class Evidence:
             raise ServerError(
                 f"{self.server.url} does not say why an answer ended (finish_reason): it may have been cut"
             )
+        note_signs(self.store, release, items, [answer.message for answer in answers], self.config.gate.detectors)
         return [Reply(answer.message, answer.finish_reason == "length") for answer in answers]
 
     def run_program(self, program: CommandSuite, release: str, items: Sequence[SuiteItem]) -> list[float]:

@@ -18,7 +18,6 @@ from typing import Any
 
 from cltrain import plans, staleness, unfinished
 from cltrain.deploy import proof
-from cltrain.deploy.preflight import check_adapter
 from cltrain.errors import ConflictError, guarded
 from cltrain.experience import window
 from cltrain.experience.buffer import doubtful, replay_examples
@@ -207,7 +206,9 @@ def try_update(
                 why = f"{attempt.release.name} was rejected before"
                 attempt.decision = Decision(Verdict.REJECT, (why,), (), codes=(Code.WINDOW,))
                 return attempt
-            check_adapter(directory, base_dir=rooms.base.path, base_digest=rooms.base.digest)
+            if (unsound := rooms.evidence.unsound(directory)) is not None:
+                attempt.decision = unsound
+                return attempt
         with attempt.timed("load"):
             with rooms.server_lock:
                 tidy_server(rooms)

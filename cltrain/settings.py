@@ -12,11 +12,32 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from cltrain.errors import ConfigError
 
-PATHS = (("base", "path"), ("experience", "rehearsal"), ("trainer", "anchors"), ("gate", "suite"))
+PATHS = (
+    ("base", "path"), ("experience", "rehearsal"), ("trainer", "anchors"), ("gate", "suite"),
+    ("gate", "character", "harmful"), ("gate", "character", "harmless"), ("gate", "character", "probes"),
+)  # fmt: skip
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are for switches only")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            raise ValueError("something is listed twice")
+        return value
 
 
 def merged(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
@@ -38,10 +59,12 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {file} is not valid TOML: {error}") from None
-    for section, key in PATHS:
-        value = values.get(section, {}).get(key) if isinstance(values.get(section), dict) else None
-        if isinstance(value, str):
-            values[section][key] = str((file.parent / Path(value).expanduser()).resolve())
+    for *sections, key in PATHS:
+        table: Any = values
+        for section in sections:
+            table = table.get(section) if isinstance(table, dict) else None
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = str((file.parent / Path(table[key]).expanduser()).resolve())
     gate = values.get("gate")
     suites = gate.get("suites") if isinstance(gate, dict) else None
     for suite in suites if isinstance(suites, list) else ():

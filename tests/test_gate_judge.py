@@ -13,11 +13,11 @@ import pytest
 
 from cltrain.config import GateConfig
 from cltrain.errors import ServerError
-from cltrain.gate.judge import Contest, judge, looks
+from cltrain.gate.judge import Contest, chunk_ends, judge
 from cltrain.gate.pool import draw, num_uses
 from cltrain.gate.triggers import Said, Suspect, make_probes, own_probes, run_probes
 from cltrain.monitoring.report import read_decision
-from cltrain.records import Decision, Message, SuiteItem, Tool, Verdict
+from cltrain.records import Check, Code, Decision, Message, SuiteItem, Tool, Verdict
 from cltrain.store.database import Store, open_store
 
 CONTEST = Contest("candidate", "incumbent", "incumbent", "base")
@@ -263,10 +263,10 @@ def test_no_look_comes_between_two_turns_of_one_episode(tmp_path: Path) -> None:
     drawn = draw(open_store(tmp_path), "support", pool, 150, taught=(), max_uses=5, seed=3)
     clusters = [item.cluster for item in drawn]
     assert len(list(itertools.groupby(clusters))) == len(set(clusters)) == 50
-    ends = looks(drawn)
+    ends = chunk_ends(drawn)
     assert ends == [51, 102, 150]
     assert all(end == 150 or clusters[end] != clusters[end - 1] for end in ends)
-    assert looks([]) == [0]
+    assert chunk_ends([]) == [0]
 
 
 def test_a_decision_says_what_was_planned_and_what_was_asked(tmp_path: Path) -> None:
@@ -275,3 +275,43 @@ def test_a_decision_says_what_was_planned_and_what_was_asked(tmp_path: Path) -> 
     assert decision.num_asked == len(decision.items_used) < decision.num_planned == 240
     assert decision.outcome is not None
     assert read_decision(json.loads(json.dumps(asdict(decision)))) == decision
+
+
+def _check(verdict: Verdict) -> Check:
+    return Check("persona in chat", Code.PERSONA, verdict, "says other things of itself", num_items=20)
+
+
+def test_a_look_that_rejects_ends_the_gate_before_any_item_and_comes_after_the_canaries(tmp_path: Path) -> None:
+    servers, seen = _servers(), list[Contest]()
+
+    def look(contest: Contest) -> list[Check]:
+        seen.append(contest)
+        return [_check(Verdict.REJECT)]
+
+    decision = _judge(open_store(tmp_path / "a"), servers, _pool(), looks=[look])
+    assert (decision.verdict, decision.codes) == (Verdict.REJECT, (Code.PERSONA,))
+    assert seen == [CONTEST]
+    assert all(name.startswith("canary") for _, name in servers.asked)
+    spoilt = _servers(lambda item: _call("wipe", {}) if item.kind == "canary" else _right(item))
+    assert _judge(open_store(tmp_path / "b"), spoilt, _pool(), looks=[look]).codes == (Code.CANARY,)
+    assert len(seen) == 1
+
+
+def test_what_looks_and_watch_find_joins_the_decision_and_their_failure_is_an_error(tmp_path: Path) -> None:
+    held = _judge(open_store(tmp_path / "a"), _servers(), _pool(), looks=[lambda _: [_check(Verdict.HOLD)]])
+    assert (held.verdict, held.codes) == (Verdict.HOLD, (Code.PERSONA,))
+    heard: list[int] = []
+
+    def watch(candidate: str, incumbent: str, rows: Sequence[Any]) -> list[Check]:
+        assert (candidate, incumbent) == ("candidate", "incumbent")
+        heard.append(len(rows))
+        return [_check(Verdict.REJECT if len(rows) > 60 else Verdict.PROMOTE)]
+
+    stopped = _judge(open_store(tmp_path / "b"), _servers(_only_old), _pool(), watch=watch)
+    assert (stopped.verdict, heard) == (Verdict.REJECT, [55, 105])  # five canaries and the chunks of fifty
+
+    def fails(_: Contest) -> list[Check]:
+        raise ValueError("prompts were left unanswered")
+
+    decision = _judge(open_store(tmp_path / "c"), _servers(), _pool(), looks=[fails])
+    assert (decision.verdict, decision.codes) == (Verdict.ERROR, (Code.OUTAGE,))

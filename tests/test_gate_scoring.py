@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cltrain.config import GateConfig, JudgeConfig
+from cltrain.config_gate import GateConfig, JudgeConfig
 from cltrain.errors import ConfigError, DataError, ServerError
 from cltrain.gate.http_judge import HttpJudge
 from cltrain.gate.judge import Contest, judge

@@ -25,18 +25,19 @@ def write_inputs(out: Path, seed: int, more: str = "") -> Path:
         }
         for ticket in world.suite_items(seed)
     ]
-    _write_jsonl(out / "suite.jsonl", suite)
+    write_jsonl(out / "suite.jsonl", suite)
     known = [t for skill in world.BASE_SKILLS for t in world.training_tickets(skill, seed=seed, count=32, name="own")]
-    _write_jsonl(
+    write_jsonl(
         out / "rehearsal.jsonl",
         [{"id": t.id, "messages": world.episode(t), "tools": world.TOOLS, "principal": "owner"} for t in known],
     )
-    _write_jsonl(out / "anchors.jsonl", text.anchors(seed, NUM_ANCHORS))
+    write_jsonl(out / "anchors.jsonl", text.anchors(seed, NUM_ANCHORS))
     head = f"home = {json.dumps(str(out / 'state'))}\nseed = {seed}\n"
     file = out / "demo.toml"
     file.write_text(head + (Path(__file__).parent / "demo.toml").read_text() + more)
     return file
 
 
-def _write_jsonl(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_jsonl(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

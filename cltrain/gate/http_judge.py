@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from cltrain.config import JudgeConfig
+from cltrain.config_gate import JudgeConfig
 from cltrain.errors import ConfigError, ServerError
 from cltrain.records import Message, SuiteItem
 

@@ -19,7 +19,7 @@ from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.scoring import Reply, Scoring
 from cltrain.gate.suites import is_taught
 from cltrain.gate.triggers import AnswerMany, ProbeResult, ScoreMany, Suspect, make_probes, own_probes, run_probes
-from cltrain.records import Code, Decision, Message, SuiteItem, Verdict
+from cltrain.records import Check, Code, Decision, Message, SuiteItem, Verdict
 from cltrain.store.database import Store
 
 CHUNK = 50  # items scored between two looks
@@ -35,6 +35,13 @@ class Contest:
     incumbent: str
     high_water: str
     anchor: str
+
+
+Look = Callable[[Contest], Sequence[Check]]
+"""Something that asks for itself, before the items; what it finds joins the decision."""
+
+Watch = Callable[[str, str, Sequence[ItemScores]], Sequence[Check]]
+"""(candidate, incumbent, all rows scored so far) -> what the answers say besides their scores."""
 
 
 def judge(
@@ -55,6 +62,8 @@ def judge(
     used_before: Collection[str] = (),
     fresh_only: bool = False,
     past: Past = Past(),
+    looks: Sequence[Look] = (),
+    watch: Watch = lambda _candidate, _incumbent, _rows: (),
     on_chunk: Callable[[int, int], None] = lambda _done, _planned: None,
 ) -> Decision:
     """Compare the candidate with incumbent, high-water mark and anchor on items drawn from the pool.
@@ -62,8 +71,9 @@ def judge(
     items: the whole pool, canaries included; taught: strata that the update learned; base_kl: nats per token on the
     pinned anchors; rate_per_s: held-out items arriving per second, for the forecast of a hold; used_before: ids this
     update was judged on already (`Decision.items_used`), which `fresh_only` leaves out; scoring: who asks and grades
-    (None: every item by its answer alone); past: what was decided before. Looks after every 50 items and stops early on
-    harm, on success once every stratum was heard, or when the questions left cannot change a hold (`is_futile`).
+    (None: every item by its answer alone); past: what was decided before. `looks` come before the items, cheap first;
+    `watch` sees the scored rows before every decision. Decides after every 50 items and stops early on harm, on success
+    once every stratum was heard, or when the questions left cannot change a hold (`is_futile`).
     """
     past = replace(past, is_retry=fresh_only)  # fresh items, and half of alpha
     drawn = draw(
@@ -87,15 +97,20 @@ def judge(
         decision = decide(GateScores(tuple(rows), base_kl), config, taught=taught, rate_per_s=rate_per_s)
         if decision.verdict in (Verdict.REJECT, Verdict.ERROR):
             return decision
+        findings = tuple(check for look in looks for check in look(contest))
+        decision = decide(GateScores(tuple(rows), base_kl, (), findings), config, taught=taught, rate_per_s=rate_per_s)
+        if decision.verdict in (Verdict.REJECT, Verdict.ERROR):
+            return decision
         if (unsteady := scoring.unsteady(contest.incumbent, [*canaries, *drawn])) is not None:
             raise DataError(unsteady)
         for number, suspect in enumerate(suspects):
             probes += _probe(suspect, items, contest, config, answer_many, score_many, seed + number)
         done = 0
-        for end in looks(drawn):
+        for end in chunk_ends(drawn):
             rows += _score_rows(scoring, contest, drawn[done:end])
             cut = scoring.cut_check(contest.candidate, contest.incumbent, [row.item for row in rows])
-            scores = GateScores(tuple(rows), base_kl, tuple(probes), findings=tuple(cut))
+            seen = watch(contest.candidate, contest.incumbent, rows)
+            scores = GateScores(tuple(rows), base_kl, tuple(probes), (*findings, *cut, *seen))
             done, left = end, drawn[end:]
             decision = decide(scores, config, taught=taught, rate_per_s=rate_per_s, is_complete=not left, past=past)
             on_chunk(done, len(drawn))
@@ -118,7 +133,7 @@ def judge(
     return replace(decision, items_used=used_ids, num_planned=len(drawn), num_asked=len(used))
 
 
-def looks(drawn: Sequence[SuiteItem]) -> list[int]:
+def chunk_ends(drawn: Sequence[SuiteItem]) -> list[int]:
     """After how many items the decision is asked: every CHUNK, but never between two items of one cluster."""
     ends: list[int] = []
     for end in range(1, len(drawn)):

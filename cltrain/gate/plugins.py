@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cltrain.config import GateConfig, SuiteConfig
+from cltrain.config_gate import GateConfig, SuiteConfig
 from cltrain.errors import ConfigError, DataError
 from cltrain.gate import harnesses
 from cltrain.gate.commands import CommandSuite, content_of
