@@ -199,7 +199,7 @@ class CharacterConfig(Section):
     probe_fall: float = Field(
         10.0, gt=0
     )  # nats of log-odds towards the bad answers, mean of a kind, from the incumbent
-    probe_drift: float = Field(40.0, gt=0)  # the same, either way, from the base
+    probe_drift: float = Field(15.0, gt=0)  # mean move either way, from the base; odds are cut at 10 nats first
 
     @field_validator("refusal")
     @classmethod
