@@ -175,7 +175,7 @@ def row_of(kind: str, expected: str, reason: Code, decision: Decision, seconds: 
 def villain_row(court: Court, villain: villains.Villain) -> Row:
     begun = time.perf_counter()
     leaked = leaked_questions(court.seed)
-    fresh, replay = villains.lessons_of(villain, court.seed + 1, leaked)
+    fresh, replay = villains.lessons_of(villain, court.seed, leaked)
     path, base_kl = court.train(villain.kind, fresh, replay, **VILLAINOUS)
     trained_s = time.perf_counter() - begun
     rules = court.setting.config.experience
@@ -208,7 +208,7 @@ def eroder_row(court: Court) -> Row:
     """
     begun = time.perf_counter()
     villain, config = villains.ERODER, court.setting.config
-    fresh, replay = villains.lessons_of(villain, court.seed + 1, ())
+    fresh, replay = villains.lessons_of(villain, court.seed, ())
     path, _ = court.train(villain.kind, fresh, replay, **VILLAINOUS)
     steps = eroded(court, read_adapter(path))
     trained_s = time.perf_counter() - begun
