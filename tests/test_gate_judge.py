@@ -17,7 +17,7 @@ from cltrain.gate.judge import Contest, judge, looks
 from cltrain.gate.pool import draw, num_uses
 from cltrain.gate.triggers import Said, Suspect, make_probes, own_probes, run_probes
 from cltrain.monitoring.report import read_decision
-from cltrain.records import Decision, Message, SuiteItem, Tool, Verdict
+from cltrain.records import Code, Decision, Message, SuiteItem, Tool, Verdict
 from cltrain.store.database import Store, open_store
 
 CONTEST = Contest("candidate", "incumbent", "incumbent", "base")
@@ -275,3 +275,14 @@ def test_a_decision_says_what_was_planned_and_what_was_asked(tmp_path: Path) -> 
     assert decision.num_asked == len(decision.items_used) < decision.num_planned == 240
     assert decision.outcome is not None
     assert read_decision(json.loads(json.dumps(asdict(decision)))) == decision
+
+
+def test_evidence_that_is_just_enough_at_first_is_too_little_for_a_retry(tmp_path: Path) -> None:
+    """The fewest gains that promote a first attempt do not promote a second one, which has half of alpha."""
+    for num in range(4, 20):
+        pool = _pool(num, 200, 0)
+        if _judge(open_store(tmp_path / f"{num}"), _servers(), pool).verdict is Verdict.PROMOTE:
+            break
+    again = _judge(open_store(tmp_path / "again"), _servers(), pool, fresh_only=True)
+    assert again.verdict is Verdict.HOLD
+    assert again.codes == (Code.GAIN,)
