@@ -316,3 +316,14 @@ def test_what_looks_and_watch_find_joins_the_decision_and_their_failure_is_an_er
 
     decision = _judge(open_store(tmp_path / "c"), _servers(), _pool(), looks=[fails])
     assert (decision.verdict, decision.codes) == (Verdict.ERROR, (Code.OUTAGE,))
+
+
+def test_evidence_that_is_just_enough_at_first_is_too_little_for_a_retry(tmp_path: Path) -> None:
+    """The fewest gains that promote a first attempt do not promote a second one, which has half of alpha."""
+    for num in range(4, 20):
+        pool = _pool(num, 200, 0)
+        if _judge(open_store(tmp_path / f"{num}"), _servers(), pool).verdict is Verdict.PROMOTE:
+            break
+    again = _judge(open_store(tmp_path / "again"), _servers(), pool, fresh_only=True)
+    assert again.verdict is Verdict.HOLD
+    assert again.codes == (Code.GAIN,)
