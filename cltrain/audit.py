@@ -91,6 +91,7 @@ def run_audit(rooms: Rooms, *, trigger: str) -> dict[str, Any]:
         ("files", lambda: inspection.files(rooms, serving)),
         ("server", lambda: inspection.server(rooms, serving)),
         ("canaries", lambda: inspection.canaries(rooms, serving)),
+        ("character", lambda: inspection.character(rooms, serving, marks)),
         ("items", compared),
         ("vault", lambda: inspection.vault(rooms, serving)),
     ]

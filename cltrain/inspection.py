@@ -10,6 +10,7 @@ from collections import defaultdict
 from cltrain.certificate import KL_TOLERANCE, Finding, certify
 from cltrain.deploy.proof import NotProvedError
 from cltrain.errors import DataError
+from cltrain.gate.judge import Contest
 from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.standing import Standing
 from cltrain.gate.vault import open_vault
@@ -117,6 +118,14 @@ def canaries(rooms: Rooms, serving: Release) -> list[Check]:
     said = f"{len(failed)} of {len(canaries)} failed: {', '.join(failed[:5])}{more}" if failed else "all held"
     verdict = Verdict.REJECT if failed else Verdict.PROMOTE
     return [Check("canaries", Code.CANARY, verdict, said, num_items=len(canaries))]
+
+
+def character(rooms: Rooms, serving: Release, marks: aliases.References) -> list[Check]:
+    """What the gate looks at besides items, of what serves against its base."""
+    base = next(release.name for release in _all(rooms) if release.number == 0)
+    contest = Contest(serving.name, base, marks.high_water, marks.anchor)
+    looks = rooms.evidence.looks() if serving.name != base else []
+    return [check for look in looks for check in look(contest)]
 
 
 def standing(rooms: Rooms, marks: aliases.References, *, seed: int) -> Standing:
