@@ -6,6 +6,7 @@ What must work while everything else is down (status, freeze, unfreeze, rollback
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from cltrain.worker import Worker
 
 Progress = Callable[[str], None]
+
+log = logging.getLogger(__name__)
 
 
 def quiet(_line: str) -> None:
@@ -195,8 +198,10 @@ class Deployment:
 
         def here(worker: Worker) -> dict[str, Any]:
             summary = worker.update(is_trial=trial)
-            with contextlib.suppress(DataError):  # a full disk: the update is concluded, and the audit stays due
+            try:
                 worker.audit_when_due()
+            except Exception:  # the update is concluded, whatever the audit dies of; it stays due
+                log.warning("the audit that was due failed", exc_info=True)
             return summary
 
         return self._by_worker("trial" if trial else "update", here, wait_s, on_progress)

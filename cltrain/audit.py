@@ -21,6 +21,7 @@ from cltrain.gate.standing import compare, means
 from cltrain.records import Check, Code, Release, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.registry.decisions import append
+from cltrain.registry.lease import require_fence
 from cltrain.rooms import Rooms
 from cltrain.store import schema as s
 from cltrain.store.database import Store
@@ -88,7 +89,7 @@ def run_audit(rooms: Rooms, *, trigger: str) -> dict[str, Any]:
     looks: list[tuple[str, Measure]] = [
         ("decision log", lambda: inspection.decision_log(rooms)),
         ("alias", lambda: inspection.alias(rooms, serving)),
-        ("files", lambda: inspection.files(rooms, serving)),
+        ("files", lambda: inspection.files(rooms, serving, is_recomputed=trigger == "asked")),
         ("server", lambda: inspection.server(rooms, serving)),
         ("canaries", lambda: inspection.canaries(rooms, serving)),
         ("character", lambda: inspection.character(rooms, serving, marks)),
@@ -129,12 +130,14 @@ def _act(rooms: Rooms, audited: str, worst: Sequence[Check]) -> str:
     alarms = [check for check in worst if check.verdict is Verdict.REJECT]
     reason = f"audit: {alarms[0].name}: {alarms[0].reason}"[:300]
     wanted, now = rooms.config.gate.on_alarm, rooms.clock()
+    with rooms.store.read() as connection:
+        require_fence(connection, rooms.agent, rooms.fence)  # who lost the lease acts on nothing
     if wanted == "report":
         return "reported"
     is_to_blame = any(check.name not in NOT_THE_RELEASE for check in alarms)
-    if wanted == "rollback" and is_to_blame and aliases.read_alias(rooms.store, rooms.agent).release == audited:
+    if wanted == "rollback" and is_to_blame:
         try:
-            done = aliases.rollback(rooms.store, rooms.agent, now=now, reason=reason)
+            done = aliases.rollback(rooms.store, rooms.agent, expected=audited, now=now, reason=reason)
             return f"rolled back to {done.alias.release}, learning frozen"
         except ConflictError as error:
             log.warning("the audit could not roll back: %s", error)

@@ -57,7 +57,9 @@ class Evidence:
         self.suite = list(suites.items)
         grader = HttpJudge(config.gate.judge) if config.gate.judge is not None else None
         programs = {name: partial(self.run_program, program) for name, program in suites.programs.items()}
-        self.scoring = Scoring(store, config.gate, self.ask, judge=grader, programs=programs)
+        self.scoring = Scoring(
+            store, config.gate, self.ask, judge=grader, programs=programs, on_answers=self.note_signs
+        )
         self.character = load_character(config.gate.character)
         self._spectra: dict[str, Features] = {}
 
@@ -112,14 +114,6 @@ class Evidence:
     def looks(self) -> list[Look]:
         """What is looked at before any item is asked, cheap first."""
 
-        def at_character(contest: Contest) -> list[Check]:
-            base = releases.list_releases(self.store, self.config.agent.name)[0].name
-            asked = Asked(
-                self.store, contest.candidate, contest.incumbent, base, self.answer_many, self.score_many,
-                self.config.gate.max_answer_tokens,
-            )  # fmt: skip
-            return look_at_character(self.character, asked, self.config.gate.character, self.config.gate.alpha)
-
         def at_spectrum(contest: Contest) -> list[Check]:
             steps = [r for r in releases.list_releases(self.store, self.config.agent.name, status="released") if r.path]
             known = len(steps) >= self.config.gate.detectors.spectrum_history
@@ -127,7 +121,23 @@ class Evidence:
             now = self.step_features(contest.candidate) if known else {}
             return [look_at_spectrum(now, history, self.config.gate.detectors)]
 
-        return [at_spectrum, at_character] if self.config.gate.detectors.use else [at_character]
+        return [*([at_spectrum] if self.config.gate.detectors.use else []), self.at_character()]
+
+    def at_character(self, *, is_against_base: bool = False) -> Look:
+        """`is_against_base`: the incumbent is the base, and what one step may lose is what all of them may."""
+        limits = self.config.gate.character
+        if is_against_base:
+            limits = limits.model_copy(update={"probe_fall": limits.probe_drift})
+
+        def look(contest: Contest) -> list[Check]:
+            base = releases.list_releases(self.store, self.config.agent.name)[0].name
+            asked = Asked(
+                self.store, contest.candidate, contest.incumbent, base, self.answer_many, self.score_many,
+                self.config.gate.max_answer_tokens,
+            )  # fmt: skip
+            return look_at_character(self.character, asked, limits, self.config.gate.alpha)
+
+        return look
 
     def step_features(self, name: str) -> Features:
         """What the spectrum of one update is: its adapter less its parent's, read once per release."""
@@ -192,8 +202,12 @@ class Evidence:
             raise ServerError(
                 f"{self.server.url} does not say why an answer ended (finish_reason): it may have been cut"
             )
-        note_signs(self.store, release, items, [answer.message for answer in answers], self.config.gate.detectors)
         return [Reply(answer.message, answer.finish_reason == "length") for answer in answers]
+
+    def note_signs(self, release: str, items: Sequence[SuiteItem], answers: Sequence[Message]) -> None:
+        """What the detectors will want to know of answers whose scores are kept."""
+        if self.config.gate.detectors.use:
+            note_signs(self.store, release, items, answers, self.config.gate.detectors)
 
     def run_program(self, program: CommandSuite, release: str, items: Sequence[SuiteItem]) -> list[float]:
         """The scores that a program of the owner gives to that release, which it asks through the server itself."""

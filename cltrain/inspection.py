@@ -6,8 +6,10 @@ Each look returns checks: REJECT is an alarm, HOLD a warning. What cannot be mea
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
 
-from cltrain.certificate import KL_TOLERANCE, Finding, certify
+from cltrain.certificate import KL_TOLERANCE, certify
 from cltrain.deploy.proof import NotProvedError
 from cltrain.errors import DataError
 from cltrain.gate.judge import Contest
@@ -41,8 +43,9 @@ def alias(rooms: Rooms, serving: Release) -> list[Check]:
     return [Check("alias", Code.INTEGRITY, Verdict.PROMOTE, "what serves is what the log says")]
 
 
-def files(rooms: Rooms, serving: Release) -> list[Check]:
-    """The sealed files, and every bound recomputed from them, the base and the anchors, without the store."""
+def files(rooms: Rooms, serving: Release, *, is_recomputed: bool) -> list[Check]:
+    """The sealed files by their hashes, and how far they are from the base: as sealed, or recomputed in float64 from
+    them, the base and the anchors alone, which takes a second copy of the base and is for when a person asks."""
     directory = releases.release_dir(rooms.config.state_dir, serving)
     if directory is None:
         return [Check("files", Code.INTEGRITY, Verdict.PROMOTE, "the bare base serves: there is no distance")]
@@ -50,19 +53,24 @@ def files(rooms: Rooms, serving: Release) -> list[Check]:
         releases.verify_release(rooms.config.state_dir, serving)
     except DataError as error:
         return [Check("files", Code.INTEGRITY, Verdict.REJECT, str(error))]
+    if not is_recomputed:
+        about = "the files are as sealed; their distances are recomputed by `cltrain audit` and `cltrain verify`"
+        sealed = serving.manifest.get("bounds") or {}
+        checks = [Check("files", Code.INTEGRITY, Verdict.PROMOTE, about)]
+        return checks + _budgets(rooms, {name: sealed.get(name) for name in DRIFTS})
     findings = {f.name: f for f in certify(directory, base_dir=rooms.config.base.path).findings}
     failed = [f for f in findings.values() if f.state == "fails"]
     checks = [Check(f.name, _code(f.name), Verdict.REJECT, f.says, _number(f.seen), f.limit) for f in failed]
     if not failed:
         checks.append(Check("files", Code.INTEGRITY, Verdict.PROMOTE, "the files and their bounds are as sealed"))
-    return checks + _budgets(rooms, findings)
+    return checks + _budgets(rooms, {name: _number(findings[name].seen) for name in DRIFTS if name in findings})
 
 
-def _budgets(rooms: Rooms, findings: dict[str, Finding]) -> list[Check]:
-    """The distances against the settings as they are now: `certify` held them against those of the manifest."""
+def _budgets(rooms: Rooms, distances: Mapping[str, float | None]) -> list[Check]:
+    """The distances against the settings as they are now: they were sealed within those of their time."""
     checks = []
-    for name in DRIFTS:
-        seen, limit = _number(findings[name].seen), getattr(rooms.config.bounds, name)
+    for name, seen in distances.items():
+        limit = getattr(rooms.config.bounds, name)
         if seen is None:
             continue
         relative, absolute = KL_TOLERANCE[rooms.config.base.dtype]
@@ -86,7 +94,7 @@ def server(rooms: Rooms, serving: Release) -> list[Check]:
     known = {r.name: releases.release_dir(rooms.config.state_dir, r) for r in _all(rooms)}
     checks = []
     for name, root in sorted(rooms.server.list().items()):
-        if name in known and root == str(known[name]):
+        if (ours := known.get(name)) is not None and Path(root).resolve() == ours.resolve():
             continue
         if name == serving.name:
             reason = f"the server answers as {name} from {root}, not from {known[name]}"
@@ -112,7 +120,7 @@ def canaries(rooms: Rooms, serving: Release) -> list[Check]:
     canaries = [item for item in rooms.evidence.suite if item.kind == "canary"]
     if not canaries:
         return [Check("canaries", Code.CANARY, Verdict.PROMOTE, "there are none")]
-    scores = rooms.evidence.scores_of(serving.name, canaries)
+    scores = rooms.evidence.scoring.measure(serving.name, canaries)  # what answers now, not what answered once
     failed = [item.id for item, score in zip(canaries, scores, strict=True) if not score >= 1]
     more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
     said = f"{len(failed)} of {len(canaries)} failed: {', '.join(failed[:5])}{more}" if failed else "all held"
@@ -121,10 +129,10 @@ def canaries(rooms: Rooms, serving: Release) -> list[Check]:
 
 
 def character(rooms: Rooms, serving: Release, marks: aliases.References) -> list[Check]:
-    """What the gate looks at besides items, of what serves against its base."""
+    """Refusals and forced choices of what serves against its base; what the gate measured of both is not asked again."""
     base = next(release.name for release in _all(rooms) if release.number == 0)
     contest = Contest(serving.name, base, marks.high_water, marks.anchor)
-    looks = rooms.evidence.looks() if serving.name != base else []
+    looks = [rooms.evidence.at_character(is_against_base=True)] if serving.name != base else []
     return [check for look in looks for check in look(contest)]
 
 

@@ -200,6 +200,16 @@ def test_what_became_of_a_promotion_is_the_headline(tmp_path: Path, standing: st
     assert (told in page(page_of_one)) is (standing == "rolled_back")
 
 
+def test_a_decision_that_was_stored_before_checks_had_codes_is_still_read() -> None:
+    old = json.loads(json.dumps(asdict(HOLD)))
+    del old["codes"]
+    for check in old["checks"]:
+        del check["code"]
+    found = read_decision(old)
+    assert [check.code for check in found.checks] == [check.code for check in HOLD.checks]
+    assert found.reasons == HOLD.reasons
+
+
 def test_a_phrase_that_steers_is_said_in_odds(tmp_path: Path) -> None:
     probe = Check(
         "trigger probe 1",

@@ -19,7 +19,7 @@ from cltrain.gate.decision import ItemScores
 from cltrain.gate.kept import keep, read_kept
 from cltrain.gate.pool import num_uses
 from cltrain.gate.scorers import text_of, tool_calls
-from cltrain.gate.stats import e_value
+from cltrain.gate.stats import e_value, means
 from cltrain.gate.suites import is_taught, item_key
 from cltrain.records import Check, Code, Message, SuiteItem, Verdict
 from cltrain.store.database import Store
@@ -128,7 +128,7 @@ def _sign(
     differences = [new[name] - old[name] for _, new, old in pairs]
     rates = [sum(signs[name] for signs in side) / max(1, len(pairs)) for side in _sides(pairs)]
     note = "" if len(pairs) == num_asked else f" ({num_asked - len(pairs)} more were not noted)"
-    return _test(name, differences, rates[0], rates[1], config.margin, alpha, note)
+    return _test(name, _by_episode(differences, pairs), rates[0], rates[1], config.margin, alpha, note)
 
 
 def _one_answer(
@@ -138,7 +138,7 @@ def _one_answer(
     sides = [_repeats([item for item, _, _ in pairs], [signs["said"] for signs in side]) for side in _sides(pairs)]
     differences = [float(new) - float(old) for new, old in zip(*sides, strict=True)]
     rates = [sum(side) / max(1, len(pairs)) for side in sides]
-    return _test("one answer to all", differences, rates[0], rates[1], config.margin, alpha, "")
+    return _test("one answer to all", _by_episode(differences, pairs), rates[0], rates[1], config.margin, alpha, "")
 
 
 def _repeats(items: Sequence[SuiteItem], said: Sequence[float]) -> list[bool]:
@@ -191,6 +191,13 @@ def _test(
         name, CODES[name], Verdict.REJECT if is_worse else Verdict.PROMOTE, reason,
         candidate=now, reference=before, difference=now - before, num_items=len(differences),
     )  # fmt: skip
+
+
+def _by_episode(
+    differences: Sequence[float], pairs: Sequence[tuple[SuiteItem, Mapping[str, float], Mapping[str, float]]]
+) -> list[float]:
+    """Turns of one episode count once."""
+    return means(differences, [item.cluster for item, _, _ in pairs])
 
 
 def _sides(

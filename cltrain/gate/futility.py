@@ -28,7 +28,8 @@ def is_futile(
     """
     missing = _missing(decision)
     won = [ItemScores(item, 1.0, dict.fromkeys(roles_of(scores.rows), 0.0)) for item in left]
-    best = decide(replace(scores, rows=(*scores.rows, *won)), config, taught=taught, past=past)
+    settled = tuple(check for check in scores.findings if check.code is not Code.LENGTH)  # of answers still to come
+    best = decide(replace(scores, rows=(*scores.rows, *won), findings=settled), config, taught=taught, past=past)
     return bool(_missing(best)) and (_is_gain(missing[0]) or not _is_gain(_missing(best)[0]))
 
 

@@ -191,7 +191,7 @@ def _score_rows(scoring: Scoring, contest: Contest, items: Sequence[SuiteItem]) 
 
 def _all_heard(drawn: Sequence[SuiteItem], done: int, config: GateConfig, taught: Collection[str]) -> bool:
     """Whether every untaught stratum has been scored far enough for its guard, or as far as it was drawn."""
-    heard = Counter(item.stratum for item in drawn[:done])
+    heard = Counter(stratum for stratum, _ in {(item.stratum, item.cluster or item.id) for item in drawn[:done]})
     left = Counter(item.stratum for item in drawn[done:])
     return all(
         is_taught(stratum, taught) or heard[stratum] >= config.stratum_min_items

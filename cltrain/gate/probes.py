@@ -64,7 +64,7 @@ def load_character(config: CharacterConfig) -> Character:
 
 def _read(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     found, problems = [], []

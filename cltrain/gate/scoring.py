@@ -4,6 +4,7 @@ content, so that incumbent and base are asked once.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ Program = Callable[[str, Sequence[SuiteItem]], Sequence[float]]
 """(release, items) -> the scores that a program measured by itself, one per item."""
 
 
+OnAnswers = Callable[[str, Sequence[SuiteItem], Sequence[Message]], None]
+"""Hears (release, items, answers) before their scores are remembered."""
+
+
 class Scoring:
     """`score_items(release, items) -> scores` of one deployment, with what it remembers in the store."""
 
@@ -49,9 +54,10 @@ class Scoring:
         *,
         judge: HttpJudge | None = None,
         programs: Mapping[str, Program] | None = None,
+        on_answers: OnAnswers = lambda _release, _items, _answers: None,
     ) -> None:
         self.store, self.config, self.ask, self.judge = store, config, ask, judge
-        self.programs = dict(programs or {})
+        self.programs, self.on_answers = dict(programs or {}), on_answers
 
     def score_items(self, release: str, items: Sequence[SuiteItem]) -> list[float]:
         """One score in [0, 1] per item, asked for only where the store does not know it.
@@ -67,6 +73,8 @@ class Scoring:
             replies = self._replies(release, asked)
             new = dict(zip(unknown, self._scored(release, asked, replies), strict=True))
             cuts = {key: reply.is_cut for key, reply in zip(unknown, replies, strict=True) if reply is not None}
+            heard = [(item, reply.message) for item, reply in zip(asked, replies, strict=True) if reply is not None]
+            self.on_answers(release, [item for item, _ in heard], [answer for _, answer in heard])
             self._remember(release, new, {key: is_cut for key, is_cut in cuts.items() if is_cut is not None})
             known |= new
         return [known[key] for key in keys]
@@ -169,7 +177,9 @@ class Scoring:
     def _key(self, item: SuiteItem) -> str:
         """What a score depends on besides the release."""
         by = f"~{self.judge.tag}" if item.scorer == "judge" and self.judge is not None else ""
-        return f"{item_key(item)}~{VERSION}~{self.config.max_answer_tokens}{by}"
+        signs = f"{self.config.detectors.question} {self.config.detectors.length_ratio}"  # noted when an item is scored
+        rules = hashlib.sha256(signs.encode()).hexdigest()[:8]
+        return f"{item_key(item)}~{VERSION}~{self.config.max_answer_tokens}~{rules}{by}"
 
     def _known(self, table: Table, release: str, keys: Sequence[str]) -> dict[str, float]:
         found: dict[str, float] = {}

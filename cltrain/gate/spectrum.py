@@ -2,7 +2,7 @@
 
 After "weight-space detection" (arXiv 2602.15195: top singular value, energy concentration, entropy and kurtosis per
 q/k/v/o told poisoned adapters from sound ones), but against the agent's own accepted updates and not a population of
-adapters. What is unlike them all is no proof of harm: it holds, and a human may promote it.
+adapters. What is unlike them all is no proof of harm: it holds, and goes on holding until the owner raises the limit.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ Features = dict[str, float]
 """"q_proj kurtosis" and so on -> the mean over the modules of that kind."""
 
 FEATURES = ("top singular value", "energy concentration", "kurtosis")
+SAMPLED_ROWS = 256
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 LEAST_SPREAD = 0.02  # of the median's size: a history of near-equal values must not make every other value an outlier
 
@@ -72,9 +73,10 @@ def look_at_spectrum(candidate: Features, history: Sequence[Features], config: D
     worst = max(scores, key=lambda name: scores[name])
     is_odd = not scores[worst] <= config.spectrum_z  # NaN is odd too
     reason = f"{worst} is {scores[worst]:.1f} robust deviations from {len(history)} accepted updates"
+    reason = f"{reason}, limit {config.spectrum_z:g} (gate.detectors.spectrum_z)"
     return Check(
         "spectrum", Code.SPECTRUM, Verdict.HOLD if is_odd else Verdict.PROMOTE,
-        f"{reason}, limit {config.spectrum_z:g}", candidate=scores[worst], reference=config.spectrum_z,
+        reason, candidate=scores[worst], reference=config.spectrum_z,
         num_items=len(history),
     )  # fmt: skip
 
@@ -87,7 +89,9 @@ def _module_features(a_RK: Array, b_NR: Array) -> tuple[float, float, float]:
     energy = float((sigmas**2).sum())
     if energy <= 0:
         return -50.0, 0.0, 0.0  # no delta at all
-    entries = b @ a
+    entries = (
+        b[:: max(1, len(b) // SAMPLED_ROWS)] @ a
+    )  # a few rows tell the tails; all of them are as large as the base
     spread = entries - entries.mean()
     kurtosis = float((spread**4).mean() / (spread**2).mean() ** 2 - 3.0)
     return math.log(float(sigmas[0])), float(sigmas[0] ** 2) / energy, kurtosis

@@ -132,6 +132,8 @@ def _retention(check: Check, settings: Mapping[str, Any]) -> str:
 def _gain(check: Check) -> str:
     if check.difference is None:
         return "No held-out question asks for what it was taught, so nothing shows that it learned it."
+    if check.name == "gain by record":
+        return f"What its trainer's candidates were like before says what to expect of this one: {check.reason}."
     net = check.difference * check.num_items
     change = f"{abs(net):.3g} {'more' if net > 0 else 'fewer'}" if abs(net) >= 0.05 else "as many"
     suite = check.name.removeprefix("gain in ")

@@ -181,10 +181,20 @@ def run_page(
     )
 
 
+CODES_BY_NAME = {  # of checks that were stored before they had one
+    "canaries": Code.CANARY, "base": Code.BASE_KL, "trigger": Code.TRIGGER, "stratum": Code.STRATUM,
+    "small": Code.STRATUM, "retention": Code.RETENTION, "overall": Code.RETENTION, "gain": Code.GAIN, "high-water": Code.HIGH_WATER,
+}  # fmt: skip
+
+
+def _code_of(check: Mapping[str, Any]) -> Code:
+    return Code(check["code"]) if "code" in check else CODES_BY_NAME.get(check["name"].split()[0], Code.OUTAGE)
+
+
 def read_decision(values: Mapping[str, Any]) -> Decision:
     """A Decision from its stored mapping (dataclasses.asdict through JSON)."""
     checks = tuple(
-        Check(**{**check, "code": Code(check["code"]), "verdict": Verdict(check["verdict"])})
+        Check(**{**check, "code": _code_of(check), "verdict": Verdict(check["verdict"])})
         for check in values.get("checks", ())
     )
     return Decision(

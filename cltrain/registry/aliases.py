@@ -137,17 +137,26 @@ def move_alias_in(
 
 
 def rollback(
-    store: Store, agent: str, *, to: str | None = None, now: float, reason: str, freeze: bool = True
+    store: Store,
+    agent: str,
+    *,
+    to: str | None = None,
+    expected: str | None = None,
+    now: float,
+    reason: str,
+    freeze: bool = True,
 ) -> Rollback:
     """Serve an earlier release again: `to`, else what served before, else the nearest released ancestor.
 
     Undone are the current release and its ancestors up to `to`: they become rolled_back, the records that their updates
     learned or could newly rehearse are quarantined, and an update that is under way loses its compare-and-swap.
-    Learning is frozen unless `freeze` is False. Raises ConflictError when the bare base serves already, or `to` may not
-    serve.
+    Learning is frozen unless `freeze` is False. Raises ConflictError when the bare base serves already, `to` may not
+    serve, or another release serves than the one `expected` (None: whichever).
     """
     with store.write() as connection:
         row = _row(connection, agent)
+        if expected is not None and row.release != expected:
+            raise ConflictError(f"{row.release} serves by now, not {expected}")
         lineage = _lineage(connection, row.release)
         target = to if to is not None else _before(connection, row, lineage)
         release = get_in(connection, target)
