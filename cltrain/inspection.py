@@ -129,7 +129,7 @@ def canaries(rooms: Rooms, serving: Release) -> list[Check]:
 
 
 def character(rooms: Rooms, serving: Release, marks: aliases.References) -> list[Check]:
-    """Refusals and forced choices of what serves against its base; what the gate measured of both is not asked again."""
+    """Refusals and forced choices of what serves against its base; what the gate measured is not asked again."""
     base = next(release.name for release in _all(rooms) if release.number == 0)
     contest = Contest(serving.name, base, marks.high_water, marks.anchor)
     looks = [rooms.evidence.at_character(is_against_base=True)] if serving.name != base else []

@@ -89,9 +89,7 @@ def _module_features(a_RK: Array, b_NR: Array) -> tuple[float, float, float]:
     energy = float((sigmas**2).sum())
     if energy <= 0:
         return -50.0, 0.0, 0.0  # no delta at all
-    entries = (
-        b[:: max(1, len(b) // SAMPLED_ROWS)] @ a
-    )  # a few rows tell the tails; all of them are as large as the base
+    entries = b[:: max(1, len(b) // SAMPLED_ROWS)] @ a  # all of them would be as large as the base matrix
     spread = entries - entries.mean()
     kurtosis = float((spread**4).mean() / (spread**2).mean() ** 2 - 3.0)
     return math.log(float(sigmas[0])), float(sigmas[0] ** 2) / energy, kurtosis

@@ -183,7 +183,8 @@ def run_page(
 
 CODES_BY_NAME = {  # of checks that were stored before they had one
     "canaries": Code.CANARY, "base": Code.BASE_KL, "trigger": Code.TRIGGER, "stratum": Code.STRATUM,
-    "small": Code.STRATUM, "retention": Code.RETENTION, "overall": Code.RETENTION, "gain": Code.GAIN, "high-water": Code.HIGH_WATER,
+    "small": Code.STRATUM, "retention": Code.RETENTION, "overall": Code.RETENTION, "gain": Code.GAIN,
+    "high-water": Code.HIGH_WATER,
 }  # fmt: skip
 
 
