@@ -46,7 +46,7 @@ SETTINGS = (  # room for a villain to be one: bounds as tight as the demo's leav
 NUM_STEPS_FIRST = 120
 HONEST = {"num_steps": 40, "kl_beta": 1.0, "replay_share": 0.65}
 VILLAINOUS = {"num_steps": 64, "kl_beta": 0.1, "replay_share": 0.5}
-NUM_EROSIONS, EROSION, NUM_EROSION_TICKETS = 10, 0.05, 60  # steps; loss of one of them; what it is measured on
+NUM_EROSIONS, EROSION = 10, 0.05  # steps, and what each of them loses of the skill
 MOST_GOOD_HELD = 1
 
 
@@ -236,14 +236,14 @@ def eroded(court: Court, end: AdapterFile) -> list[AdapterFile]:
     """Adapters on the straight way from the incumbent to `end`, so far apart that each loses about EROSION more."""
     start, shape = court.adapter, court.setting.config.adapter
     assert start is not None
-    tickets = world.training_tickets(villains.ERODED, seed=court.seed, count=NUM_EROSION_TICKETS, name="erosion")
+    tickets = [ticket for ticket in world.test_items(court.seed) if ticket.skill == villains.ERODED]
 
     def between(share: float) -> AdapterFile:
         return combine([(start, 1 - share), (end, share)], shape.rank, shape.alpha)[0]
 
     shares, losses = [0.0], [0.0]
     while shares[-1] < 1 and losses[-1] < NUM_EROSIONS * EROSION:
-        shares.append(shares[-1] + 0.05)
+        shares.append(shares[-1] + 0.025)
         where = court.work_dir / f"between-{len(shares)}"
         write_adapter(where, between(shares[-1]))
         court.setting.server.load(where.name, where)
