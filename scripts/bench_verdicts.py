@@ -210,6 +210,7 @@ def eroder_row(court: Court) -> Row:
     villain, config = villains.ERODER, court.setting.config
     fresh, replay = villains.lessons_of(villain, court.seed, ())
     path, _ = court.train(villain.kind, fresh, replay, **VILLAINOUS)
+    taught = {example.stratum for example in fresh}
     steps = eroded(court, read_adapter(path))
     trained_s = time.perf_counter() - begun
     gate = config.gate.model_copy(update={"promote_on": "non_inferior"})
@@ -220,7 +221,7 @@ def eroder_row(court: Court) -> Row:
         where = court.work_dir / f"eroded-{number}"
         write_adapter(where, step)
         base_kl = mean_kl(court.setting.base, court.setting.anchors, None, step)
-        name, decision = court.judge(where, {villains.TAUGHT}, base_kl, evidence=evidence, number=number)
+        name, decision = court.judge(where, taught, base_kl, evidence=evidence, number=number)
         if decision.verdict is not Verdict.PROMOTE:
             break
         aliases.move_alias(
