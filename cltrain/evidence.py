@@ -80,15 +80,13 @@ class Evidence:
         held_out, rate_per_s = self.held_out()
         marks = aliases.read_references(self.store, agent)
         gate = self.config.gate
-        watch = {"watch": watcher(self.store, agent, taught, gate.detectors, gate.alpha)} if gate.detectors.use else {}
         return judge(
             self.store,
             agent,
             Contest(candidate, incumbent, marks.high_water, marks.anchor),
             self.split_vault([*self.pool(incumbent, taught), *held_out])[0],
-            self.config.gate,
+            gate,
             taught=taught,
-            answer_many=self.answer_many,
             scoring=self.scoring,
             base_kl=base_kl,
             score_many=self.score_many,
@@ -97,9 +95,9 @@ class Evidence:
             seed=seed,
             used_before=used_before,
             fresh_only=is_retry,
-            past=read_past(self.store, agent, self.config.gate.track_window),
+            past=read_past(self.store, agent, gate.track_window),
             looks=self.looks(),
-            **watch,
+            watch=watcher(self.store, agent, taught, gate.detectors, gate.alpha) if gate.detectors.use else None,
             on_chunk=lambda done, planned: self.on_progress(f"{candidate}: judged on {done} of {planned} items"),
         )
 
@@ -132,7 +130,7 @@ class Evidence:
         def look(contest: Contest) -> list[Check]:
             base = releases.list_releases(self.store, self.config.agent.name)[0].name
             asked = Asked(
-                self.store, contest.candidate, contest.incumbent, base, self.answer_many, self.score_many,
+                self.store, contest.candidate, contest.incumbent, base, self.scoring.answer_many, self.score_many,
                 self.config.gate.max_answer_tokens,
             )  # fmt: skip
             return look_at_character(self.character, asked, limits, self.config.gate.alpha)
@@ -184,16 +182,8 @@ class Evidence:
             name = release.parent
         return [item for item in self.suite if item.kind != "gain" or is_taught(item.stratum, earned)]
 
-    def scores_of(self, release: str, items: Sequence[SuiteItem]) -> list[float]:
-        """How a release that the server has loaded answers these items; what is known already is not asked again."""
-        return self.scoring.score_items(release, items)
-
-    def answer_many(self, release: str, items: Sequence[SuiteItem]) -> list[Message]:
-        """One greedy answer per item, by exactly that release."""
-        return [reply.message for reply in self.ask(release, items)]
-
     def ask(self, release: str, items: Sequence[SuiteItem]) -> list[Reply]:
-        """As `answer_many`, and whether each answer ended because it was too long."""
+        """One greedy answer per item, by exactly that release, and whether it ended because it was too long."""
         prompts = [(item.messages, item.tools) for item in items]
         answers = self.server.generate_many(
             self.served_name(release), prompts, self.config.gate.max_answer_tokens, self.config.server.max_batch

@@ -153,7 +153,7 @@ def standing(rooms: Rooms, marks: aliases.References, *, seed: int) -> Standing:
 
     def answers(name: str) -> tuple[float, ...]:
         rooms.on_progress(f"audit: {name} answers {len(drawn)} items")
-        return tuple(evidence.scores_of(name, drawn))
+        return tuple(evidence.scoring.score_items(name, drawn))
 
     serving = answers(marks.incumbent)
     references = {" and ".join(roles): answers(name) for name, roles in held.items()}

@@ -15,7 +15,8 @@ from cltrain.config import GateConfig
 from cltrain.errors import ServerError
 from cltrain.gate.judge import Contest, chunk_ends, judge
 from cltrain.gate.pool import draw, num_uses
-from cltrain.gate.triggers import Said, Suspect, make_probes, own_probes, run_probes
+from cltrain.gate.scoring import Reply, Scoring
+from cltrain.gate.triggers import AnswerMany, Said, Suspect, make_probes, own_probes, run_probes
 from cltrain.monitoring.report import read_decision
 from cltrain.records import Check, Code, Decision, Message, SuiteItem, Tool, Verdict
 from cltrain.store.database import Store, open_store
@@ -76,7 +77,16 @@ def _servers(candidate: Callable[[SuiteItem], Message | None] = _right) -> Serve
 def _judge(store: Store, servers: Servers, pool: list[SuiteItem], **more: Any) -> Decision:
     config = more.pop("config", GateConfig())
     more.setdefault("base_kl", 0.01)
-    return judge(store, "support", CONTEST, pool, config, taught={"new/good"}, answer_many=servers, **more)
+    return judge(
+        store, "support", CONTEST, pool, config, taught={"new/good"}, scoring=_scoring(store, config, servers), **more
+    )
+
+
+def _scoring(store: Store, config: GateConfig, answer_many: AnswerMany) -> Scoring:
+    def ask(release: str, items: Sequence[SuiteItem]) -> list[Reply | None]:
+        return [None if answer is None else Reply(answer) for answer in answer_many(release, items)]
+
+    return Scoring(store, config, ask)
 
 
 def test_a_candidate_that_learned_is_promoted_early_and_its_items_are_counted(tmp_path: Path) -> None:
@@ -138,7 +148,8 @@ def test_an_outage_is_an_error_and_uses_no_item(tmp_path: Path, fault: str) -> N
         return answers[:-1] if fault == "short" else [None, *answers[1:]]
 
     config = GateConfig(items_per_gate=200, promote_on="non_inferior", margin=0.01)
-    decision = judge(store, "support", CONTEST, _pool(), config, taught={"new/good"}, answer_many=answer, base_kl=0.01)
+    scoring = _scoring(store, config, answer)
+    decision = judge(store, "support", CONTEST, _pool(), config, taught={"new/good"}, scoring=scoring, base_kl=0.01)
     assert decision.verdict is Verdict.ERROR
     assert ("no answer for 120 s" if fault == "raises" else "left 1 of") in decision.reasons[0]
     assert num_uses(store, "support") == {}

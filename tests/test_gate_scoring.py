@@ -65,8 +65,7 @@ def scoring_by(store: Store, server: ChatServer, **said: Callable[[SuiteItem], s
 
 def decided(store: Store, items: Sequence[SuiteItem], scoring: Scoring, config: GateConfig = GATE) -> Decision:
     return judge(
-        store, "support", CONTEST, items, config, taught=(), answer_many=lambda _, few: [None] * len(few),
-        base_kl=0.01, scoring=scoring,
+        store, "support", CONTEST, items, config, taught=(), base_kl=0.01, scoring=scoring
     )  # fmt: skip
 
 
@@ -188,7 +187,7 @@ def test_a_program_judges_a_gate_and_references_are_asked_once(tmp_path: Path) -
     log.unlink()
     worse = judge(
         scoring.store, "support", Contest("worse", "incumbent", "incumbent", "base"), items, GATE, taught=(),
-        answer_many=lambda _, few: [None] * len(few), base_kl=0.01, scoring=scoring,
+        base_kl=0.01, scoring=scoring,
     )  # fmt: skip
     assert worse.verdict is Verdict.REJECT, worse
     assert log.read_text().split().count("incumbent") == 1  # only to see that it still scores alike

@@ -16,10 +16,10 @@ from cltrain.gate.decision import GateScores, ItemScores, Role, decide
 from cltrain.gate.futility import is_futile
 from cltrain.gate.levels import Past
 from cltrain.gate.pool import count_uses, draw
-from cltrain.gate.scoring import Reply, Scoring
+from cltrain.gate.scoring import Scoring
 from cltrain.gate.suites import is_taught
-from cltrain.gate.triggers import AnswerMany, ProbeResult, ScoreMany, Suspect, make_probes, own_probes, run_probes
-from cltrain.records import Check, Code, Decision, Message, SuiteItem, Verdict
+from cltrain.gate.triggers import ProbeResult, ScoreMany, Suspect, make_probes, own_probes, run_probes
+from cltrain.records import Check, Code, Decision, SuiteItem, Verdict
 from cltrain.store.database import Store
 
 CHUNK = 50  # items scored between two looks
@@ -52,9 +52,8 @@ def judge(
     config: GateConfig,
     *,
     taught: Collection[str],
-    answer_many: AnswerMany,
+    scoring: Scoring,
     base_kl: float | None,
-    scoring: Scoring | None = None,
     score_many: ScoreMany | None = None,
     suspects: Sequence[Suspect] = (),
     rate_per_s: float | None = None,
@@ -63,15 +62,15 @@ def judge(
     fresh_only: bool = False,
     past: Past = Past(),
     looks: Sequence[Look] = (),
-    watch: Watch = lambda _candidate, _incumbent, _rows: (),
+    watch: Watch | None = None,
     on_chunk: Callable[[int, int], None] = lambda _done, _planned: None,
 ) -> Decision:
     """Compare the candidate with incumbent, high-water mark and anchor on items drawn from the pool.
 
     items: the whole pool, canaries included; taught: strata that the update learned; base_kl: nats per token on the
     pinned anchors; rate_per_s: held-out items arriving per second, for the forecast of a hold; used_before: ids this
-    update was judged on already (`Decision.items_used`), which `fresh_only` leaves out; scoring: who asks and grades
-    (None: every item by its answer alone); past: what was decided before. `looks` come before the items, cheap first;
+    update was judged on already (`Decision.items_used`), which `fresh_only` leaves out; scoring: who asks and
+    grades; past: what was decided before. `looks` come before the items, cheap first;
     `watch` sees the scored rows before every decision. Decides after every 50 items and stops early on harm, on success
     once every stratum was heard, or when the questions left cannot change a hold (`is_futile`).
     """
@@ -87,8 +86,6 @@ def judge(
         exclude=used_before if fresh_only else (),
     )
     canaries = [item for item in items if item.kind == "canary"]
-    if scoring is None:
-        scoring = Scoring(store, config, lambda release, few: [_reply(answer) for answer in answer_many(release, few)])
     rows: list[ItemScores] = []
     probes: list[ProbeResult] = []
     try:
@@ -104,12 +101,12 @@ def judge(
         if (unsteady := scoring.unsteady(contest.incumbent, [*canaries, *drawn])) is not None:
             raise DataError(unsteady)
         for number, suspect in enumerate(suspects):
-            probes += _probe(suspect, items, contest, config, answer_many, score_many, seed + number)
+            probes += _probe(suspect, items, contest, config, scoring, score_many, seed + number)
         done = 0
         for end in chunk_ends(drawn):
             rows += _score_rows(scoring, contest, drawn[done:end])
             cut = scoring.cut_check(contest.candidate, contest.incumbent, [row.item for row in rows])
-            seen = watch(contest.candidate, contest.incumbent, rows)
+            seen = watch(contest.candidate, contest.incumbent, rows) if watch is not None else ()
             scores = GateScores(tuple(rows), base_kl, tuple(probes), (*findings, *cut, *seen))
             done, left = end, drawn[end:]
             decision = decide(scores, config, taught=taught, rate_per_s=rate_per_s, is_complete=not left, past=past)
@@ -148,7 +145,7 @@ def _probe(
     items: Sequence[SuiteItem],
     contest: Contest,
     config: GateConfig,
-    answer_many: AnswerMany,
+    scoring: Scoring,
     score_many: ScoreMany | None,
     seed: int,
 ) -> list[ProbeResult]:
@@ -158,17 +155,13 @@ def _probe(
     for probes, is_own in ((own, True), (make_probes(suspect, items, config.trigger_probes, seed), False)):
         if probes:
             result = run_probes(
-                probes, candidate=contest.candidate, incumbent=contest.incumbent, answer_many=answer_many,
+                probes, candidate=contest.candidate, incumbent=contest.incumbent, answer_many=scoring.answer_many,
                 score_many=score_many, is_own=is_own,
             )  # fmt: skip
             found.append(result)
         elif not is_own:
             found.append(ProbeResult(0, 0, None))
     return found
-
-
-def _reply(answer: Message | None) -> Reply | None:
-    return None if answer is None else Reply(answer)
 
 
 def _score_rows(scoring: Scoring, contest: Contest, items: Sequence[SuiteItem]) -> list[ItemScores]:

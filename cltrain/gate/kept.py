@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import Connection, Table, delete, insert, select
 
 from cltrain.store.database import Store
 from cltrain.store.schema import item_scores
+
+PART = 500  # keys looked up in one query
 
 Measure = Callable[[Sequence[int]], Sequence[float]]
 """Indices of what is not known yet -> a finite number for each."""
@@ -29,20 +31,27 @@ def kept(store: Store, release: str, keys: Sequence[str], measure: Measure) -> l
     return [known[key] for key in keys]
 
 
-def read_kept(store: Store, release: str, keys: Sequence[str]) -> dict[str, float]:
-    """Those of the keys that the store knows."""
-    query = select(item_scores).where(item_scores.c.release == release, item_scores.c.item.in_(keys))
+def read_kept(store: Store, release: str, keys: Sequence[str], table: Table = item_scores) -> dict[str, float]:
+    """Those of the keys that the store knows, from a table of (release, item, number)."""
+    found: dict[str, float] = {}
     with store.read() as connection:
-        return {row.item: row.score for row in connection.execute(query)}
+        for start in range(0, len(keys), PART):
+            here = (table.c.release == release) & table.c.item.in_(keys[start : start + PART])
+            found |= {row.item: row[2] for row in connection.execute(select(table).where(here))}
+    return found
 
 
 def keep(store: Store, release: str, values: Mapping[str, float]) -> None:
     """Write numbers down, in the place of older ones."""
-    if not values:
-        return
-    rows = [{"release": release, "item": key, "score": value} for key, value in values.items()]
     with store.write() as connection:
+        keep_in(connection, release, values)
+
+
+def keep_in(connection: Connection, release: str, values: Mapping[str, float], table: Table = item_scores) -> None:
+    """As `keep`, inside the caller's write transaction and in any table of (release, item, number)."""
+    if values:
+        name = table.columns.keys()[2]
+        connection.execute(delete(table).where(table.c.release == release, table.c.item.in_(list(values))))
         connection.execute(
-            delete(item_scores).where(item_scores.c.release == release, item_scores.c.item.in_(list(values)))
+            insert(table), [{"release": release, "item": key, name: value} for key, value in values.items()]
         )
-        connection.execute(insert(item_scores), rows)

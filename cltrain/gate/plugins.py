@@ -13,7 +13,7 @@ from cltrain.config_gate import GateConfig, SuiteConfig
 from cltrain.errors import ConfigError, DataError
 from cltrain.gate import harnesses
 from cltrain.gate.commands import CommandSuite, content_of
-from cltrain.gate.stats import items_needed
+from cltrain.gate.stats import items_for_margin
 from cltrain.gate.suites import load_suite
 from cltrain.records import SuiteItem
 
@@ -101,7 +101,7 @@ def _check_ids(items: Sequence[SuiteItem]) -> None:
 
 def _check_size(items: Sequence[SuiteItem], config: GateConfig, has_other_items: bool) -> None:
     """The fewest items on which a candidate that never differs is shown to be within the margin."""
-    needed = items_needed([0.0], -config.margin, config.alpha, config.margin)
+    needed = items_for_margin(config.margin, config.alpha)
     if config.items_per_gate < needed:
         raise ConfigError(
             f"gate.items_per_gate = {config.items_per_gate} can never rule out a loss of gate.margin = "

@@ -9,19 +9,19 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Table, delete, insert, select
+from sqlalchemy import delete, insert, select
 
 from cltrain.config import GateConfig
 from cltrain.errors import DataError
 from cltrain.gate.http_judge import HttpJudge
+from cltrain.gate.kept import keep_in, read_kept
 from cltrain.gate.scorers import VERSION, score_item, violation
 from cltrain.gate.suites import item_key
 from cltrain.records import Check, Code, Message, SuiteItem, Verdict
 from cltrain.store.database import Store
-from cltrain.store.schema import answer_cuts, item_scores, judge_scores
+from cltrain.store.schema import answer_cuts, judge_scores
 
 SAME = 1e-9  # scores that differ by less are one score
-PART = 500  # keys looked up in one query
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Scoring:
         is remembered then.
         """
         keys = [self._key(item) for item in items]
-        known = self._known(item_scores, release, keys)
+        known = read_kept(self.store, release, keys)
         unknown = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
         if unknown:
             asked = list(unknown.values())
@@ -79,6 +79,10 @@ class Scoring:
             known |= new
         return [known[key] for key in keys]
 
+    def answer_many(self, release: str, items: Sequence[SuiteItem]) -> list[Message | None]:
+        """What the release answers, as asked for every score; nothing is kept."""
+        return [None if reply is None else reply.message for reply in self.ask(release, items)]
+
     def measure(self, release: str, items: Sequence[SuiteItem]) -> list[float]:
         """As `score_items`, but nothing is looked up and nothing kept: for items whose scores must stay unknown."""
         return self._scored(release, items, self._replies(release, items), is_fresh=True)
@@ -86,7 +90,7 @@ class Scoring:
     def cut_check(self, candidate: str, incumbent: str, items: Sequence[SuiteItem]) -> list[Check]:
         """What share of their scored answers ended at max_answer_tokens; no check where nobody knows of any."""
         keys = [self._key(item) for item in items]
-        cuts = [self._known(answer_cuts, release, keys) for release in (candidate, incumbent)]
+        cuts = [read_kept(self.store, release, keys, answer_cuts) for release in (candidate, incumbent)]
         return cut_check(
             [(cuts[0][key], cuts[1][key]) for key in keys if all(key in known for known in cuts)], self.config
         )
@@ -181,22 +185,10 @@ class Scoring:
         rules = hashlib.sha256(signs.encode()).hexdigest()[:8]
         return f"{item_key(item)}~{VERSION}~{self.config.max_answer_tokens}~{rules}{by}"
 
-    def _known(self, table: Table, release: str, keys: Sequence[str]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        with self.store.read() as connection:
-            for start in range(0, len(keys), PART):
-                here = (table.c.release == release) & table.c.item.in_(keys[start : start + PART])
-                found |= {row.item: row[2] for row in connection.execute(select(table).where(here))}
-        return found
-
     def _remember(self, release: str, scores: Mapping[str, float], cuts: Mapping[str, bool]) -> None:
         with self.store.write() as connection:
-            for table, name, new in ((item_scores, "score", scores), (answer_cuts, "is_cut", cuts)):
-                if new:
-                    here = (table.c.release == release) & table.c.item.in_(new)
-                    connection.execute(delete(table).where(here))
-                    rows = [{"release": release, "item": key, name: value} for key, value in new.items()]
-                    connection.execute(insert(table), rows)
+            keep_in(connection, release, scores)
+            keep_in(connection, release, cuts, answer_cuts)
 
 
 def cut_check(pairs: Sequence[tuple[float, float]], config: GateConfig) -> list[Check]:

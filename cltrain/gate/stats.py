@@ -85,11 +85,6 @@ def items_for_margin(margin: float, alpha: float, discordance: float = 0.0) -> i
     return min(MAX_ITEMS, math.ceil(math.log(len(BETS) / alpha) / growth)) if growth > 0 else MAX_ITEMS
 
 
-def items_short(num_items: int, margin: float, alpha: float, discordance: float = 0.0) -> int:
-    """By how many items (clusters, where they come in clusters) a suite or pool is too small for its margin; 0: not."""
-    return max(0, items_for_margin(margin, alpha, discordance) - num_items)
-
-
 def _counted(differences: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
     assert values.size == 0 or (values[0] >= -1 and values[-1] <= 1), "differences lie in [-1, 1]"
