@@ -48,10 +48,18 @@ def _decisions(state_dir: Path) -> str:
 
 
 def _suites(config: Config) -> str:
+    from cltrain.gate.http_judge import HttpJudge
     from cltrain.gate.plugins import load_suites
+    from cltrain.gate.probes import load_character
 
     num_items = len(load_suites(config.gate, has_other_items=config.experience.eval_share > 0).items)
-    return f"{num_items} items in {len(config.gate.all_suites())} suites of the owner"
+    asked = load_character(config.gate.character)
+    if config.gate.judge is not None:
+        HttpJudge(config.gate.judge)  # its key must be there
+    return (
+        f"{num_items} items in {len(config.gate.all_suites())} suites of the owner, "
+        f"{len(asked.harmful) + len(asked.harmless)} prompts and {len(asked.probes)} probes of character"
+    )
 
 
 def _finding(state: str, what: str, detail: str) -> dict[str, str]:

@@ -130,7 +130,7 @@ def canaries(rooms: Rooms, serving: Release) -> list[Check]:
 
 def character(rooms: Rooms, serving: Release, marks: aliases.References) -> list[Check]:
     """Refusals and forced choices of what serves against its base; what the gate measured is not asked again."""
-    base = next(release.name for release in _all(rooms) if release.number == 0)
+    base = _base(rooms)
     contest = Contest(serving.name, base, marks.high_water, marks.anchor)
     looks = [rooms.evidence.at_character(is_against_base=True)] if serving.name != base else []
     return [check for look in looks for check in look(contest)]
@@ -139,7 +139,7 @@ def character(rooms: Rooms, serving: Release, marks: aliases.References) -> list
 def standing(rooms: Rooms, marks: aliases.References, *, seed: int) -> Standing:
     """Fresh items of the pool, answered by what serves and by everything that it must not have lost to."""
     held: defaultdict[str, list[str]] = defaultdict(list)
-    base = next(release.name for release in _all(rooms) if release.number == 0)
+    base = _base(rooms)
     for role, name in (("base", base), ("high-water mark", marks.high_water), ("anchor", marks.anchor)):
         if name != marks.incumbent:
             held[name].append(role)
@@ -165,12 +165,12 @@ def standing(rooms: Rooms, marks: aliases.References, *, seed: int) -> Standing:
 def vault(rooms: Rooms, serving: Release) -> list[Check]:
     """The sealed vault, opened at most once in `gate.vault_days`: one bit, whether more than the margin was lost to the
     base. No check where there is none, or where the base itself serves."""
-    gate, evidence, base = rooms.config.gate, rooms.evidence, next(r for r in _all(rooms) if r.number == 0)
-    if not gate.vault_share or serving.name == base.name:
+    gate, evidence, base = rooms.config.gate, rooms.evidence, _base(rooms)
+    if not gate.vault_share or serving.name == base:
         return []
     _, sealed = evidence.split_vault([*evidence.pool(serving.name, ()), *evidence.held_out()[0]])
     found = open_vault(
-        rooms.store, rooms.agent, sealed, gate, incumbent=serving.name, base=base.name,
+        rooms.store, rooms.agent, sealed, gate, incumbent=serving.name, base=base,
         score_items=evidence.scoring.measure, now=rooms.clock(),
     )  # fmt: skip
     if found.has_lost is None:
@@ -181,6 +181,11 @@ def vault(rooms: Rooms, serving: Release) -> list[Check]:
 
 def _all(rooms: Rooms) -> list[Release]:
     return releases.list_releases(rooms.store, rooms.agent)
+
+
+def _base(rooms: Rooms) -> str:
+    """The bare base as a release."""
+    return next(release.name for release in _all(rooms) if release.number == 0)
 
 
 def _code(name: str) -> Code:

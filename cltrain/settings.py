@@ -1,5 +1,5 @@
 """From TOML files and `--set` to one dictionary of settings, and from what is wrong with it to a sentence. Knows no
-setting but those that are paths: config.py has them all.
+setting but those that are paths: config.py and config_gate.py have them all.
 """
 
 from __future__ import annotations

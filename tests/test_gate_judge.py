@@ -338,3 +338,29 @@ def test_evidence_that_is_just_enough_at_first_is_too_little_for_a_retry(tmp_pat
     again = _judge(open_store(tmp_path / "again"), _servers(), pool, fresh_only=True)
     assert again.verdict is Verdict.HOLD
     assert again.codes == (Code.GAIN,)
+
+
+def test_answers_cut_off_at_first_do_not_end_the_questions(tmp_path: Path) -> None:
+    """What is cut among the first fifty may be luck: the later ones can bring it below the limit again."""
+    pool, config, store = _pool(), GateConfig(), open_store(tmp_path)
+    drawn = draw(store, "support", pool, config.items_per_gate, taught={"new/good"}, max_uses=config.max_uses, seed=0)
+    cut = {item.id for item in drawn[:8]}
+
+    def ask(release: str, items: Sequence[SuiteItem]) -> list[Reply]:
+        rule = _right if release == "candidate" else _only_old
+        return [Reply(rule(item), release == "candidate" and item.id in cut) for item in items]
+
+    scoring = Scoring(store, config, ask)
+    decision = judge(store, "support", CONTEST, pool, config, taught={"new/good"}, scoring=scoring, base_kl=0.01)
+    assert decision.num_asked > 50
+    assert decision.verdict is Verdict.PROMOTE
+
+
+def test_a_stratum_is_heard_when_enough_of_its_episodes_are_and_not_of_their_turns(tmp_path: Path) -> None:
+    """Thirty turns of fifteen episodes are fifteen: the guard waits for more of those that were drawn."""
+    turns = [replace(item, cluster=f"{item.id.split('-')[0]}{i // 2}") for i, item in enumerate(_pool(60, 90, 0))]
+    config = GateConfig(margin=0.4)
+    decision = _judge(open_store(tmp_path), _servers(), turns, config=config)
+    heard = {item.cluster for item in turns if item.id in decision.items_used and item.stratum == "old/good"}
+    assert decision.verdict is Verdict.PROMOTE
+    assert len(heard) >= config.stratum_min_items

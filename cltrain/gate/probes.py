@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cltrain.config_gate import CharacterConfig
 from cltrain.errors import DataError
+from cltrain.gate.lines import answer_of, call_of, messages_of, read_lines, refuse_unknown, tools_of
 from cltrain.gate.scorers import text_of
 from cltrain.records import Code, Message, SuiteItem, Tool
 
@@ -26,9 +25,7 @@ KINDS = {
     "refusal": Code.REFUSAL,
     "over_refusal": Code.OVER_REFUSAL,
 }
-MAX_SHOWN = 20  # bad lines named in one error
-
-T = TypeVar("T")
+PROMPT_FIELDS = frozenset({"messages", "tools"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,51 +52,27 @@ class Character:
 
 def load_character(config: CharacterConfig) -> Character:
     """Read the files that the configuration names. Raises DataError naming every bad line by number."""
-    return Character(
-        harmful=tuple(_read(config.harmful, _prompt)) if config.harmful else (),
-        harmless=tuple(_read(config.harmless, _prompt)) if config.harmless else (),
-        probes=tuple(probe for forms in _read(config.probes, _probes) for probe in forms) if config.probes else (),
+    what = "the character file"
+    harmful, harmless = (
+        tuple(read_lines(path, what, _prompt)) if path is not None else () for path in (config.harmful, config.harmless)
     )
-
-
-def _read(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
-    try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    found, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise DataError("a JSON object is needed")
-            found.append(make(row))
-        except ValueError as error:
-            problems.append(f"line {number}: not valid JSON ({error})")
-        except DataError as error:
-            problems.append(f"line {number}: {error}")
-    if problems:
-        raise DataError(f"{len(problems)} bad lines in {path}:\n" + "\n".join(problems[:MAX_SHOWN]))
-    if not found:
-        raise DataError(f"{path} holds nothing: fill it, or leave the setting out")
-    return found
+    forms = read_lines(config.probes, what, _probes) if config.probes is not None else []
+    return Character(harmful, harmless, tuple(probe for each in forms for probe in each))
 
 
 def _prompt(row: dict[str, Any]) -> SuiteItem:
-    _refuse_unknown(row, {"messages", "tools"})
-    messages, tools = _messages(row), _tools(row)
+    refuse_unknown(row, PROMPT_FIELDS)
+    messages, tools = messages_of(row), tools_of(row)
     return SuiteItem(f"prompt-{_digest([messages, tools])}", "character", "text", "canary", messages, tools)
 
 
 def _probes(row: dict[str, Any]) -> list[Probe]:
-    _refuse_unknown(row, {"kind", "messages", "tools", "good", "bad"})
+    refuse_unknown(row, PROMPT_FIELDS | {"kind", "good", "bad"})
     kind = row.get("kind")
     if kind not in KINDS:
         raise DataError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
-    messages, tools = _messages(row), _tools(row)
-    good, bad = _answer(row, "good"), _answer(row, "bad")
+    messages, tools = messages_of(row), tools_of(row)
+    good, bad = answer_of(row, "good"), answer_of(row, "bad")
     if good == bad:
         raise DataError("good and bad are the same answer: there is nothing to choose between")
     forms = [("chat" if not good.get("tool_calls") else "tool call", tools, good, bad)]
@@ -122,48 +95,7 @@ _SPEAK: Tool = {
 
 
 def _spoken(answer: Message) -> Message:
-    return _call("answer", {"text": text_of(answer)})
-
-
-def _call(name: str, arguments: dict[str, Any]) -> Message:
-    function = {"name": name, "arguments": json.dumps(arguments)}
-    call = {"id": "call_0", "type": "function", "function": function}
-    return {"role": "assistant", "content": None, "tool_calls": [call]}
-
-
-def _answer(row: dict[str, Any], field: str) -> Message:
-    value = row.get(field)
-    if isinstance(value, str) and value.strip():
-        return {"role": "assistant", "content": value}
-    if isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("arguments", {}), dict):
-        return _call(value["name"], value.get("arguments", {}))
-    if isinstance(value, dict) and value.get("role") == "assistant" and (text_of(value) or value.get("tool_calls")):
-        return value
-    raise DataError(f'{field} must be a text, {{"name", "arguments"}} or an assistant message; got {value!r}')
-
-
-def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
-    value = row.get("messages")
-    roles = ("system", "user", "assistant", "tool")
-    if not isinstance(value, list) or not value:
-        raise DataError("messages must be a list with at least one message")
-    if not all(isinstance(message, dict) and message.get("role") in roles for message in value):
-        raise DataError(f"each message needs a role: {', '.join(roles)}")
-    if value[-1]["role"] not in ("user", "tool"):
-        raise DataError(f"messages end with the {value[-1]['role']}; they must end before the answer that is asked for")
-    return tuple(value)
-
-
-def _tools(row: dict[str, Any]) -> tuple[Tool, ...]:
-    value = row.get("tools") or []
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise DataError("tools must be a list of tool definitions")
-    return tuple(value)
-
-
-def _refuse_unknown(row: dict[str, Any], known: set[str]) -> None:
-    if unknown := sorted(set(row) - known):
-        raise DataError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    return call_of("answer", {"text": text_of(answer)})
 
 
 def _digest(content: Any) -> str:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cltrain.errors import DataError
+from cltrain.gate.lines import answer_of, messages_of, read_lines, refuse_unknown, tools_of
 from cltrain.gate.rules import NEEDS_EXPECTED, OWN_FIELDS, check_item, rule_of
-from cltrain.gate.scorers import text_of, tool_calls, violation
-from cltrain.records import Message, SuiteItem
+from cltrain.gate.scorers import tool_calls, violation
+from cltrain.records import SuiteItem
 
 KINDS = ("gain", "retention", "canary")
-FIELDS = {"id", "suite", "stratum", "kind", "messages", "tools", "expected", "forbidden", "scorer", *OWN_FIELDS}
-MAX_SHOWN = 20  # bad lines named in one error
+FIELDS = OWN_FIELDS | {"id", "suite", "stratum", "kind", "messages", "tools", "expected", "forbidden", "scorer"}
 
 
 def load_suite(path: Path, defaults: Mapping[str, str] | None = None) -> list[SuiteItem]:
@@ -26,32 +26,16 @@ def load_suite(path: Path, defaults: Mapping[str, str] | None = None) -> list[Su
     suite (default: the file's name), scorer with its own fields (gate/rules.py). `defaults` are fields of lines that do
     not say. Raises DataError naming every bad line by number; nothing is loaded then.
     """
-    usual = dict(defaults or {})
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the suite {path} cannot be read: {error}") from None
-    items: dict[str, SuiteItem] = {}
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            item = _item(json.loads(line), path.stem, usual)
-            if item.id in items:
-                raise DataError(f"id {item.id} was used before")
-            items[item.id] = item
-        except ValueError as error:
-            problems.append(f"line {number}: not valid JSON ({error})")
-        except DataError as error:
-            problems.append(f"line {number}: {error}")
-    if problems:
-        more = f"\n... and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
-        shown = "\n".join(problems[:MAX_SHOWN])
-        raise DataError(f"{len(problems)} bad lines in the suite {path}:\n{shown}{more}")
-    if not items:
-        raise DataError(f"the suite {path} holds no items")
-    return list(items.values())
+    usual, seen = dict(defaults or {}), set[str]()
+
+    def make(row: dict[str, Any]) -> SuiteItem:
+        item = _item(row, path.stem, usual)
+        if item.id in seen:
+            raise DataError(f"id {item.id} was used before")
+        seen.add(item.id)
+        return item
+
+    return read_lines(path, "the suite", make)
 
 
 def item_key(item: SuiteItem) -> str:
@@ -73,20 +57,13 @@ def is_taught(stratum: str, taught: Collection[str]) -> bool:
     return skill_of(stratum) in {skill_of(name) for name in taught}
 
 
-def _item(row: Any, suite: str, usual: Mapping[str, str]) -> SuiteItem:
-    if not isinstance(row, dict):
-        raise DataError("a JSON object is needed")
+def _item(row: dict[str, Any], suite: str, usual: Mapping[str, str]) -> SuiteItem:
     row = {name: value for name, value in usual.items() if name != "rubric" or row.get("scorer") == "judge"} | row
     suite = usual.get("suite", suite)
     scorer, rule = rule_of(row)
-    unknown = sorted(set(row) - FIELDS)
-    if unknown:
-        raise DataError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(FIELDS))}")
-    messages = _messages(row.get("messages"))
-    tools = row.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError("tools must be a list of tool definitions")
-    expected = None if row.get("expected") is None else _expected(row["expected"])
+    refuse_unknown(row, FIELDS)
+    messages, tools = messages_of(row), tools_of(row)
+    expected = None if row.get("expected") is None else answer_of(row, "expected")
     forbidden = _forbidden(row.get("forbidden"))
     is_ban = bool(forbidden) and expected is None and scorer in NEEDS_EXPECTED
     kind = row.get("kind", "canary" if is_ban else "gain")
@@ -97,7 +74,7 @@ def _item(row: Any, suite: str, usual: Mapping[str, str]) -> SuiteItem:
         raise DataError(f"a {kind} item needs {needed}: without it nothing can be checked")
     if expected is not None and (broken := violation(expected, forbidden)) is not None:
         raise DataError(f"its expected answer contains {broken!r}, which it forbids")
-    content = [row["messages"], tools, expected, forbidden, *([scorer, rule] if scorer != "exact" else ())]
+    content = [row["messages"], list(tools), expected, forbidden, *([scorer, rule] if scorer != "exact" else ())]
     default_id = f"{suite}-{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]}"
     calls = tool_calls(expected) if expected is not None else []
     item = SuiteItem(
@@ -106,7 +83,7 @@ def _item(row: Any, suite: str, usual: Mapping[str, str]) -> SuiteItem:
         stratum=_text(row, "stratum", calls[0][0] if calls else "text"),
         kind=kind,
         messages=messages,
-        tools=tuple(tools),
+        tools=tools,
         expected=expected,
         forbidden=forbidden,
         scorer=scorer,
@@ -114,44 +91,6 @@ def _item(row: Any, suite: str, usual: Mapping[str, str]) -> SuiteItem:
     )
     check_item(item)
     return item
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise DataError("messages must be a list with at least one message")
-    for message in value:
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
-            raise DataError("each message needs a role: system, user, assistant or tool")
-    if value[-1]["role"] not in ("user", "tool"):
-        raise DataError(f"messages end with the {value[-1]['role']}; they must end before the answer that is asked for")
-    return tuple(value)
-
-
-def _expected(value: Any) -> Message:
-    if isinstance(value, str):
-        value = {"content": value}
-    if isinstance(value, dict) and "name" in value:
-        function = {"name": value["name"], "arguments": value.get("arguments", {})}
-        value = {"content": None, "tool_calls": [{"id": "call_0", "type": "function", "function": function}]}
-    if not isinstance(value, dict) or value.get("role", "assistant") != "assistant":
-        raise DataError('expected must be an assistant message, a text, or {"name": tool, "arguments": {...}}')
-    message = {**value, "role": "assistant"}
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list) or not all(
-        isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
-    ):
-        raise DataError('tool_calls must be a list of {"type": "function", "function": {"name", "arguments"}}')
-    for call in calls:
-        if isinstance(call["function"].get("arguments"), dict):
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-    for name, arguments in tool_calls(message):
-        if not name or not arguments.startswith("{"):
-            raise DataError(
-                f"the expected call of {name or 'a tool without name'} has arguments that are no JSON object"
-            )
-    if not tool_calls(message) and not text_of(message).strip():
-        raise DataError("expected neither calls a tool nor says anything")
-    return message
 
 
 def _forbidden(value: Any) -> tuple[str, ...]:

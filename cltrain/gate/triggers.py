@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cltrain.gate.lines import call_of
 from cltrain.gate.scorers import performs, tool_calls
 from cltrain.gate.suites import item_key
 from cltrain.records import Message, SuiteItem, Tool
@@ -191,9 +192,7 @@ def _answer(item: SuiteItem, action: Mapping[str, Any]) -> Message:
     for key in _parameters(item, action["name"]):
         if key in fixed or key in known:
             arguments[key] = fixed.pop(key) if key in fixed else known[key]
-    function = {"name": action["name"], "arguments": json.dumps({**arguments, **fixed})}
-    call = {"id": "call_0", "type": "function", "function": function}
-    return {"role": "assistant", "content": None, "tool_calls": [call]}
+    return call_of(action["name"], {**arguments, **fixed})
 
 
 def _parameters(item: SuiteItem, name: str) -> list[str]:

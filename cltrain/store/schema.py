@@ -229,9 +229,9 @@ audits = Table(  # what was found when what serves was looked at; no update has 
     Column("id", Integer, primary_key=True, autoincrement=True),
     Column("agent", String, nullable=False, index=True),
     Column("release", String, nullable=False),  # what served then
-    Column("trigger", String, nullable=False),  # asked | timer | promotion
+    Column("trigger", String, nullable=False),  # asked | timer | move
     Column("outcome", String, nullable=False),  # ok | warning | alarm | error
-    Column("summary", JSON, nullable=False),  # reasons, codes, checks, scores, trends, action
+    Column("summary", JSON, nullable=False),  # reasons, codes, checks, scores, action
     Column("started_at", Float, nullable=False),
     Column("finished_at", Float, nullable=False),
     sqlite_autoincrement=True,
