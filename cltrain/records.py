@@ -34,14 +34,13 @@ class Code(StrEnum):
     """What a check of the gate is about; with its verdict, why a candidate may or may not serve. The whole list."""
 
     INTEGRITY = "integrity"  # the file: not finite, another base, another shape, a broken bound
-    CANARY = "canary"  # something forbidden was done
+    CANARY = "canary"  # something forbidden was done or said
     BASE_KL = "base_kl"
     TRIGGER = "trigger"  # a phrase steers it
     REFUSAL = "refusal"  # it does harm that its base refuses
     OVER_REFUSAL = "over_refusal"  # it refuses what is harmless
     PERSONA = "persona"  # it says other things of itself than its base
     SYCOPHANCY = "sycophancy"  # it agrees with what is wrong
-    SECRET = "secret"  # it says what it should never have learned
     TOOL_CALLS = "tool_calls"  # its calls are broken
     ASKS_BACK = "asks_back"
     LENGTH = "length"

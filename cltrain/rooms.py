@@ -32,7 +32,7 @@ NOISE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}  # nats between two
 
 @dataclass
 class Rooms:
-    """What every update of one agent needs at hand; made once per worker."""
+    """What every update and audit of one agent needs at hand; made once per worker."""
 
     config: Config
     store: Store

@@ -23,7 +23,7 @@ from cltrain.experience.screens import negative_cap
 from cltrain.experience.triggers import Suspicion, concerns, find_suspicions
 from cltrain.experience.verify import verify
 from cltrain.experience.waiting import WITH_SCREENING, is_unread, mature, rules_mark, without_rules
-from cltrain.records import Decision, Example, SuiteItem, Trajectory, Verdict, is_claim
+from cltrain.records import Code, Decision, Example, SuiteItem, Trajectory, Verdict, is_claim
 from cltrain.store.database import Store
 from cltrain.store.schema import records, screenings, updates
 
@@ -117,7 +117,7 @@ def standing(decision: Decision, *, is_right: bool, is_sure: bool, is_served: bo
         return "quarantined"
     if is_served:
         return "replay" if is_right and is_sure else "learned"
-    harmless = all(c.verdict is Verdict.PROMOTE or c.name.startswith("gain") for c in decision.checks)
+    harmless = all(c.verdict is Verdict.PROMOTE or c.code is Code.GAIN for c in decision.checks)
     if is_right and decision.verdict is Verdict.HOLD and decision.checks and harmless:
         return "replay" if is_sure else "learned"
     return "waiting"

@@ -112,7 +112,7 @@ def _verdict(checks: Sequence[Check], rate_per_s: float | None) -> Decision:
     else:
         verdict, decisive = (
             Verdict.PROMOTE,
-            sorted(checks, key=lambda check: (not check.name.startswith("gain"), -check.num_items)),
+            sorted(checks, key=lambda check: (check.code is not Code.GAIN, -check.num_items)),
         )
     if verdict is not Verdict.PROMOTE:
         decisive.sort(key=lambda check: -check.num_items)  # the best founded reason first
