@@ -12,9 +12,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from urllib.parse import urlsplit
 
 from cltrain.config import Config
@@ -101,6 +103,8 @@ class Fleet:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     restarts: int = 0
     _catches_sigterm: bool = field(default=False, repr=False)
+    _is_uncut: bool = field(default=False, repr=False)  # a SIGTERM that comes now takes effect later
+    _sigterm: int | None = field(default=None, repr=False)  # one that came meanwhile
     _restarted: dict[str, list[float]] = field(default_factory=dict, repr=False)  # when, lately
 
     def __enter__(self) -> Fleet:
@@ -128,8 +132,25 @@ class Fleet:
         """From the first start on a SIGTERM must end the others too: by default it would leave them running."""
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, lambda signum, _frame: sys.exit(128 + signum))
+            signal.signal(signal.SIGTERM, self._on_sigterm)
             self._catches_sigterm = True
+
+    def _on_sigterm(self, signum: int, _frame: FrameType | None) -> None:
+        if self._is_uncut:
+            self._sigterm = signum
+        else:
+            sys.exit(128 + signum)
+
+    @contextmanager
+    def _uncut(self) -> Iterator[None]:
+        """A SIGTERM in here waits for its end: no process is born and then known to nobody, none is left half ended."""
+        self._is_uncut = True
+        try:
+            yield
+        finally:
+            self._is_uncut = False
+        if self._sigterm is not None:
+            sys.exit(128 + self._sigterm)
 
     def log_file(self, name: str) -> Path:
         return self.config.state_dir / "logs" / f"{name}.log"
@@ -139,7 +160,7 @@ class Fleet:
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "cltrain", "run", "--only", name, *self.arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.config.base.num_threads), "HF_HUB_OFFLINE": "1"}
-        with log.open("ab") as out:
+        with log.open("ab") as out, self._uncut():
             self.processes[name] = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
 
     def wait_until_up(self, name: str, timeout_s: float = 120.0) -> None:
@@ -190,6 +211,7 @@ class Fleet:
         return dead
 
     def stop(self, grace_s: float = 10.0) -> None:
+        self._is_uncut = True  # to the end: it ends already
         for process in reversed(list(self.processes.values())):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -204,6 +226,7 @@ class Fleet:
         if self._catches_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._catches_sigterm = False
+        self._is_uncut = False
 
 
 def run_until_signal(fleet: Fleet, poll_s: float = 0.5) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -240,6 +242,25 @@ class Ending(launch.Fleet):
 
     def wait_until_up(self, name: str, timeout_s: float = 120.0) -> None:
         self.processes[name].wait()
+
+
+def test_a_sigterm_in_the_middle_of_a_start_leaves_no_process_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    born: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *_: object, **__: object) -> None:
+            super().__init__([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+            born.append(self)
+            os.kill(os.getpid(), signal.SIGTERM)  # it exists, and nobody has it yet
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(SystemExit) as ended, launch.Fleet(from_dict({"home": str(tmp_path)}), (), ("worker",)):
+        pass
+    assert (ended.value.code, len(born)) == (128 + signal.SIGTERM, 1)
+    assert born[0].poll() == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_worker_that_keeps_ending_is_given_up_and_serving_goes_on(tmp_path: Path) -> None:
