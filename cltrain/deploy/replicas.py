@@ -91,9 +91,12 @@ class Replica:
         return found
 
     def _mark(self, mark: Callable[[Store, str, str, str, float], None], name: str) -> None:
-        if name != self.server.model:
-            root = self.ask(lambda server: server.list()).get(name, "")
-            mark(self._store, self.url, name, root, self._clock())
+        if name == self.server.model:
+            return
+        root = self.list().get(name)
+        if root is None:
+            raise UnavailableError(f"{self.url} lost {name} while it was asked to prove it")
+        mark(self._store, self.url, name, root, self._clock())
 
     def ask(self, question: Callable[[Server], FoundT]) -> FoundT:
         """What the server says to it; one that is away is noted to be out."""
