@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from cltrain.deploy.client import Answer
 from cltrain.deploy.probes import Probes
@@ -31,8 +34,11 @@ class Shelf:
         self.held: dict[str, str] = {}
         self.lies: dict[str, str] = {}
         self.refuses: set[str] = set()
-        self.is_down = False
+        self.is_down = self.is_full = False
         self.times_out_after_load = False
+        self.loads_late = False  # the next load times out, and takes effect at `land`
+        self.late: list[tuple[str, Path]] = []
+        self.mounts_wrong = False  # whatever is loaded has other weights than the file
         self.asked: list[str] = []
         self.scored: list[str] = []
         self._base = base
@@ -40,6 +46,14 @@ class Shelf:
     def restart(self) -> None:
         self.held.clear()
         self.lies.clear()
+        self.late.clear()
+
+    def land(self) -> None:
+        """Loads that timed out take effect, as far as their files are still there."""
+        for name, path in self.late:
+            if path.is_dir():
+                self.held.setdefault(name, str(path))
+        self.late.clear()
 
     def close(self) -> None:
         pass
@@ -53,11 +67,17 @@ class Shelf:
 
     def load(self, name: str, path: Path) -> None:
         self._reach()
-        if name in self.refuses:
-            raise ServerError(f"{self.url} did not load {name}: no")
         if self.held.get(name, str(path)) != str(path):
             raise ServerError(f"{self.url} already serves {name} from elsewhere")
+        if name not in self.held and (name in self.refuses or self.is_full):
+            raise ServerError(f"{self.url} did not load {name}: no")
+        if self.loads_late:
+            self.loads_late = False
+            self.late.append((name, path))
+            raise UnavailableError(f"{self.url} did not answer in time")
         self.held[name] = str(path)
+        if self.mounts_wrong:
+            self.lies[name] = "elsewhere"
         if self.times_out_after_load:
             raise UnavailableError(f"{self.url} did not answer in time")
 
@@ -76,6 +96,16 @@ class Shelf:
         root = self._root(model)
         self.scored.append(model)
         return [[says(root)] * len(completion) for _, completion in pairs]
+
+    def answer(self, request: httpx.Request) -> httpx.Response:
+        """As a transport of the gateway: the text of the answer is the directory whose weights gave it."""
+        if self.is_down:
+            raise httpx.ConnectError("nobody listens", request=request)
+        model = json.loads(request.content)["model"]
+        if model != self.model and model not in self.held:
+            return httpx.Response(404, json={"error": {"message": f"{model} does not exist"}})
+        message = {"role": "assistant", "content": self._root(model)}
+        return httpx.Response(200, json={"model": model, "choices": [{"index": 0, "message": message}]})
 
     def _root(self, model: str) -> str:
         self._reach()

@@ -66,6 +66,8 @@ class Replica:
         return listed
 
     def load(self, name: str, path: Path) -> None:
+        if self.list().get(name) == str(path):  # asked, not remembered: after a restart it must be proved again
+            return
         readiness.note_loading(self._store, self.url, name, str(path), self._clock())
         try:
             self.ask(lambda server: server.load(name, path))

@@ -46,8 +46,8 @@ def create_gateway(
     *,
     base_release: str | None = None,
 ) -> FastAPI:
-    """The app. `upstream`: one server, or the replicas. `base_release` names the bare base before any release; None: from
-    the digest of `base.path`."""
+    """The app, over one server or its replicas. `base_release` names the bare base before any release; None: from the
+    digest of `base.path`."""
     agent = config.agent.name
     if base_release is None:
         base_release = f"{agent}-v000000-{base_digest(base_path(config.base.path))[:12]}"
