@@ -14,6 +14,7 @@ import pytest
 from cltrain.deploy import readiness
 from cltrain.gateway.app import create_gateway
 from cltrain.gateway.upstream import Upstream
+from cltrain.gateway.upstreams import READ_S
 from cltrain.store.database import open_store
 from tests.command import free_port
 from tests.gateway_parts import BASE, R1, R2, FakeServer, Gateway, add_release, config_in, point_alias, running, served
@@ -38,7 +39,7 @@ class Fleet(Gateway):
 
 
 @contextmanager
-def fleet_of(directory: Path, num_up: int = 2, num_dead: int = 0, timeout_s: float = 5.0) -> Iterator[Fleet]:
+def fleet_of(directory: Path, num_up: int = 2, num_dead: int = 0, timeout_s: float = 60.0) -> Iterator[Fleet]:
     """Replicas that are up, then addresses where nobody listens; every one is said to be ready for R1, which serves."""
     fakes = [FakeServer() for _ in range(num_up)]
     with ExitStack() as stack:
@@ -73,11 +74,13 @@ def test_only_replicas_that_are_ready_for_exactly_that_release_answer(tmp_path: 
 
 def test_the_least_busy_one_is_asked(tmp_path: Path) -> None:
     with fleet_of(tmp_path) as fleet, ThreadPoolExecutor(2) as pool:
-        slow = pool.submit(fleet.chat, "wait 2")
+        slow = pool.submit(fleet.chat, "hold")
         while not any(fake.bodies for fake in fleet.fakes):
             time.sleep(0.01)
         busy = 0 if fleet.fakes[0].bodies else 1
-        assert {fleet.who(fleet.chat(f"hello {i}")) for i in range(5)} == {1 - busy}
+        found = {fleet.who(fleet.chat(f"hello {i}")) for i in range(5)}
+        fleet.fakes[busy].lets_go.set()
+        assert found == {1 - busy}
         assert fleet.who(slow.result()) == busy
         assert {fleet.who(fleet.chat(f"again {i}")) for i in range(8)} == {0, 1}, "nothing was left in flight"
 
@@ -112,8 +115,9 @@ def test_where_nobody_listens_another_one_answers(tmp_path: Path, is_streamed: b
 def test_a_release_that_was_lost_is_asked_of_another_and_that_one_left_alone(tmp_path: Path, is_streamed: bool) -> None:
     with fleet_of(tmp_path) as fleet:
         fleet.fakes[0].adapters.clear()  # restarted; no worker looked yet
+        began = time.monotonic()
         assert {fleet.who(fleet.chat(f"hello {i}", stream=is_streamed)) for i in range(5)} == {1}
-        assert len(fleet.fakes[0].bodies) == 1, "it was asked once and left alone"
+        assert 1 <= len(fleet.fakes[0].bodies) <= 1 + (time.monotonic() - began) / READ_S, "it was not left alone"
         fleet.fakes[0].adapters.append(R1)
         fleet.ready(0)  # loaded and proved again: back at once, at the next read
         time.sleep(1.1)
@@ -141,14 +145,18 @@ def test_a_replica_that_takes_too_long_is_no_reason_to_ask_twice(tmp_path: Path)
 
 
 def test_whoever_waits_for_a_replica_that_is_found_to_be_away_is_answered_by_another(tmp_path: Path) -> None:
-    with fleet_of(tmp_path, timeout_s=60) as fleet, ThreadPoolExecutor(1) as pool:
+    with fleet_of(tmp_path) as fleet, ThreadPoolExecutor(1) as pool:
         fleet.out(1)
-        waiting = pool.submit(fleet.chat, "wait 4")
+        fleet.fakes[1].lets_go.set()
+        waiting = pool.submit(fleet.chat, "hold")
         while not fleet.fakes[0].bodies:
             time.sleep(0.01)
         fleet.ready(1)
         fleet.out(0)
-        assert fleet.who(waiting.result()) == 1
+        try:
+            assert fleet.who(waiting.result()) == 1
+        finally:
+            fleet.fakes[0].lets_go.set()
 
 
 def test_where_nobody_is_ready_the_answer_is_503_in_the_apis_own_shape(tmp_path: Path) -> None:

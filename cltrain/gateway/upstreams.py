@@ -50,7 +50,7 @@ class Place:
 
     upstream: Upstream
     num_in_flight: int = 0
-    num_chosen: int = 0
+    turn: int = 0  # the last request that it was chosen for
     aside: dict[str, Aside] = field(default_factory=dict)
 
 
@@ -62,6 +62,7 @@ class Upstreams:
         self._store = store
         self._rows: dict[str, dict[str, Any]] = {}
         self._next_read = 0.0
+        self._turn = 0
         self._lock = asyncio.Lock()
         self._episodes: OrderedDict[str, Place] = OrderedDict()
 
@@ -131,9 +132,10 @@ class Upstreams:
         else:
             raise self._nobody(lease)
         before = self._episodes.pop(lease.episode, None)
-        least = min(ready, key=lambda place: (place.num_in_flight, place.num_chosen))
+        least = min(ready, key=lambda place: (place.num_in_flight, place.turn))
         chosen = self._episodes[lease.episode] = before if before in ready else least
-        chosen.num_chosen += 1
+        self._turn += 1
+        chosen.turn = self._turn
         if len(self._episodes) > MAX_EPISODES:
             self._episodes.popitem(last=False)
         return chosen
