@@ -293,13 +293,10 @@ class Fleet(RuleBasedStateMachine):
         """Who is ready for it as far as the store knows."""
         with self.store.read() as connection:
             places = readiness.places(connection, [shelf.url for shelf in self.shelves])
-        found = set()
-        for shelf in self.shelves:
-            rows = places[shelf.url]
-            is_up = readiness.ITSELF in rows and rows[readiness.ITSELF].state == "up"
-            if is_up and (name == self.base or (name in rows and rows[name].state == "proved")):
-                found.add(shelf)
-        return found
+        is_up = {url for url, rows in places.items() if (row := rows.get(readiness.ITSELF)) and row.state == "up"}
+        if name == self.base:
+            return {shelf for shelf in self.shelves if shelf.url in is_up}
+        return {shelf for shelf in self.shelves if readiness.is_ready(places[shelf.url], name)}
 
 
 def explore(num_examples: int, num_steps: int) -> None:

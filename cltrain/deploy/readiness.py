@@ -45,6 +45,12 @@ def places(connection: Connection, urls: Collection[str]) -> dict[str, dict[str,
     return found
 
 
+def is_ready(rows: Mapping[str, Row], release: str) -> bool:
+    """Whether one replica, of which these rows are known, may answer as the release."""
+    itself, row = rows.get(ITSELF), rows.get(release)
+    return itself is not None and itself.state == "up" and row is not None and row.state == "proved"
+
+
 def note_listed(
     store: Store, url: str, listed: Mapping[str, str], now: float, draining: Mapping[str, float] | None = None
 ) -> None:
@@ -114,9 +120,9 @@ def mark_failed(store: Store, url: str, release: str, root: str, now: float) -> 
 
 def require_ready(connection: Connection, urls: Sequence[str], release: str, min_ready: int) -> None:
     """Raise ConflictError unless enough replicas are ready for `release` now and none failed its proof."""
-    states = {url: rows[release].state for url, rows in places(connection, urls).items() if release in rows}
-    failed = sorted(url for url, state in states.items() if state == "failed")
-    num_ready = sum(state == "proved" for state in states.values())
+    known = places(connection, urls)
+    failed = sorted(url for url, rows in known.items() if release in rows and rows[release].state == "failed")
+    num_ready = sum(is_ready(rows, release) for rows in known.values())
     if failed:
         raise ConflictError(f"{', '.join(failed)} answered as {release} with other weights: see the log of decisions")
     if num_ready < min_ready:

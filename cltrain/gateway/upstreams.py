@@ -145,8 +145,8 @@ class Upstreams:
             return False
         if lease.is_base:
             return True
-        row = self._row(place, lease.release)
-        return row is not None and row.state == "proved" and not self._is_aside(place, lease.release)
+        rows = self._rows.get(place.upstream.url, {})
+        return readiness.is_ready(rows, lease.release) and not self._is_aside(place, lease.release)
 
     def _is_out(self, place: Place) -> bool:
         row = self._row(place, readiness.ITSELF)
