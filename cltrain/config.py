@@ -187,8 +187,9 @@ class ServerConfig(Section):
 
     @property
     def replicas(self) -> tuple[str, ...]:
-        """The URL of every server, also where there is one."""
-        return self.urls or (self.url or f"http://{self.host}:{self.port}",)
+        """The URL of every server, also where there is one; by it worker and gateway mean the same replica."""
+        urls = tuple(url.rstrip("/").removesuffix("/v1") for url in self.urls)
+        return urls or (self.url or f"http://{self.host}:{self.port}",)
 
 
 class GatewayConfig(Section):

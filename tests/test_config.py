@@ -81,8 +81,9 @@ def test_only_settings_that_somebody_gave_are_compared() -> None:
 def test_replicas_are_named_by_urls_alone() -> None:
     two = ['server.urls=["http://a:8000", "http://b:8000"]', "server.min_ready=2"]
     assert load((), two).server.replicas == ("http://a:8000", "http://b:8000")
+    assert load((), ['server.urls=["http://a/v1/", "http://b/"]']).server.replicas == ("http://a", "http://b")
     assert needed(load((), two)) == ("gateway", "worker"), "they run already"
     assert load((), ["server.url=http://a"]).server.replicas == ("http://a",)
     assert load().server.replicas == ("http://127.0.0.1:8101",)
-    with pytest.raises(ConfigError, match="server.url and server.urls are both given"):
+    with pytest.raises(ConfigError, match=r"server\.url and server\.urls are both given"):
         load((), [*two, "server.url=http://c:8000"])

@@ -75,7 +75,7 @@ class Clients:
             thread.join()
 
 
-def until(holds: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
+def until(holds: Callable[[], bool], what: str, timeout_s: float = 300.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, what
@@ -108,7 +108,7 @@ def roll_out(learner: Worker, name: str, was: str, before_proof: Callable[[], No
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_replica_cut_off_in_the_middle_of_a_rollout_shows_no_mixed_fleet_and_comes_back(tmp_path: Path) -> None:
     if (reason := why_not()) is not None:
         pytest.skip(reason)
@@ -120,7 +120,7 @@ def test_a_replica_cut_off_in_the_middle_of_a_rollout_shows_no_mixed_fleet_and_c
         urls = [where.url for where in machines]
         trainer = {"num_anchors": 4, "num_steps": 2, "checkpoint_every": 1}
         config = config_for(tmp_path / "demo", urls[0], trainer=trainer)
-        server = {**config.server.model_dump(), "url": None, "urls": tuple(urls), "timeout_s": 5.0}
+        server = {**config.server.model_dump(), "url": None, "urls": tuple(urls), "timeout_s": 20.0}
         config = config.model_copy(update={"server": type(config.server)(**server)})
         store = Deployment(config).store
         learner = stack.enter_context(worker(config, store))
