@@ -28,15 +28,22 @@ def tend(rooms: Rooms, again_s: float = AGAIN_S) -> None:
             append(connection, rooms.agent, "replica", {**payload, "reason": failure.reason[:300]}, rooms.clock())
 
 
-def make_missing_probes(rooms: Rooms) -> None:
-    """For wanted releases that were made before probes were kept. Needs the trainer's base: not beside a training."""
-    for name in probes.without(rooms.store, desired(rooms).directories):
-        release = releases.get(rooms.store, name)
-        try:
-            after = adapter_of(rooms, name)
-            before = adapter_of(rooms, release.parent) if release.parent else None
-        except (DataError, OSError) as error:  # it stays unproved, and where there are replicas unready
-            log.warning("%s cannot be proved: %s", name, error)
-            continue
-        was = release.parent or rooms.server.model
-        probes.keep(rooms.store, name, probes_for(rooms, after, before, rooms.anchors, was), rooms.clock())
+def make_missing_probes(rooms: Rooms) -> bool:
+    """For wanted releases that were made before probes were kept; whether all of them have some now.
+
+    Needs the trainer's base: not beside a training.
+    """
+    missing = probes.without(rooms.store, desired(rooms).directories)
+    return all([_make_probes(rooms, name) for name in missing])
+
+
+def _make_probes(rooms: Rooms, name: str) -> bool:
+    was = releases.get(rooms.store, name).parent
+    assert was is not None, "only the bare base has no parent"
+    try:
+        after, before = adapter_of(rooms, name), adapter_of(rooms, was)
+    except (DataError, OSError) as error:  # it stays unproved, and where there are replicas unready
+        log.warning("%s cannot be proved: %s", name, error)
+        return False
+    probes.keep(rooms.store, name, probes_for(rooms, after, before, rooms.anchors, was), rooms.clock())
+    return True

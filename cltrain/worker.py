@@ -234,8 +234,8 @@ class Worker:
 
     def _keep_probes(self) -> None:
         if time.monotonic() >= self._next_probes:
-            self._next_probes = time.monotonic() + TEND_S
-            tending.make_missing_probes(self.rooms)
+            is_done = tending.make_missing_probes(self.rooms)
+            self._next_probes = time.monotonic() + (TEND_S if is_done else RETRY_S)
 
     def _finish_what_is_open(self) -> None:
         """At the start, and once more after something failed: a conclusion that was not written can be made up for."""

@@ -34,7 +34,8 @@ class Shelf:
         self.held: dict[str, str] = {}
         self.lies: dict[str, str] = {}
         self.refuses: set[str] = set()
-        self.is_down = self.is_full = False
+        self.is_down = False
+        self.is_full = False  # there is room for one adapter, but not for another
         self.times_out_after_load = False
         self.loads_late = False  # the next load times out, and takes effect at `land`
         self.late: list[tuple[str, Path]] = []
@@ -69,7 +70,7 @@ class Shelf:
         self._reach()
         if self.held.get(name, str(path)) != str(path):
             raise ServerError(f"{self.url} already serves {name} from elsewhere")
-        if name not in self.held and (name in self.refuses or self.is_full):
+        if name not in self.held and (name in self.refuses or (self.is_full and self.held)):
             raise ServerError(f"{self.url} did not load {name}: no")
         if self.loads_late:
             self.loads_late = False

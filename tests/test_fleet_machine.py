@@ -119,6 +119,7 @@ class Fleet(RuleBasedStateMachine):
                     )
                 else:
                     releases.retire(connection, name, "rejected", now=self.now, reason="no")
+            assert not is_good or len(self.ready(name)) >= servers.min_ready
         except ConflictError:
             self.under_way = name, alias
             self.the_gate_has_spoken(False)
@@ -130,6 +131,15 @@ class Fleet(RuleBasedStateMachine):
             self.is_rolled_back = True
         except ConflictError:
             assert aliases.read_alias(self.store, AGENT).release == self.base
+
+    @rule()
+    def a_person_promotes_what_was_rejected(self) -> None:
+        for rejected in releases.list_releases(self.store, AGENT, status="rejected"):
+            alias = aliases.read_alias(self.store, AGENT)
+            with pytest.raises(ConflictError):
+                aliases.move_alias(
+                    self.store, AGENT, expected=alias, to=rejected.name, fence=None, now=self.now, is_human=True
+                )
 
     @rule()
     def what_serves_is_loaded_once_more(self) -> None:
@@ -167,6 +177,13 @@ class Fleet(RuleBasedStateMachine):
     @rule(session=st.sampled_from(["s1", "s2"]))
     def a_client_asks(self, session: str) -> None:
         asyncio.run(self.ask(session))
+
+    @rule()
+    def a_client_asks_for_what_was_rejected_by_name(self) -> None:
+        for rejected in releases.list_releases(self.store, AGENT, status="rejected"):
+            episodes = Episodes(self.store, AGENT, self.base, 5.0)
+            with pytest.raises(Refusal, match="may not serve"):
+                asyncio.run(episodes.begin(rejected.name, None, "q", []))
 
     @rule(session=st.sampled_from(["s1", "s2"]))
     def an_episode_ends(self, session: str) -> None:
