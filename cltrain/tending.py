@@ -34,7 +34,8 @@ def make_missing_probes(rooms: Rooms) -> bool:
     Needs the trainer's base: not beside a training.
     """
     missing = probes.without(rooms.store, desired(rooms).directories)
-    return all([_make_probes(rooms, name) for name in missing])
+    made = [_make_probes(rooms, name) for name in missing]  # every one is tried
+    return all(made)
 
 
 def _make_probes(rooms: Rooms, name: str) -> bool:
