@@ -341,6 +341,12 @@ class Deployment:
                     return here(worker)
         return self.request(kind, wait_s=wait_s, on_progress=on_progress)
 
+    def kubernetes(self, pool: str, **cluster: Any) -> list[dict[str, Any]]:
+        """What serves, as Kubernetes objects; `cluster`: see `cltrain.kubernetes.Cluster`."""
+        from cltrain.kubernetes import Cluster, manifests
+
+        return manifests(self.config, self.store, self.arguments, Cluster(pool, **cluster))
+
     def _worker_is_up(self) -> bool:
         return lease.lease_until(self.store, self.agent) > time.time()
 
