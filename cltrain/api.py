@@ -140,7 +140,8 @@ class Deployment:
         releases.verify_release(self.config.state_dir, found)
         directory = releases.release_dir(self.config.state_dir, found)
         if directory is not None:
-            check_adapter(directory, base_dir=base_path(self.config.base.path))
+            trusted = self.config.signing.all_trusted
+            check_adapter(directory, base_dir=base_path(self.config.base.path), trusted=trusted)
         aliases.require_judged(self.store, self.agent, release, alias.release)
         if directory is not None:
             with self._client() as client:

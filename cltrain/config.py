@@ -29,7 +29,7 @@ MethodName = Literal[
 Remember = Literal["replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "distill"]
 
 
-NOT_SHAPING = ("home", "server", "gateway", "monitoring")  # where an update happens and who hears of it
+NOT_SHAPING = ("home", "server", "gateway", "signing", "monitoring")  # where an update happens and who hears of it
 
 
 class AgentConfig(Section):
@@ -177,6 +177,17 @@ class GatewayConfig(Section):
     record_timeout_s: float = Field(5.0, gt=0)
 
 
+class SigningConfig(Section):
+    """Ed25519 keys, as PEM files. With any of them, only releases that one of them signed are loaded and promoted."""
+
+    key: Path | None = None  # private: signs what this deployment seals
+    trusted: tuple[Path, ...] = ()  # public ones, of others that seal for it
+
+    @property
+    def all_trusted(self) -> tuple[Path, ...]:
+        return self.trusted if self.key is None else (self.key, *self.trusted)
+
+
 class MonitoringConfig(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "cltrain"
@@ -196,6 +207,7 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     server: ServerConfig = ServerConfig()
     gateway: GatewayConfig = GatewayConfig()
+    signing: SigningConfig = SigningConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     _files: tuple[Path, ...] = ()  # what `load` read it from
     _overrides: tuple[str, ...] = ()
@@ -255,6 +267,9 @@ class Config(Section):
             path = reduce(getattr, keys, self)
             if isinstance(path, Path) and not path.expanduser().exists():
                 raise ConfigError(f"{'.'.join(keys)} = {str(path)!r}: there is no such file or directory")
+        for key in self.signing.all_trusted:
+            if not key.expanduser().exists():
+                raise ConfigError(f"signing: there is no key file {str(key)!r}")
         for suite in self.gate.suites:
             if suite.path is not None and not suite.path.expanduser().exists():
                 raise ConfigError(f"suite {suite.name}: path = {str(suite.path)!r}: there is no such file or directory")
