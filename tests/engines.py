@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +17,23 @@ from cltrain.deploy.client import ServerClient
 from tests.command import free_port
 
 ROOT = Path(__file__).parent.parent
-EMBEDDED = "import sys, pathlib, cltrain.deploy.serve as s; s.run_server(pathlib.Path(sys.argv[1]), '127.0.0.1', int(sys.argv[2]))"
+EMBEDDED = """
+import pathlib, sys
+from cltrain.deploy.serve import run_server
+run_server(pathlib.Path(sys.argv[1]), "127.0.0.1", int(sys.argv[2]))
+"""
 VLLM_PYTHON = Path(os.environ.get("CLTRAIN_VLLM_PYTHON") or ROOT / ".venv-vllm/bin/python")
 MAX_ADAPTERS = 6
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One engine: how it is started on (base directory, port), and within how many seconds on a busy machine."""
+    """One engine: how it is started on (base directory, port), where, and within how many seconds on a busy machine."""
 
     name: str
     command: Callable[[Path, int], list[str]]
+    environment: Mapping[str, str]
+    directory: Path
     start_s: float
 
 
@@ -48,23 +54,24 @@ def _vllm(base: Path, port: int) -> list[str]:
     ]  # fmt: skip
 
 
-KINDS = {
-    kind.name: kind
-    for kind in (Kind("embedded", _embedded, 240), Kind("mistralrs", _mistralrs, 240), Kind("vllm", _vllm, 400))
-}
-ENVIRONMENT = {  # vLLM's, harmless to the others
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+OURS = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+VLLM = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # else there are no adapter routes
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    "TORCHDYNAMO_DISABLE": "1",  # else the first request for log-probs waits for a C++ compiler
+}
+ANYWHERE = Path(tempfile.gettempdir())  # not here: vLLM would take our folder kernels/ for Hugging Face's package
+KINDS = {
+    "embedded": Kind("embedded", _embedded, OURS, ROOT, 240),
+    "mistralrs": Kind("mistralrs", _mistralrs, OURS, ROOT, 240),
+    "vllm": Kind("vllm", _vllm, VLLM, ANYWHERE, 600),
 }
 
 
 class Served:
-    """A running engine, its client and its base. Stop it when done; `restart` keeps the URL and forgets the adapters."""
+    """A running engine, its client and its base. Close it when done; a restart keeps the URL and loses the adapters."""
 
     def __init__(self, kind: Kind, base_dir: Path) -> None:
         self.kind = kind
@@ -87,7 +94,8 @@ class Served:
     def _start(self) -> None:
         self._process = subprocess.Popen(
             self.kind.command(self.base_dir, self._port),
-            env={**os.environ, **ENVIRONMENT},
+            cwd=self.kind.directory,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **self.kind.environment},
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -1,8 +1,9 @@
-"""mistral.rs's engine behind the part of vLLM's dialect that ServerClient speaks, for tests: python -m tests.mistralrs_server BASE PORT
+"""mistral.rs's engine behind the part of vLLM's dialect that ServerClient speaks, for tests.
 
-The engine takes text and gives no log-probs of a prompt. So prompt ids are decoded and must tokenise back to themselves,
-and a prompt is scored by asking for the whole distribution of every next token. Requests that do not stream run one
-at a time, because the engine's Python object allows one call at a time; no tools, no choices, no stop strings.
+python -m tests.mistralrs_server BASE PORT. The engine takes text and gives no log-probs of a prompt. So prompt ids are
+decoded and must tokenise back to themselves, and a prompt is scored by asking for the whole distribution of every next
+token. Requests that do not stream run one at a time, because the engine's Python object allows one call at a time;
+no tools, no choices, no stop strings.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Mistral:
         with self._lock:
             self._runner.unload_lora_adapter(name)
 
-    def ask(self, ids: Sequence[int], body: Generate, max_tokens: int, num_top: int = 1, *, stream: bool = False) -> Any:
+    def ask(
+        self, ids: Sequence[int], body: Generate, max_tokens: int, num_top: int = 1, *, is_stream: bool = False
+    ) -> Any:
         """The engine's answer to exactly these ids, or an iterator over its chunks. Raises ApiError."""
         text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         request = mistralrs.ChatCompletionRequest(
@@ -67,7 +70,7 @@ class Mistral:
             ignore_eos=body.ignore_eos,
             logprobs=True,
             top_logprobs=num_top,
-            stream=stream,
+            stream=is_stream,
         )
         try:
             with self._lock:
@@ -129,7 +132,7 @@ def create_app(engine: Mistral) -> FastAPI:
     async def chat(request: Request) -> Response:
         body = parse(ChatBody, await request.body())
         ids = render_prompt(engine.tokenizer, body.messages, body.tools or [])
-        answer = await asyncio.to_thread(engine.ask, ids, body, body.max_tokens or 16, stream=body.stream)
+        answer = await asyncio.to_thread(engine.ask, ids, body, body.max_tokens or 16, is_stream=body.stream)
         if body.stream:
             return StreamingResponse(_events(answer, body), media_type="text/event-stream")
         choice = answer.choices[0]
