@@ -50,7 +50,7 @@ def _vllm(base: Path, port: int) -> list[str]:
         str(VLLM_PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(base),
         "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
         "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager",
-        "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--max-cpu-loras", str(MAX_ADAPTERS),
+        "--enable-lora", "--max-loras", "4", "--max-lora-rank", "8", "--max-cpu-loras", str(MAX_ADAPTERS),
     ]  # fmt: skip
 
 

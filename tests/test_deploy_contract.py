@@ -125,8 +125,8 @@ def prove(
     )
 
 
-def stream(served: Served, model: str) -> Iterator[tuple[str | None, float | None]]:
-    """Text and log-prob of every chunk of a long greedy answer, as they arrive."""
+def stream(served: Served, model: str) -> Iterator[tuple[str | None, tuple[float, ...]]]:
+    """Text and log-probs of every chunk of a long greedy answer, as they arrive."""
     body = {
         "model": model,
         "messages": ASK,
@@ -144,8 +144,8 @@ def stream(served: Served, model: str) -> Iterator[tuple[str | None, float | Non
             chunk = json.loads(line[6:])
             assert chunk.get("model") == model, chunk
             (choice,) = chunk["choices"]
-            content = (choice["logprobs"] or {}).get("content") or [{}]
-            yield choice["delta"].get("content"), content[0].get("logprob")
+            entries = (choice.get("logprobs") or {}).get("content") or ()
+            yield choice["delta"].get("content"), tuple(entry["logprob"] for entry in entries)
 
 
 @on_each
@@ -217,6 +217,14 @@ def test_log_probs_are_the_trainers_own(served, base, versions, rows):
 
 
 @on_each
+def test_another_versions_weights_under_the_name_are_not_proved(served, base, versions, rows):
+    first, second = versions
+    served.client.load(first.name, second.path)
+    with pytest.raises(proof.NotProvedError, match="neither it nor the incumbent fits"):
+        prove(served, first.name, base, first.weights, rows)
+
+
+@on_each
 def test_a_rollback_answers_as_before(served, versions):
     first, second = versions
     served.client.load(first.name, first.path)
@@ -227,6 +235,20 @@ def test_a_rollback_answers_as_before(served, versions):
     assert other.completion_ids != after.completion_ids
     assert after == before[1]
     assert after.logprobs is not None
+
+
+@on_each
+def test_a_restarted_server_gets_its_adapters_back(served, versions):
+    wanted = {version.name: version.path for version in versions}
+    assert reconcile(served.client, wanted) == tuple(wanted)
+    before = {name: served.client.generate(name, ASK, max_tokens=12).completion_ids for name in wanted}
+    served.restart()
+    assert served.client.list() == {}
+    with pytest.raises(ServerError, match="404"):
+        served.client.generate(versions[0].name, ASK, max_tokens=1)
+    assert reconcile(served.client, wanted) == tuple(wanted)
+    assert reconcile(served.client, wanted) == ()
+    assert {name: served.client.generate(name, ASK, max_tokens=12).completion_ids for name in wanted} == before
 
 
 def _wrong_prefix(weights: Weights) -> Weights:
@@ -279,7 +301,7 @@ REFUSED_BY_ENGINE = {
     "mistralrs": ("wrong-prefix", "wrong-shape"),
     "vllm": (),
 }
-ON_EACH_DEFECT = [  # NaN is the last on each server: it poisons what vLLM says to others
+ON_EACH_DEFECT = [  # last in the file, and NaN last of all: it poisons what vLLM says to others
     pytest.param(
         engine,
         defect,
@@ -306,26 +328,12 @@ def test_a_bad_adapter_is_caught_before_and_after_it_is_loaded(
         check_adapter(path, base_dir=served.base_dir)
     if is_refused:
         with pytest.raises(ServerError, match="did not load"):
-            served.client.load("bad", path)
+            served.client.load(f"bad-{defect}", path)
         assert served.client.list() == {}
         return
-    served.client.load("bad", path)
-    assert served.client.list() == {"bad": str(path)}
+    served.client.load(f"bad-{defect}", path)
+    assert served.client.list() == {f"bad-{defect}": str(path)}
     with pytest.raises(ServerError if defect == "nan" else proof.NotProvedError) as caught:
-        prove(served, "bad", base, weights, rows, trained_on)
+        prove(served, f"bad-{defect}", base, weights, rows, trained_on)
     if defect == "wrong-prefix":
         assert "it is base that answers" in str(caught.value)
-
-
-@on_each
-def test_a_restarted_server_gets_its_adapters_back(served, versions):
-    wanted = {version.name: version.path for version in versions}
-    assert reconcile(served.client, wanted) == tuple(wanted)
-    before = {name: served.client.generate(name, ASK, max_tokens=12).completion_ids for name in wanted}
-    served.restart()
-    assert served.client.list() == {}
-    with pytest.raises(ServerError, match="404"):
-        served.client.generate(versions[0].name, ASK, max_tokens=1)
-    assert reconcile(served.client, wanted) == tuple(wanted)
-    assert reconcile(served.client, wanted) == ()
-    assert {name: served.client.generate(name, ASK, max_tokens=12).completion_ids for name in wanted} == before
