@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -109,11 +109,10 @@ class Deployment:
             to = None if to is None else releases.find(store, self.agent, to).name
             done = aliases.rollback(store, self.agent, to=to, now=now, reason=reason, freeze=not keep_learning)
         # it is resident as a rule; a server that is away gets it when it is back
-        with contextlib.suppress(ServerError):
+        with contextlib.suppress(ServerError, DataError):  # DataError: a full disk, which costs no rollback
             directory = releases.release_dir(self.config.state_dir, releases.get(self.store, done.alias.release))
-            if directory is not None and launch.health_of(launch.server_url(self.config)) == "up":
-                with self._client() as client:
-                    client.load(done.alias.release, directory)
+            if directory is not None and launch.any_server_up(self.config):
+                self._load(done.alias.release, directory)
         return {
             **asdict(done.alias),
             "undone": done.undone,
@@ -124,8 +123,8 @@ class Deployment:
     def promote(self, release: str, *, again: bool = False) -> dict[str, Any]:
         """A human's yes: every server gets the release first, then the alias moves and the anchor with it.
 
-        Raises DataError when its files are not those that were sealed, ServerError when a server cannot load it,
-        ConflictError when the gate said no, or it was rolled back and this is not said to be done `again`.
+        Raises DataError when its files are not those that were sealed, ServerError when a server cannot load or prove
+        it, ConflictError when the gate said no, or it was rolled back and this is not said to be done `again`.
         """
         from cltrain.deploy.preflight import check_adapter
 
@@ -144,8 +143,7 @@ class Deployment:
             check_adapter(directory, base_dir=base_path(self.config.base.path), trusted=trusted)
         aliases.require_judged(self.store, self.agent, release, alias.release)
         if directory is not None:
-            with self._client() as client:
-                client.load(release, directory)
+            self._load(release, directory)
         now = time.time()
         moved = aliases.move_alias(
             self.store, self.agent, expected=alias, to=release, fence=None, now=now, is_human=True
@@ -354,14 +352,24 @@ class Deployment:
     def _own_server(self, on_progress: Progress) -> Any:
         """A server for as long as this process needs one, unless the configured one answers already."""
         launch.check_takes_adapters(self.config)
-        if launch.health_of(launch.server_url(self.config)) == "up":
+        if launch.any_server_up(self.config):
             return nullcontext()
         if "server" not in launch.needed(self.config):
-            raise ServerError(f"{launch.server_url(self.config)} does not answer: start it, or leave server.url out")
+            urls = ", ".join(self.config.server.replicas)
+            raise ServerError(f"{urls} does not answer: start it, or leave server.url out")
         return launch.Fleet(self.config, self.arguments, ("server",), on_event=on_progress)
 
-    def _client(self) -> Any:
-        from cltrain.deploy.client import ServerClient
+    def _load(self, release: str, directory: Path) -> None:
+        """On every replica that answers, each of which then proves it: only so is it ready where there are several."""
+        from cltrain.deploy import probes
+        from cltrain.deploy.client import clients_of
+        from cltrain.deploy.replicas import Replicas
 
-        model = self.config.server.model or "base"
-        return ServerClient(launch.server_url(self.config), model, self.config.server.timeout_s)
+        with closing(Replicas(self.store, clients_of(self.config.server), self.config.server.min_ready)) as servers:
+            servers.load(release, directory)
+            if (kept := probes.kept_of(self.store, release)) is not None:
+                servers.prove(release, kept)
+            elif len(servers.urls) > 1:
+                raise ServerError(
+                    f"nothing proves {release} yet: start the worker, which makes its probes, and ask again"
+                )

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -29,6 +29,7 @@ MethodName = Literal[
 Remember = Literal["replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "distill"]
 
 
+Url = Annotated[str, Field(pattern=r"^https?://[^/\s]+\S*$")]
 NOT_SHAPING = ("home", "server", "gateway", "signing", "monitoring")  # where an update happens and who hears of it
 
 
@@ -158,16 +159,37 @@ class HealthConfig(Section):
 
 
 class ServerConfig(Section):
-    """One inference server. `embedded` is ours; `vllm` and `openai` are spoken to over HTTP."""
+    """One inference server, or several of one base. `embedded` is ours; `vllm` and `openai` are spoken to over HTTP."""
 
     kind: Literal["embedded", "vllm", "openai"] = "embedded"
-    url: str | None = Field(None, pattern=r"^https?://[^/\s]+\S*$")  # None: cltrain starts the embedded server itself
+    url: Url | None = None  # None, and no urls: cltrain starts the embedded server itself
+    urls: tuple[Url, ...] = ()  # instead of url: replicas of one base
+    min_ready: int = Field(1, ge=1)  # replicas that must hold and prove a candidate before it may serve
     host: str = "127.0.0.1"
     port: int = Field(8101, ge=0, le=65535)
     model: str | None = None  # the base's name on that server
     max_adapters: int = Field(6, ge=2)
     max_batch: int = Field(16, ge=1)
     timeout_s: float = Field(120.0, gt=0)
+
+    @model_validator(mode="after")
+    def _says_once_where(self) -> ServerConfig:
+        if self.url is not None and self.urls:
+            raise ValueError("server.url and server.urls are both given: urls alone names every replica")
+        if self.min_ready > len(self.replicas):
+            raise ValueError(f"min_ready = {self.min_ready}, but there are {len(self.replicas)} replicas")
+        return self
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether somebody else starts it."""
+        return self.url is not None or bool(self.urls)
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """The URL of every server, also where there is one; by it worker and gateway mean the same replica."""
+        urls = tuple(url.rstrip("/").removesuffix("/v1") for url in self.urls)
+        return urls or (self.url or f"http://{self.host}:{self.port}",)
 
 
 class GatewayConfig(Section):
@@ -223,7 +245,7 @@ class Config(Section):
             raise ValueError(
                 f"trainer.num_steps ({self.trainer.num_steps}) is above bounds.max_steps ({self.bounds.max_steps})"
             )
-        if self.server.kind != "embedded" and self.server.url is None:
+        if self.server.kind != "embedded" and not self.server.is_elsewhere:
             raise ValueError(f"server.kind = {self.server.kind!r} needs server.url")
         return self
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import httpx
@@ -37,7 +38,8 @@ def examine(config: Config) -> list[dict[str, str]]:
             findings.append(_finding("good", what, check()))
         except (CltrainError, OSError) as error:
             findings.append(_finding("bad", what, str(error)))
-    findings += [_port(config, name) for name in ("server", "gateway")]
+    findings += [_port(config, "server", url) for url in config.server.replicas]
+    findings.append(_port(config, "gateway", launch.gateway_url(config)))
     return findings + _open_routes(config)
 
 
@@ -87,9 +89,8 @@ def _base(config: Config) -> str:
     return f"{directory} ({base_digest(directory)[:12]})"
 
 
-def _port(config: Config, name: str) -> dict[str, str]:
+def _port(config: Config, name: str, url: str) -> dict[str, str]:
     section = config.server if name == "server" else config.gateway
-    url = launch.server_url(config) if name == "server" else launch.gateway_url(config)
     if name in launch.needed(config):
         try:
             launch.check_port_is_free(section.host, section.port, f"{name}.port")
@@ -110,12 +111,12 @@ def _open_routes(config: Config) -> list[dict[str, str]]:
     if config.server.kind == "embedded":
         return []
     found = []
-    for route in GUARDED_ROUTES:
+    for url, route in product(config.server.replicas, GUARDED_ROUTES):
         try:
-            code = httpx.post(f"{launch.server_url(config)}{route}", json={}, timeout=1.0, trust_env=False).status_code
+            code = httpx.post(f"{url}{route}", json={}, timeout=1.0, trust_env=False).status_code
         except httpx.HTTPError:
             continue
         if code not in (401, 403, 404, 405):
-            detail = f"POST {route} is open without a key ({code}): keep this server on a private network"
+            detail = f"POST {url}{route} is open without a key ({code}): keep this server on a private network"
             found.append(_finding("note", "server", detail))
     return found

@@ -41,6 +41,10 @@ class ServerError(CltrainError):
     exit_code = 5
 
 
+class UnavailableError(ServerError):
+    """A server does not answer, or lost what it held: where there are replicas, another one may answer instead."""
+
+
 BAD_CONTENT = (DataError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What the content of one record can make its reader raise. A full memory or disk is no record's fault."""
 

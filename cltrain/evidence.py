@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from cltrain.config import Config
-from cltrain.deploy.client import ServerClient
+from cltrain.deploy.client import AllScores, Answers
 from cltrain.deploy.preflight import check_adapter
 from cltrain.errors import DataError, ServerError, guarded
 from cltrain.experience import window
@@ -32,11 +33,25 @@ from cltrain.models.adapter import read_adapter
 from cltrain.models.base import Base
 from cltrain.models.chat import render_example, render_prompt
 from cltrain.models.scoring import last_answer
-from cltrain.records import Check, Code, Decision, Example, Message, SuiteItem, Verdict
+from cltrain.records import Check, Code, Decision, Example, Message, SuiteItem, Tool, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.store.database import Store
 
 MOST_SPECTRA = 64  # accepted updates, the newest, that the weights of a new one are compared with
+
+
+class Answering(Protocol):
+    """Whoever answers as a release: one server, or its replicas."""
+
+    model: str
+
+    @property
+    def url(self) -> str: ...
+    def url_for(self, model: str) -> str: ...
+    def generate_many(
+        self, model: str, prompts: Sequence[tuple[Sequence[Message], Sequence[Tool]]], max_tokens: int, concurrency: int
+    ) -> Answers: ...
+    def score_many(self, model: str, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> AllScores: ...
 
 
 class Evidence:
@@ -47,7 +62,7 @@ class Evidence:
         config: Config,
         store: Store,
         base: Base,
-        server: ServerClient,
+        server: Answering,
         on_progress: Callable[[str], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -204,7 +219,8 @@ class Evidence:
 
     def run_program(self, program: CommandSuite, release: str, items: Sequence[SuiteItem]) -> list[float]:
         """The scores that a program of the owner gives to that release, which it asks through the server itself."""
-        return program.score(f"{self.server.url}/v1", self.served_name(release), items)
+        model = self.served_name(release)
+        return program.score(f"{self.server.url_for(model)}/v1", model, items)
 
     def score_many(self, release: str, said: Sequence[Said]) -> list[float]:
         """Summed log-prob of each answer's tokens, nats."""

@@ -92,18 +92,18 @@ def _budgets(rooms: Rooms, distances: Mapping[str, float | None]) -> list[Check]
 
 
 def server(rooms: Rooms, serving: Release) -> list[Check]:
-    """What the server lists under this agent's names are the sealed directories, and its log-probs are those of the
+    """What every replica lists under this agent's names are the sealed directories, and its log-probs are those of the
     approved weights."""
     known = {r.name: releases.release_dir(rooms.config.state_dir, r) for r in _all(rooms)}
     checks = []
-    for name, root in sorted(rooms.server.list().items()):
+    for url, name, root in rooms.server.listings():
         if (ours := known.get(name)) is not None and Path(root).resolve() == ours.resolve():
             continue
         if name == serving.name:
-            reason = f"the server answers as {name} from {root}, not from {known[name]}"
+            reason = f"{url} answers as {name} from {root}, not from {known[name]}"
             return [Check("server", Code.INTEGRITY, Verdict.REJECT, reason)]
         if name.startswith(f"{rooms.agent}-v"):
-            reason = f"the server also lists {name} from {root}, which is not what was sealed under that name"
+            reason = f"{url} also lists {name} from {root}, which is not what was sealed under that name"
             checks.append(Check(f"server: {name}", Code.INTEGRITY, Verdict.HOLD, reason))
     with rooms.server_lock:
         tidy_server(rooms)

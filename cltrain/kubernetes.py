@@ -54,7 +54,7 @@ def _syncer(config: Config, store: Store, cluster: Cluster) -> Manifest:
     """Loaded must be what serves, what a rollback needs and what open episodes are pinned to; not what was rejected."""
     agent, state = config.agent.name, config.state_dir.resolve()
     with store.read() as connection:
-        wanted = residents.desired(connection, config.state_dir, agent)
+        wanted = residents.desired(connection, config.state_dir, agent).directories
     known = [release for release in releases.list_releases(store, agent) if release.path]
     gone = [r for r in known if r.name not in wanted and r.status != "deleted"]
 

@@ -29,7 +29,8 @@ FIXABLE: dict[int, type[CltrainError]] = {kind.exit_code: kind for kind in (Conf
 
 
 def server_url(config: Config) -> str:
-    return config.server.url or f"http://{config.server.host}:{config.server.port}"
+    """The server's; where there are replicas, the first one's."""
+    return config.server.replicas[0]
 
 
 def gateway_url(config: Config) -> str:
@@ -39,7 +40,7 @@ def gateway_url(config: Config) -> str:
 def needed(config: Config) -> tuple[str, ...]:
     """The processes that this configuration starts: a server that already runs elsewhere is not ours, and without a
     server that takes adapters there is nothing for a worker to do."""
-    is_ours = {"server": config.server.url is None, "gateway": True, "worker": config.server.kind != "openai"}
+    is_ours = {"server": not config.server.is_elsewhere, "gateway": True, "worker": config.server.kind != "openai"}
     return tuple(name for name in PROCESSES if is_ours[name])
 
 
@@ -68,6 +69,17 @@ def health_of(url: str) -> str:
         return "up" if httpx.get(f"{url}/health", timeout=0.3, trust_env=False).status_code == 200 else "unwell"
     except httpx.HTTPError:
         return "unwell"
+
+
+def health_of_servers(config: Config) -> str:
+    """As `health_of`; where only some of several replicas are up: how many."""
+    states = [health_of(url) for url in config.server.replicas]
+    num_up = states.count("up")
+    return states[0] if len(set(states)) == 1 else f"{num_up} of {len(states)} up"
+
+
+def any_server_up(config: Config) -> bool:
+    return any(health_of(url) == "up" for url in config.server.replicas)
 
 
 def check_takes_adapters(config: Config) -> None:

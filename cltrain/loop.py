@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cltrain import plans, staleness, unfinished
-from cltrain.deploy import proof
+from cltrain.deploy import proof, readiness
 from cltrain.errors import ConflictError, guarded
 from cltrain.experience import window
 from cltrain.experience.buffer import doubtful, replay_examples
@@ -251,6 +251,8 @@ def _conclude(rooms: Rooms, plan: Plan, attempt: Attempt, decision: Decision, *,
         name = attempt.release.name if attempt.release else plans.noted_candidate(connection, plan)
         if is_served:
             assert name is not None
+            if len(rooms.server.urls) > 1:  # they had the time of a judging to go away and come back
+                readiness.require_ready(connection, rooms.server.urls, name, rooms.server.min_ready)
             aliases.move_alias_in(
                 connection, rooms.agent, expected=plan.alias, to=name, fence=rooms.fence, now=now,
                 raises_high_water=moves_high_water(decision),

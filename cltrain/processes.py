@@ -39,7 +39,7 @@ def _server(config: Config, store: Store) -> None:
 
     with store.read() as connection:
         wanted = residents.desired(connection, config.state_dir, config.agent.name)
-    adapters = {name: path for name, path in wanted.items() if path.is_dir()}
+    adapters = {name: path for name, path in wanted.directories.items() if path.is_dir()}
     run_server(
         config.base.path,
         config.server.host,

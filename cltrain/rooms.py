@@ -11,8 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cltrain.config import Config
-from cltrain.deploy import proof, residents
-from cltrain.deploy.client import ServerClient
+from cltrain.deploy import probes, proof, residents
+from cltrain.deploy.probes import Probes
+from cltrain.deploy.replicas import Replicas
 from cltrain.errors import ConflictError
 from cltrain.evidence import Evidence
 from cltrain.models.adapter import AdapterFile, read_adapter
@@ -27,7 +28,7 @@ from cltrain.trainer.memory import Memory, sealed_memory
 from cltrain.trainer.reference import Reference
 
 NUM_PROBES = 4
-NOISE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}  # nats between two forwards of the same weights
+NOISE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}  # nats that two forwards of the same weights may differ by
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Rooms:
     config: Config
     store: Store
     base: Base
-    server: ServerClient
+    server: Replicas
     evidence: Evidence
     secret: bytes
     anchors: Sequence[TokenRow]
@@ -82,42 +83,54 @@ def day_is_spent(rooms: Rooms) -> str:
 def prove(
     rooms: Rooms, name: str, after: AdapterFile | None, before: AdapterFile | None, rows: Sequence[TokenRow], was: str
 ) -> proof.Proof:
-    """Show that the server answers with these weights, on the rows where they differ most from before."""
+    """Show that every replica answers with these weights, on the rows where they differ most from before. The probes of
+    a release are kept, so that it can be proved again at any time."""
+    made = probes_for(rooms, after, before, rows, was)
+    if after is not None:
+        probes.keep(rooms.store, name, made, rooms.clock())
+    return rooms.server.prove(name, made)
+
+
+def probes_for(
+    rooms: Rooms, after: AdapterFile | None, before: AdapterFile | None, rows: Sequence[TokenRow], was: str
+) -> Probes:
+    """The trainer's log-probs of the rows, among the first 32, that tell `after` from `before` best."""
     rows = list(rows[:32])
-    pairs = [last_answer(row) for row in rows]
     ours, theirs = token_log_probs(rooms.base, after, rows), token_log_probs(rooms.base, before, rows)
     gaps = [max(abs(a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(ours, theirs, strict=True)]
     chosen = sorted(range(len(rows)), key=lambda i: -gaps[i])[:NUM_PROBES]
-    tails = [len(pairs[i][1]) for i in chosen]
-    found = proof.prove(
-        rooms.server, name, was, [pairs[i] for i in chosen],
-        [ours[i][-tail:] for i, tail in zip(chosen, tails, strict=True)],
-        [theirs[i][-tail:] for i, tail in zip(chosen, tails, strict=True)], NOISE[rooms.config.base.dtype],
-    )  # fmt: skip
-    if found.verdict == "proved":
-        root = rooms.server.list().get(name, "")
-        residents.mark_proved(rooms.store, rooms.server.url, name, root, rooms.clock())
-    return found
+    pairs = tuple(last_answer(rows[i]) for i in chosen)
+    bare = token_log_probs(rooms.base, None, [rows[i] for i in chosen])
+
+    def tails(found: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(row[-len(said) :]) for row, (_, said) in zip(found, pairs, strict=True))
+
+    expected, of_before = tails([ours[i] for i in chosen]), tails([theirs[i] for i in chosen])
+    return Probes(pairs, expected, of_before, tails(bare), was, NOISE[rooms.config.base.dtype])
 
 
 def collect_garbage(rooms: Rooms) -> None:
-    """Unload what nobody wants; delete rejected and superseded adapters that the server no longer lists. What served
-    stays on disk."""
+    """Unload what nobody wants; delete rejected and superseded adapters that no server lists any more, nor one that is
+    away may come back with. What served stays on disk."""
     with rooms.server_lock:
         tidy_server(rooms)
         with rooms.store.read() as connection:
-            gone = residents.unlisted(connection, [rooms.server], rooms.agent)
+            gone = residents.unlisted(connection, rooms.server.members, rooms.agent)
     for name in gone:
         with suppress(ConflictError):  # a human promoted it meanwhile
             releases.delete_release(rooms.store, rooms.config.state_dir, name, now=rooms.clock())
+            probes.forget(rooms.store, name)
+
+
+def desired(rooms: Rooms) -> residents.Wanted:
+    """What every replica should hold now."""
+    with rooms.store.read() as connection:
+        return residents.desired(connection, rooms.config.state_dir, rooms.agent)
 
 
 def tidy_server(rooms: Rooms) -> None:
     """Load what should be resident, unload what nobody wants, leaving room for one more."""
-    with rooms.store.read() as connection:
-        wanted = residents.desired(connection, rooms.config.state_dir, rooms.agent)
-    residents.collect(
-        rooms.server, rooms.store, agent=rooms.agent, wanted=wanted, now=rooms.clock(), drain_s=60.0,
+    rooms.server.tidy(
+        desired(rooms), agent=rooms.agent, now=rooms.clock(), drain_s=60.0,
         max_adapters=rooms.config.server.max_adapters,
     )  # fmt: skip
-    residents.reconcile(rooms.server, wanted)

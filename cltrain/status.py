@@ -99,7 +99,7 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
         "chain": chain_state,
         "processes": {
             "gateway": launch.health_of(launch.gateway_url(config)),
-            "server": launch.health_of(launch.server_url(config)),
+            "server": launch.health_of_servers(config),
             "worker": "up" if is_worked_on else "down",
         },
     }

@@ -1,7 +1,7 @@
 """The worker: holds the agent's lease, keeps servers as they should be, makes updates when there is something to learn.
 
-One more thread renews the lease and does nothing else; another puts back adapters that a restarted server forgot. What
-an update dies of is written down and the worker goes on: only a lost lease stops it.
+One more thread renews the lease and does nothing else; another looks after the servers (tending.py). What an update
+dies of is written down and the worker goes on: only a lost lease stops it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 from sqlalchemy import Row, select, update
 
-from cltrain import audit, launch, plans, reporting, unfinished
+from cltrain import audit, launch, plans, reporting, tending, unfinished
 from cltrain.config import Config
-from cltrain.deploy import residents
-from cltrain.deploy.client import ServerClient
+from cltrain.deploy.client import clients_of
 from cltrain.deploy.preflight import check_adapter
+from cltrain.deploy.replicas import Replicas
 from cltrain.errors import ConflictError, DataError, ServerError, guarded
 from cltrain.evidence import Evidence
 from cltrain.experience import window
@@ -78,6 +78,7 @@ class Worker:
         self._next_room = 0.0
         self._next_pages = 0.0
         self._next_audit = 0.0
+        self._next_probes = 0.0
 
     def __enter__(self) -> Worker:
         config, agent = self.config, self.config.agent.name
@@ -95,11 +96,11 @@ class Worker:
                 base, file=config.trainer.anchors, count=config.trainer.num_anchors,
                 max_tokens=config.trainer.anchor_tokens, seed=config.seed, directory=config.state_dir / "anchors",
             )  # fmt: skip
-            client = ServerClient(launch.server_url(config), config.server.model or "base", config.server.timeout_s)
-            stack.callback(client.close)
+            servers = Replicas(self.store, clients_of(config.server), config.server.min_ready)
+            stack.callback(servers.close)
             rehearsal = read_rehearsal(config.experience.rehearsal) if config.experience.rehearsal else ()
             self.rooms = Rooms(
-                config, self.store, base, client, Evidence(config, self.store, base, client, self._on_progress),
+                config, self.store, base, servers, Evidence(config, self.store, base, servers, self._on_progress),
                 load_secret(config.state_dir), anchors, anchors_digest, rehearsal, Reference(base, base.model, anchors),
                 self._keeper.fence if self._keeper else 0, on_progress=self._on_progress,
             )  # fmt: skip
@@ -198,6 +199,7 @@ class Worker:
             self._require_lease()
             try:
                 self._keep_room()
+                self._keep_probes()
                 self._finish_what_is_open()
                 self._keep_pages_true()
                 if not self._answer_request():
@@ -232,6 +234,11 @@ class Worker:
         if time.monotonic() >= self._next_room:
             self._next_room = time.monotonic() + ROOM_S
             remake_reserve(self.config.state_dir)
+
+    def _keep_probes(self) -> None:
+        if time.monotonic() >= self._next_probes:
+            is_done = tending.make_missing_probes(self.rooms)
+            self._next_probes = time.monotonic() + (TEND_S if is_done else RETRY_S)
 
     def _finish_what_is_open(self) -> None:
         """At the start, and once more after something failed: a conclusion that was not written can be made up for."""
@@ -355,13 +362,10 @@ class Worker:
             time.sleep(0.2)
 
     def _tend(self) -> None:
-        """Put back adapters that a restarted server forgot. A server that is away is looked at again next time."""
+        """Look after the servers. One that is away is looked at again next time."""
         while not self._stop.wait(TEND_S):
             try:
-                with self.rooms.server_lock:
-                    with self.store.read() as connection:
-                        wanted = residents.desired(connection, self.config.state_dir, self.config.agent.name)
-                    residents.reconcile(self.rooms.server, wanted)
+                tending.tend(self.rooms)
             except (ServerError, DataError):
                 continue
             except Exception:  # whatever a server answers, the next look may find it well

@@ -28,12 +28,13 @@ R2 = "support-v000002-222222222222"
 
 
 class FakeServer:
-    """Answers what the last user message says: `say X`, `call TOOL`, `wait S`, `fail CODE`, `break`, `no ids`, ..."""
+    """Answers what the last user message says: `say X`, `call TOOL`, `wait S`, `hold`, `fail CODE`, `break`, ..."""
 
     def __init__(self, adapters: tuple[str, ...] = (R1, R2)) -> None:
         self.adapters = list(adapters)
         self.bodies: list[dict[str, Any]] = []
         self.num_cancelled = 0
+        self.lets_go = threading.Event()  # of whoever said `hold`
         self.app = FastAPI()
         self.app.get("/v1/models")(self.models)
         self.app.post("/v1/chat/completions")(self.chat)
@@ -70,6 +71,8 @@ class FakeServer:
             return JSONResponse({"error": {"message": "as you said", "type": "x"}}, int(order[5:]))
         if order == "nonsense":
             return Response("<html>not me</html>")
+        while order == "hold" and not self.lets_go.is_set():
+            await asyncio.sleep(0.01)
         if order.startswith("wait "):
             try:
                 await asyncio.wait_for(_left(request), float(order[5:]))

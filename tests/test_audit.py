@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cltrain import audit
 from cltrain.api import Deployment
 from cltrain.config import load
 from cltrain.deploy.client import ServerClient
+from cltrain.deploy.replicas import Replicas
 from cltrain.evidence import Evidence
 from cltrain.gate.pool import num_uses
 from cltrain.models.adapter import read_adapter, write_adapter
@@ -205,7 +207,7 @@ def test_an_unreachable_server_is_an_error_and_changes_nothing(made):
     learner, deployment = made
     gate = learner.config.gate.model_copy(update={"max_answer_tokens": 39})  # no score of the tests before is of use
     config = learner.config.model_copy(update={"gate": gate})
-    with ServerClient("http://127.0.0.1:9", "base") as nobody:
+    with closing(Replicas(deployment.store, [ServerClient("http://127.0.0.1:9", "base")])) as nobody:
         rooms = replace(learner.rooms, config=config, server=nobody)
         evidence = Evidence(config, rooms.store, rooms.base, nobody, rooms.on_progress)
         found = audit.run_audit(replace(rooms, evidence=evidence), trigger="asked")

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from cltrain.config import Config, load
 from cltrain.errors import ConfigError
+from cltrain.launch import needed
 from tests.command import Command, cltrain
 
 __all__ = ["cltrain"]  # a fixture
@@ -53,6 +54,9 @@ def test_a_number_is_no_switch() -> None:
         ('trainer.remember=["ewc","ewc"]', "trainer.remember: .*listed twice"),
         ('server.url="nonsense"', "server.url: .*got 'nonsense'"),
         ('server.url="http://"', "server.url: "),
+        ('server.urls=["http://a", "nonsense"]', r"server.urls.*got 'nonsense'"),
+        ('server.urls=["http://a", "http://a"]', "server.urls: .*listed twice"),
+        ("server.min_ready=2", r"min_ready = 2, but there are 1 replicas"),
     ],
 )
 def test_what_could_not_be_meant_is_refused(setting: str, said: str) -> None:
@@ -72,3 +76,14 @@ def test_only_settings_that_somebody_gave_are_compared() -> None:
     assert load().unlike(theirs) == []
     assert load((), ["trainer.lr=1e-3", "home=/elsewhere", "server.port=1"]).unlike(theirs) == []
     assert load((), ["trainer.lr=0.002", "agent.mode=auto"]).unlike(theirs) == ["trainer.lr = 0.001, not 0.002"]
+
+
+def test_replicas_are_named_by_urls_alone() -> None:
+    two = ['server.urls=["http://a:8000", "http://b:8000"]', "server.min_ready=2"]
+    assert load((), two).server.replicas == ("http://a:8000", "http://b:8000")
+    assert load((), ['server.urls=["http://a/v1/", "http://b/"]']).server.replicas == ("http://a", "http://b")
+    assert needed(load((), two)) == ("gateway", "worker"), "they run already"
+    assert load((), ["server.url=http://a"]).server.replicas == ("http://a",)
+    assert load().server.replicas == ("http://127.0.0.1:8101",)
+    with pytest.raises(ConfigError, match=r"server\.url and server\.urls are both given"):
+        load((), [*two, "server.url=http://c:8000"])

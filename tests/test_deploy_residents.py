@@ -9,11 +9,11 @@ from sqlalchemy import insert, select, update
 
 from cltrain.deploy.client import ServerClient
 from cltrain.deploy.engine import Engine
+from cltrain.deploy.readiness import mark_proved
 from cltrain.deploy.residents import (
     KEPT_HELD,
     collect,
     desired,
-    mark_proved,
     reconcile,
     unlisted,
     wanted_releases,
@@ -85,10 +85,12 @@ def test_everything_somebody_may_need_is_wanted(store, tmp_path):
     with store.read() as connection:
         assert wanted_releases(connection, "support") == {"s-0", "s-1", "s-3", "s-4", "s-5", "s-6"}
         assert wanted_releases(connection, "other") == set()
-        directories = desired(connection, tmp_path, "support")
+        found = desired(connection, tmp_path, "support")
+    directories = found.directories
+    assert (found.serving, found.needed) == ("s-5", {"s-5", "s-4"})
     assert directories["s-5"] == (tmp_path / "releases/support/s-5").resolve()
     assert "s-0" not in directories, "the bare base is no adapter"
-    assert list(directories) == ["s-5", "s-6", "s-4", "s-3", "s-1"], "what serves comes first, then the newest"
+    assert list(directories) == ["s-5", "s-4", "s-6", "s-3", "s-1"], "serving, what a rollback goes to, the newest"
 
 
 def test_reconcile_loads_what_a_restart_lost():
@@ -129,7 +131,7 @@ def test_a_full_server_gets_what_serves_before_anything_else(tmp_path):
     with closing(Engine(base, max_adapters=1)) as engine, running_server(engine) as url:
         with ServerClient(url, "base", 30) as client, store.read() as connection:
             with pytest.raises(ServerError, match="refused 2 of 3"):
-                reconcile(client, desired(connection, tmp_path, "support"))
+                reconcile(client, desired(connection, tmp_path, "support").directories)
             assert set(client.list()) == {serving}
     store.close()
 
@@ -143,7 +145,7 @@ def test_unwanted_adapters_drain_before_they_go(store):
     assert collect(shelf, store, now=159.0, **keep) == ()
     with store.read() as connection:
         rows = {row.release: row.state for row in connection.execute(select(replicas))}
-    assert rows == {"s-2": "draining", "s-5": "proved", "stranger": "loaded"}
+    assert rows == {"": "up", "s-2": "draining", "s-5": "proved", "stranger": "loaded"}
     assert collect(shelf, store, now=160.0, **keep) == ("s-2",)
     assert shelf.held == {"s-5": "/s-5", "stranger": "/y"}
 

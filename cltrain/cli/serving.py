@@ -76,9 +76,9 @@ def _start(
     with launch.Fleet(
         deployment.config, deployment.arguments, names, on_event=lambda line: typer.echo(line, err=True)
     ) as fleet:
-        foreign = launch.server_url(deployment.config)
-        if "server" not in names and not launch.is_listening(foreign, UPSTREAM_WAIT_S):
-            warn(f"WARNING: nothing listens at {foreign} (server.url): no answer gets through until something does")
+        for foreign in deployment.config.server.replicas if "server" not in names else ():
+            if not launch.is_listening(foreign, UPSTREAM_WAIT_S):
+                warn(f"WARNING: nothing listens at {foreign} (server.url): no answer gets through until something does")
         typer.echo(f"agent {deployment.agent} ({deployment.config.agent.mode}) is served at")
         typer.echo(f"  base_url = {launch.gateway_url(deployment.config)}/v1   model = {deployment.agent}")
         typer.echo(f"  state and logs in {deployment.config.state_dir}; Ctrl-C stops")

@@ -22,6 +22,7 @@ from cltrain.demo.inputs import write_inputs
 from cltrain.demo.leak import leaking
 from cltrain.demo.local import LocalServer
 from cltrain.deploy.client import Answer
+from cltrain.deploy.replicas import Replicas
 from cltrain.errors import DataError
 from cltrain.evidence import Evidence
 from cltrain.experience.buffer import select
@@ -104,7 +105,7 @@ class Deployed:
         assert config.experience.rehearsal is not None
         self.now, self.verifier_miss = BEGIN, verifier_miss
         self.rooms = Rooms(
-            config, self.store, base, setting.server,
+            config, self.store, base, Replicas(self.store, [setting.server], clock=lambda: self.now),
             Evidence(config, self.store, base, setting.server, _quiet, clock=lambda: self.now),
             load_secret(config.state_dir), setting.anchors, setting.anchors_digest,
             read_rehearsal(config.experience.rehearsal), setting.of_base, fence, clock=lambda: self.now,

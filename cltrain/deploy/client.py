@@ -13,10 +13,13 @@ from typing import Any
 
 import httpx
 
-from cltrain.errors import ServerError
+from cltrain.config import ServerConfig
+from cltrain.errors import ServerError, UnavailableError
 from cltrain.records import Message, Tool
 
 SCORE_ROWS = 16  # sequences per scoring request
+QUICK_S = 5.0  # for what needs no model: a server that takes longer to list its adapters is away
+AWAY = (404, 502, 503, 504)  # the model is not there (any more), or nobody is behind the address
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +58,14 @@ class ServerClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def url_for(self, model: str) -> str:
+        """Where programs that ask that model themselves find it."""
+        return self.url
+
     def health(self) -> bool:
         """Whether the server answers at all."""
         try:
-            return self._http.get("/health", timeout=5.0).status_code == 200
+            return self._http.get("/health", timeout=QUICK_S).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -188,7 +195,8 @@ class ServerClient:
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         response = self._send(method, path, body)
         if response.status_code != 200:
-            raise ServerError(f"{self.url}{path} answered {response.status_code}: {_reason(response)}")
+            kind = UnavailableError if response.status_code in AWAY else ServerError
+            raise kind(f"{self.url}{path} answered {response.status_code}: {_reason(response)}")
         try:
             answer = response.json()
         except ValueError:
@@ -199,11 +207,18 @@ class ServerClient:
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:
+            if method == "GET":
+                return self._http.get(path, timeout=QUICK_S)
             return self._http.request(method, path, json=body)
         except httpx.TimeoutException:
-            raise ServerError(f"{self.url}{path} did not answer in time (server.timeout_s)") from None
+            raise UnavailableError(f"{self.url}{path} did not answer in time (server.timeout_s)") from None
         except httpx.HTTPError as error:
-            raise ServerError(f"{self.url}{path} cannot be reached: {error}") from None
+            raise UnavailableError(f"{self.url}{path} cannot be reached: {error}") from None
+
+
+def clients_of(config: ServerConfig) -> list[ServerClient]:
+    """One for every replica."""
+    return [ServerClient(url, config.model or "base", config.timeout_s) for url in config.replicas]
 
 
 def _scores(choice: dict[str, Any], prompt: Sequence[int], completion: Sequence[int]) -> Scores:

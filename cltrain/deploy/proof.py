@@ -47,10 +47,10 @@ def prove(
     NotProvedError when the served log-probs are not the expected ones, naming the incumbent when it is what answers.
     """
     served = client.score_many(release, probes)
-    max_error = _distance(served, expected_logprobs)
-    separation = _distance(expected_logprobs, incumbent_logprobs)
+    max_error = distance(served, expected_logprobs)
+    separation = distance(expected_logprobs, incumbent_logprobs)
     if not max_error <= noise:
-        from_incumbent = _distance(served, incumbent_logprobs)
+        from_incumbent = distance(served, incumbent_logprobs)
         who = f"it is {incumbent} that answers" if from_incumbent <= noise else "neither it nor the incumbent fits"
         raise NotProvedError(
             f"{release} is not proved: the server's log-probs are up to {max_error:.3g} nats from the trainer's "
@@ -59,7 +59,7 @@ def prove(
     return Proof("proved" if separation > 2 * noise else "indistinguishable", max_error, separation)
 
 
-def _distance(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> float:
+def distance(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> float:
     """The largest difference; NaN anywhere is infinitely far."""
     pairs = [(a, b) for one, other in zip(left, right, strict=True) for a, b in zip(one, other, strict=True)]
     if not pairs:

@@ -7,15 +7,17 @@ vLLM); so: alias away, drain, unload everywhere, and only then may the registry 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, select
 
-from cltrain.errors import ServerError
+from cltrain.deploy import readiness
+from cltrain.errors import ServerError, UnavailableError
 from cltrain.records import Verdict
 from cltrain.store.database import Store
-from cltrain.store.schema import aliases, records, releases, replicas, updates
+from cltrain.store.schema import aliases, records, releases, updates
 
 KEPT_HELD = 5  # newest held releases that stay on disk to be looked at
 UNDER_WAY = ("training", "judging")
@@ -31,6 +33,15 @@ class Residence(Protocol):
     def unload(self, name: str) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a server should hold: name -> absolute directory, in the order of loading."""
+
+    serving: str
+    directories: Mapping[str, Path]
+    needed: frozenset[str]  # of them, without which it is not ready: what serves, what a rollback would go to
+
+
 def wanted_releases(connection: Connection, agent: str) -> set[str]:
     """Serving, previous, anchor, high-water, candidates of unfinished updates, and whatever an open episode is pinned
     to. The bare base may be among them: it needs no adapter. What waits for approval is loaded by the approval."""
@@ -44,21 +55,25 @@ def wanted_releases(connection: Connection, agent: str) -> set[str]:
     return {name for name in names if name is not None}
 
 
-def desired(connection: Connection, state_dir: Path, agent: str) -> dict[str, Path]:
-    """Name -> absolute directory of every wanted release that has one; what serves comes first, then the newest."""
-    serving = connection.execute(select(aliases.c.release).where(aliases.c.agent == agent)).scalar()
+def desired(connection: Connection, state_dir: Path, agent: str) -> Wanted:
+    """Wanted releases that have files: what serves comes first, then what a rollback would go to, then the newest."""
+    alias = connection.execute(select(aliases).where(aliases.c.agent == agent)).first()
+    serving, previous = (alias.release, alias.previous) if alias is not None else ("", None)
     query = (
-        select(releases.c.name, releases.c.path)
+        select(releases.c.name, releases.c.path, releases.c.status)
         .where(releases.c.name.in_(wanted_releases(connection, agent)), releases.c.path.is_not(None))
-        .order_by(releases.c.name != serving, releases.c.number.desc())
+        .order_by(releases.c.name != serving, releases.c.name.is_distinct_from(previous), releases.c.number.desc())
     )
-    return {row.name: (state_dir / row.path).resolve() for row in connection.execute(query)}
+    rows = connection.execute(query).all()
+    needed = frozenset(row.name for row in rows if row.name in (serving, previous) and row.status == "released")
+    return Wanted(serving, {row.name: (state_dir / row.path).resolve() for row in rows}, needed)
 
 
 def reconcile(client: Residence, wanted: Mapping[str, Path]) -> tuple[str, ...]:
     """Load what is wanted and missing, in the order of `wanted`; returns the names.
 
-    One that the server refuses keeps none of the others away. Raises ServerError at the end, naming all it refused.
+    One that the server refuses keeps none of the others away. Raises ServerError at the end, naming all it refused, and
+    UnavailableError at once where nobody answers.
     """
     present = client.list()
     missing = [name for name in wanted if present.get(name) != str(wanted[name])]
@@ -66,6 +81,8 @@ def reconcile(client: Residence, wanted: Mapping[str, Path]) -> tuple[str, ...]:
     for name in missing:
         try:
             client.load(name, wanted[name])
+        except UnavailableError:
+            raise
         except ServerError as error:
             refused.append(f"{name}: {error}")
     if refused:
@@ -91,7 +108,7 @@ def collect(
     present = client.list()
     with store.read() as connection:
         ours = set(connection.execute(select(releases.c.name).where(releases.c.agent == agent)).scalars())
-        known = {row.release: row for row in connection.execute(select(replicas).where(replicas.c.url == client.url))}
+        known = readiness.held(connection, client.url)
     keep = set(wanted)
     since = {
         name: known[name].seen_at if name in known and known[name].state == "draining" else now
@@ -104,34 +121,27 @@ def collect(
         if now - begun >= drain_s or place < num_over:
             client.unload(name)
             gone.append(name)
-    with store.write() as connection:
-        connection.execute(delete(replicas).where(replicas.c.url == client.url))
-        for name, root in present.items():
-            if name in gone:
-                continue
-            proved = name in known and known[name].state == "proved"
-            state = "draining" if name in since else "proved" if proved else "loaded"
-            seen_at = since.get(name, now)
-            connection.execute(
-                insert(replicas).values(url=client.url, release=name, root=root, state=state, seen_at=seen_at)
-            )
+    left = {name: root for name, root in present.items() if name not in gone}
+    readiness.note_listed(store, client.url, left, now, draining=since)
     return tuple(gone)
-
-
-def mark_proved(store: Store, url: str, release: str, root: str, now: float) -> None:
-    """Remember that this server was shown to answer with exactly this release."""
-    with store.write() as connection:
-        connection.execute(delete(replicas).where(replicas.c.url == url, replicas.c.release == release))
-        connection.execute(insert(replicas).values(url=url, release=release, root=root, state="proved", seen_at=now))
 
 
 def unlisted(connection: Connection, clients: Iterable[Residence], agent: str) -> tuple[str, ...]:
     """Releases whose files may be deleted: nobody needs them, no server lists them and nothing refers to them.
 
-    What ever served stays on disk, so that its bounds can be recomputed; raises ServerError when a server cannot be
-    asked, because then nothing is known to be unlisted.
+    What ever served stays on disk, so that its bounds can be recomputed. A server that is away counts with what it
+    listed last, because it may come back with it. Raises ServerError when one cannot be asked and never was, because
+    then nothing is known to be unlisted.
     """
-    listed = {name for client in clients for name in client.list()}
+    listed: set[str] = set()
+    for client in clients:
+        last = readiness.listed_last(connection, client.url)
+        listed |= last or set()
+        try:
+            listed |= set(client.list())
+        except UnavailableError:
+            if last is None:
+                raise
     return tuple(sorted(_expendable(connection, agent) - listed - wanted_releases(connection, agent)))
 
 

@@ -8,7 +8,7 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NoReturn
 
 import uvicorn
@@ -25,6 +25,7 @@ from cltrain.gateway.intake import answered, list_served, take_feedback, take_tr
 from cltrain.gateway.metrics import Metrics
 from cltrain.gateway.tokens import Route
 from cltrain.gateway.upstream import Upstream
+from cltrain.gateway.upstreams import Upstreams
 from cltrain.models.digest import base_digest, base_path
 from cltrain.monitoring.prometheus import StoreCollector
 from cltrain.store.database import Store, open_store
@@ -40,12 +41,13 @@ SWITCH_S = 0.0005  # the writing thread asks for the interpreter after every sta
 def create_gateway(
     store: Store,
     config: Config,
-    upstream: Upstream,
+    upstream: Upstream | Sequence[Upstream],
     clock: Callable[[], float] = time.time,
     *,
     base_release: str | None = None,
 ) -> FastAPI:
-    """The app. `base_release` names the bare base before any release; None: from the digest of `base.path`."""
+    """The app, over one server or its replicas. `base_release` names the bare base before any release; None: from the
+    digest of `base.path`."""
     agent = config.agent.name
     if base_release is None:
         base_release = f"{agent}-v000000-{base_digest(base_path(config.base.path))[:12]}"
@@ -54,7 +56,8 @@ def create_gateway(
     timeout_s = config.gateway.record_timeout_s
     episodes = Episodes(store, agent, base_release, timeout_s)
     metrics = Metrics(StoreCollector(store, agent, clock))
-    door = Door(agent, episodes, upstream, recorder, metrics, timeout_s, clock)
+    upstreams = Upstreams(store, [upstream] if isinstance(upstream, Upstream) else upstream)
+    door = Door(agent, episodes, upstreams, recorder, metrics, timeout_s, clock)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -65,7 +68,7 @@ def create_gateway(
             sweeping.cancel()
             await asyncio.gather(sweeping, return_exceptions=True)
             await asyncio.to_thread(recorder.close)
-            await upstream.close()
+            await upstreams.close()
 
     app = FastAPI(title="cltrain gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.door = door

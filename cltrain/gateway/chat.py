@@ -24,7 +24,7 @@ from cltrain.gateway.errors import Refusal, UpstreamFailure
 from cltrain.gateway.metrics import Metrics
 from cltrain.gateway.streaming import EventStream, error_event, relay
 from cltrain.gateway.tokens import Answer, Collected, Route, Wanted, ask, read_answer, strip
-from cltrain.gateway.upstream import Upstream
+from cltrain.gateway.upstreams import Place, Upstreams
 from cltrain.records import Generation, Message
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Door:
 
     agent: str
     episodes: Episodes
-    upstream: Upstream
+    upstream: Upstreams
     recorder: Recorder
     metrics: Metrics
     record_timeout_s: float
@@ -77,20 +77,20 @@ class Door:
             raise
 
     async def _generate(self, asked: Asked, lease: Lease, request: Request, start: float) -> Response:
-        path, headers = PATHS[asked.route], _headers(lease, asked.record)
-        body = await self._forwarded(asked, lease)
+        path = PATHS[asked.route]
+        body = ask(asked.route, asked.body) if self.upstream.gives_token_ids else asked.body
         passed_on = {k: v for k, v in request.headers.items() if k == "authorization"}
         wanted = Wanted.by(asked.body)
         if asked.body.get("stream"):
-            response = await _unless_gone(request, self.upstream.stream(path, body, passed_on), lease)
-            return self._event_stream(asked, lease, response, wanted, start)
-        raw = await _unless_gone(request, self.upstream.post(path, body, passed_on), lease)
+            opened = await _unless_gone(request, self.upstream.stream(lease, path, body, passed_on), lease)
+            return self._event_stream(asked, lease, opened, wanted, start)
+        place, raw = await _unless_gone(request, self.upstream.post(lease, path, body, passed_on), lease)
         answer = read_answer(asked.route, raw)
         reason = await self._commit(asked, lease, answer)
         strip(raw, wanted)
         raw["model"] = lease.release
         self.metrics.seconds.labels(asked.route).observe(time.perf_counter() - start)
-        return JSONResponse(raw, headers={**headers, **_recorded_headers(reason)})
+        return JSONResponse(raw, headers={**_headers(lease, asked.record, place), **_recorded_headers(reason)})
 
     async def settle(self, future: Future[T]) -> T:
         """Wait for a commit. Raises Refusal 503 when the store does not make it in time."""
@@ -107,13 +107,10 @@ class Door:
         except (ValueError, OverflowError, TypeError) as error:  # a value that no column takes
             raise Refusal(400, f"cannot be stored: {error}") from error
 
-    async def _forwarded(self, asked: Asked, lease: Lease) -> dict[str, Any]:
-        body = {**asked.body, "model": await self.upstream.base_model() if lease.is_base else lease.release}
-        return ask(asked.route, body) if self.upstream.gives_token_ids else body
-
     def _event_stream(
-        self, asked: Asked, lease: Lease, response: httpx.Response, wanted: Wanted, start: float
+        self, asked: Asked, lease: Lease, opened: tuple[Place, httpx.Response], wanted: Wanted, start: float
     ) -> EventStream:
+        place, response = opened
         collected = Collected(asked.route)
         is_over = False
 
@@ -127,7 +124,7 @@ class Door:
 
         async def events() -> AsyncGenerator[bytes, None]:
             nonlocal is_over
-            chunks, num_choices = self.upstream.chunks(response), asked.body.get("n") or 1
+            chunks, num_choices = place.upstream.chunks(response), asked.body.get("n") or 1
             try:
                 async for block in relay(chunks, collected, wanted, lease.release, num_choices, commit):
                     yield block
@@ -139,10 +136,11 @@ class Door:
         async def on_end() -> None:
             if not is_over:
                 await self._failed(asked, lease, UpstreamFailure(499, "the client left midway"))
+            self.upstream.done(place)
             await response.aclose()
             self.metrics.seconds.labels(asked.route).observe(time.perf_counter() - start)
 
-        headers = {**_headers(lease, asked.record), "x-cltrain-recorded": "pending"}
+        headers = {**_headers(lease, asked.record, place), "x-cltrain-recorded": "pending"}
         return EventStream(events(), headers, on_end)
 
     async def _commit(self, asked: Asked, lease: Lease, answer: Answer) -> str | None:
@@ -256,8 +254,9 @@ def _asked(route: Route, body: dict[str, Any], request: Request) -> Asked:
     )
 
 
-def _headers(lease: Lease, record: str) -> dict[str, str]:
+def _headers(lease: Lease, record: str, place: Place) -> dict[str, str]:
     return {
+        "x-cltrain-replica": place.upstream.url,
         "x-cltrain-adapter": lease.release,
         "x-cltrain-trajectory": lease.episode,
         "x-cltrain-record": record,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import httpx
 
 from cltrain.config import Config
-from cltrain.gateway.errors import Refusal, UpstreamFailure
+from cltrain.gateway.errors import NotAnswered, Refusal, UpstreamFailure
 
 Kind = Literal["embedded", "vllm", "openai"]
 MAX_CONNECT_S = 10.0
@@ -46,11 +46,11 @@ class Upstream:
         )
 
     @staticmethod
-    def of(config: Config) -> Upstream:
+    def of(config: Config) -> list[Upstream]:
+        """One for every replica."""
         server = config.server
-        url = server.url or f"http://{server.host}:{server.port}"
         name = server.model or ("base" if server.kind == "embedded" else None)
-        return Upstream(url, kind=server.kind, base_model=name, timeout_s=server.timeout_s)
+        return [Upstream(url, kind=server.kind, base_model=name, timeout_s=server.timeout_s) for url in server.replicas]
 
     @property
     def gives_token_ids(self) -> bool:
@@ -67,7 +67,7 @@ class Upstream:
 
     async def models(self) -> list[dict[str, Any]]:
         """What GET /v1/models of the server lists; empty when it has no such route."""
-        with self._explained():
+        with self._explained(NotAnswered):
             response = await self._client.get("/v1/models")
         if response.status_code != 200:
             return []
@@ -75,11 +75,14 @@ class Upstream:
         return [m for m in listed if isinstance(m, dict) and "id" in m] if isinstance(listed, list) else []
 
     async def post(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
-        """One whole answer. Raises UpstreamFailure (502, 504), or Refusal with the server's own 4xx."""
+        """One whole answer. Raises UpstreamFailure (502, 504), NotAnswered, or Refusal with the server's own 4xx."""
         with self._explained():
             async with asyncio.timeout(self.timeout_s):
-                response = await self._send(path, body, headers, stream=False)
-                content = response.content
+                response = await self._send(path, body, headers)
+                try:
+                    content = await response.aread()
+                finally:
+                    await response.aclose()
         if response.status_code != 200:
             raise self._refused(response.status_code, content)
         return _json(content, self.url)
@@ -87,7 +90,7 @@ class Upstream:
     async def stream(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
         """An open event stream; iterate it with `chunks` and close it. Raises as `post`."""
         with self._explained():
-            response = await self._send(path, body, headers, stream=True)
+            response = await self._send(path, body, headers)
             if response.status_code != 200:
                 try:
                     content = await response.aread()
@@ -104,25 +107,28 @@ class Upstream:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _send(self, path: str, body: dict[str, Any], headers: dict[str, str], *, stream: bool) -> httpx.Response:
+    async def _send(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
+        """The head of the answer, its body still to come."""
         content = json.dumps(body).encode()
         sent = {"content-type": "application/json", **headers}
         request = self._client.build_request("POST", path, content=content, headers=sent)
-        try:
-            return await self._client.send(request, stream=stream)
-        except httpx.RemoteProtocolError:
-            return await self._client.send(request, stream=stream)
+        with self._explained(NotAnswered):
+            try:
+                return await self._client.send(request, stream=True)
+            except httpx.RemoteProtocolError:
+                return await self._client.send(request, stream=True)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, kind: type[UpstreamFailure] = UpstreamFailure) -> Iterator[None]:
         try:
             yield
-        except (httpx.TimeoutException, TimeoutError):
+        except (httpx.TimeoutException, TimeoutError) as error:
             message = f"the inference server at {self.url} did not answer within {self.timeout_s:g} s"
-            raise UpstreamFailure(504, message, end="timeout", code="upstream_timeout") from None
+            failure = kind if isinstance(error, httpx.ConnectTimeout) else UpstreamFailure
+            raise failure(504, message, end="timeout", code="upstream_timeout") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             what = str(error) or type(error).__name__
-            raise UpstreamFailure(502, f"no answer from the inference server at {self.url}: {what}") from None
+            raise kind(502, f"no answer from the inference server at {self.url}: {what}") from None
 
     def _refused(self, status: int, content: bytes) -> Refusal:
         try:

@@ -1,6 +1,6 @@
 """The tables. Rows in records, generations and feedback are written by the gateway (and import) only; updates, reads,
-verdicts, releases, audits and screenings by the worker only; aliases by `registry.move_alias` only; decisions are
-append-only.
+verdicts, releases, audits, probes and screenings by the worker only; aliases by `registry.move_alias` only; replicas by
+`deploy.replicas` only; decisions are append-only.
 """
 
 from __future__ import annotations
@@ -252,10 +252,18 @@ replicas = Table(
     "replicas",
     metadata,
     Column("url", String, primary_key=True),
-    Column("release", String, primary_key=True),
+    Column("release", String, primary_key=True),  # "": the server itself, up or out
     Column("root", Text),
-    Column("state", String, nullable=False),  # loaded | proved | draining
-    Column("seen_at", Float, nullable=False),
+    Column("state", String, nullable=False),  # loading | loaded | proved | failed | draining | out (see readiness.py)
+    Column("seen_at", Float, nullable=False),  # when it became so; of proved: when it was last shown
+)
+
+probes = Table(  # what proves that a server answers with a release; see deploy/probes.py
+    "probes",
+    metadata,
+    Column("release", String, primary_key=True),
+    Column("content", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
 )
 
 decisions = Table(

@@ -1,0 +1,50 @@
+"""Keeping replicas as they should be: whoever lost adapters gets them back, whoever holds them proves it, and one that
+answers with other weights is named in the log of decisions. Needs no accelerator: the probes are kept (rooms.prove).
+"""
+
+from __future__ import annotations
+
+import logging
+
+from cltrain.deploy import probes
+from cltrain.errors import DataError
+from cltrain.registry import releases
+from cltrain.registry.decisions import append
+from cltrain.rooms import Rooms, adapter_of, desired, probes_for
+
+AGAIN_S = 300.0  # between two proofs of what serves, on each replica
+
+log = logging.getLogger(__name__)
+
+
+def tend(rooms: Rooms, again_s: float = AGAIN_S) -> None:
+    """One look at every replica. What fails a proof is ready for nothing until it passes one."""
+    with rooms.server_lock:
+        failures = rooms.server.look_after(desired(rooms), again_s)
+    for failure in failures:
+        log.error("%s fails its proof and is taken out: %s", failure.url, failure.reason)
+        payload = {"url": failure.url, "release": failure.release, "outcome": "failed its proof"}
+        with rooms.store.write() as connection:
+            append(connection, rooms.agent, "replica", {**payload, "reason": failure.reason[:300]}, rooms.clock())
+
+
+def make_missing_probes(rooms: Rooms) -> bool:
+    """For wanted releases that were made before probes were kept; whether all of them have some now.
+
+    Needs the trainer's base: not beside a training.
+    """
+    missing = probes.without(rooms.store, desired(rooms).directories)
+    made = [_make_probes(rooms, name) for name in missing]  # every one is tried
+    return all(made)
+
+
+def _make_probes(rooms: Rooms, name: str) -> bool:
+    was = releases.get(rooms.store, name).parent
+    assert was is not None, "only the bare base has no parent"
+    try:
+        after, before = adapter_of(rooms, name), adapter_of(rooms, was)
+    except (DataError, OSError) as error:  # it stays unproved, and where there are replicas unready
+        log.warning("%s cannot be proved: %s", name, error)
+        return False
+    probes.keep(rooms.store, name, probes_for(rooms, after, before, rooms.anchors, was), rooms.clock())
+    return True

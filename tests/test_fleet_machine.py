@@ -1,0 +1,339 @@
+"""Alias, replicas, episodes and collection under faults, in any order that Hypothesis finds: what serves is loaded on
+every ready replica, what was rejected never serves, a rollback finds its target resident, nothing listed is deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from sqlalchemy import insert, select, update
+
+from cltrain.config import from_dict
+from cltrain.deploy import probes, readiness
+from cltrain.deploy.replicas import Replicas
+from cltrain.errors import ConflictError, ServerError
+from cltrain.gateway.episodes import Episodes
+from cltrain.gateway.errors import Refusal
+from cltrain.gateway.upstream import Upstream
+from cltrain.gateway.upstreams import Upstreams
+from cltrain.records import Verdict
+from cltrain.registry import aliases, lease, releases
+from cltrain.registry.decisions import read_decisions, verify_chain
+from cltrain.rooms import Rooms, collect_garbage, tidy_server
+from cltrain.store.database import open_store
+from cltrain.store.schema import records, updates
+from cltrain.tending import tend
+from tests.fleet_parts import Shelf, probes_of
+
+AGENT = "support"
+REPLICAS = st.integers(0, 2)
+
+
+class Fleet(RuleBasedStateMachine):
+    """Three replicas in memory; everything else is what runs in production, but the training and the gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.home = Path(tempfile.mkdtemp())
+        self.store = open_store(self.home)
+        self.now = 1000.0
+        self.shelves = [Shelf(f"http://{letter}") for letter in "abc"]
+        servers = Replicas(self.store, self.shelves, 2, clock=lambda: self.now)
+        self.base = releases.ensure_base_release(self.store, AGENT, "ab" * 32, now=self.now).name
+        fence = lease.acquire(self.store, AGENT, "machine", 1e9, self.now)
+        config = from_dict({"home": str(self.home), "agent": {"name": AGENT}, "server": {"max_adapters": 12}})
+        nothing: Any = None  # what only a training and the gate need
+        self.rooms = Rooms(
+            config, self.store, nothing, servers, nothing, b"", (), "", (), nothing, fence, clock=lambda: self.now
+        )
+        self.num_made = 0
+        self.under_way: tuple[str, aliases.Alias] | None = None
+        self.unseen: set[int] = set()  # restarted since anybody looked
+        self.is_rolled_back = False  # since the last look
+
+    def teardown(self) -> None:
+        try:
+            self.everything_heals()
+        finally:
+            self.store.close()
+            for path in self.home.rglob("*"):
+                if path.is_dir():
+                    path.chmod(0o755)
+            shutil.rmtree(self.home)
+
+    # ------------------------------------------------------------ the worker and a person
+
+    @precondition(lambda self: self.under_way is None)
+    @rule()
+    def a_candidate_is_sealed_loaded_and_proved(self) -> None:
+        alias = aliases.read_alias(self.store, AGENT)
+        self.num_made += 1
+        made = self.home / "made"
+        made.mkdir(exist_ok=True)
+        (made / "adapter_config.json").write_text("{}")
+        (made / "adapter_model.safetensors").write_text(f"weights {self.num_made}")
+        found = releases.seal(self.store, self.home, AGENT, made, alias.release, {}, now=self.now)
+        with self.store.write() as connection:
+            connection.execute(
+                insert(updates).values(
+                    id=found.name, agent=AGENT, number=self.num_made, state="judging", parent=alias.release,
+                    candidate=found.name, mode="auto", fence=self.rooms.fence, manifest={}, started_at=self.now,
+                )
+            )  # fmt: skip
+        self.under_way = found.name, alias
+        directory = self.directory(found.name)
+        probes.keep(self.store, found.name, probes_of(directory), self.now)
+        try:
+            tidy_server(self.rooms)
+            self.rooms.server.load(found.name, directory)
+            self.rooms.server.prove(found.name, probes_of(directory))
+        except ServerError:
+            self.the_gate_has_spoken(False)
+        self.looked()
+
+    @precondition(lambda self: self.under_way is not None)
+    @rule(is_good=st.booleans())
+    def the_gate_has_spoken(self, is_good: bool) -> None:
+        assert self.under_way is not None
+        name, alias = self.under_way
+        servers = self.rooms.server
+        self.under_way = None
+        try:
+            with self.store.write() as connection:
+                verdict = Verdict.PROMOTE if is_good else Verdict.REJECT
+                done = update(updates).where(updates.c.candidate == name)
+                connection.execute(done.values(state="done", verdict=verdict))
+                if is_good:
+                    readiness.require_ready(connection, servers.urls, name, servers.min_ready)
+                    aliases.move_alias_in(
+                        connection, AGENT, expected=alias, to=name, fence=self.rooms.fence, now=self.now
+                    )
+                else:
+                    releases.retire(connection, name, "rejected", now=self.now, reason="no")
+            assert not is_good or len(self.ready(name)) >= servers.min_ready
+        except ConflictError:
+            self.under_way = name, alias
+            self.the_gate_has_spoken(False)
+
+    @rule()
+    def a_person_rolls_back(self) -> None:
+        try:
+            aliases.rollback(self.store, AGENT, now=self.now, reason="no", freeze=False)
+            self.is_rolled_back = True
+        except ConflictError:
+            assert aliases.read_alias(self.store, AGENT).release == self.base
+
+    @rule()
+    def a_person_promotes_what_was_rejected(self) -> None:
+        for rejected in releases.list_releases(self.store, AGENT, status="rejected"):
+            alias = aliases.read_alias(self.store, AGENT)
+            with pytest.raises(ConflictError):
+                aliases.move_alias(
+                    self.store, AGENT, expected=alias, to=rejected.name, fence=None, now=self.now, is_human=True
+                )
+
+    @rule()
+    def what_serves_is_loaded_once_more(self) -> None:
+        name = aliases.read_alias(self.store, AGENT).release
+        if name != self.base:
+            before = self.ready(name)
+            try:
+                self.rooms.server.load(name, self.directory(name))
+            except ServerError:
+                return
+            assert self.ready(name) == before - {s for s in before if s.is_down}, "a repeated load costs no readiness"
+
+    @rule()
+    def the_worker_looks(self) -> None:
+        tend(self.rooms)
+        self.looked()
+
+    @rule()
+    def the_worker_collects(self) -> None:
+        try:
+            collect_garbage(self.rooms)
+        except ServerError:
+            pass
+        else:
+            self.looked()
+
+    @rule(seconds=st.sampled_from([1.0, 61.0, 301.0]))
+    def time_goes_by(self, seconds: float) -> None:
+        self.now += seconds
+        for shelf in self.shelves:
+            shelf.land()
+
+    # ------------------------------------------------------------ clients
+
+    @rule(session=st.sampled_from(["s1", "s2"]))
+    def a_client_asks(self, session: str) -> None:
+        asyncio.run(self.ask(session))
+
+    @rule()
+    def a_client_asks_for_what_was_rejected_by_name(self) -> None:
+        for rejected in releases.list_releases(self.store, AGENT, status="rejected"):
+            episodes = Episodes(self.store, AGENT, self.base, 5.0)
+            with pytest.raises(Refusal, match="may not serve"):
+                asyncio.run(episodes.begin(rejected.name, None, "q", []))
+
+    @rule(session=st.sampled_from(["s1", "s2"]))
+    def an_episode_ends(self, session: str) -> None:
+        with self.store.write() as connection:
+            connection.execute(update(records).where(records.c.session == session).values(status="ended"))
+
+    async def ask(self, session: str) -> None:
+        """One request through the gateway's own parts; an answer's text says whose weights gave it."""
+        episodes = Episodes(self.store, AGENT, self.base, 5.0)
+        upstreams = Upstreams(
+            self.store,
+            [Upstream(s.url, base_model="base", transport=httpx.MockTransport(s.answer)) for s in self.shelves],
+        )
+        lease_of = await episodes.begin(AGENT, session, "p", [{"role": "user", "content": "hello"}])
+        name = lease_of.release
+        status = releases.get(self.store, name).status
+        assert status == "released", f"{name} is {status} and serves"
+        could = [s for s in self.ready(name) if not s.is_down and (lease_of.is_base or name in s.held)]
+        refusal, answer = None, {}
+        try:
+            _, answer = await upstreams.post(lease_of, "/v1/chat/completions", {"messages": []}, {})
+        except Refusal as error:
+            refusal = error
+        await upstreams.close()
+        if refusal is not None:
+            assert refusal.status in (502, 503), refusal
+            assert not could, f"{[s.url for s in could]} could have answered as {name}: {refusal}"
+            return
+        said = answer["choices"][0]["message"]["content"]
+        assert said == ("base" if lease_of.is_base else str(self.directory(name)))
+        with self.store.write() as connection:
+            taken = select(records.c.id).where(records.c.session == session, records.c.status == "open")
+            if connection.execute(taken).first() is None:
+                connection.execute(
+                    insert(records).values(
+                        id=lease_of.record, agent=AGENT, session=session, principal="p", split="train", release=name,
+                        status="open", is_mixed=False, end="ok", payload={"producers": []}, created_at=self.now,
+                        updated_at=self.now,
+                    )
+                )  # fmt: skip
+
+    # ------------------------------------------------------------ faults
+
+    @rule(which=REPLICAS, is_wrong=st.booleans())
+    def one_restarts_and_forgets(self, which: int, is_wrong: bool) -> None:
+        self.shelves[which].restart()
+        self.shelves[which].mounts_wrong = is_wrong
+        self.unseen.add(which)
+
+    @rule(which=REPLICAS)
+    def one_is_cut_off(self, which: int) -> None:
+        self.shelves[which].is_down = True
+
+    @rule(which=REPLICAS)
+    def one_is_reached_again(self, which: int) -> None:
+        self.shelves[which].is_down = False
+
+    @rule(which=REPLICAS, fault=st.sampled_from(["times_out_after_load", "loads_late"]), is_on=st.booleans())
+    def loads_time_out(self, which: int, fault: str, is_on: bool) -> None:
+        setattr(self.shelves[which], fault, is_on)
+
+    @rule(which=REPLICAS, is_on=st.booleans())
+    def one_takes_no_more_files(self, which: int, is_on: bool) -> None:
+        self.shelves[which].is_full = is_on
+
+    # ------------------------------------------------------------ what must hold
+
+    @invariant()
+    def what_serves_is_loaded_on_every_ready_replica(self) -> None:
+        name = aliases.read_alias(self.store, AGENT).release
+        if name == self.base:
+            return
+        for shelf in self.ready(name):
+            if self.shelves.index(shelf) not in self.unseen:
+                assert shelf.held.get(name) == str(self.directory(name)), shelf.url
+                assert name not in shelf.lies, f"{shelf.url} answers as {name} with other weights and is ready"
+
+    @invariant()
+    def a_rollback_finds_its_target_on_every_ready_replica(self) -> None:
+        alias = aliases.read_alias(self.store, AGENT)
+        if alias.previous is None or self.is_rolled_back or alias.release == self.base:
+            return
+        target = releases.get(self.store, alias.previous)
+        if target.path is None or target.status != "released":
+            return
+        for shelf in self.ready(alias.release):
+            if self.shelves.index(shelf) not in self.unseen:
+                assert target.name in shelf.held, f"{shelf.url} could not be rolled back"
+
+    @invariant()
+    def nothing_that_is_listed_anywhere_is_deleted(self) -> None:
+        for shelf in self.shelves:
+            for name, root in shelf.held.items():
+                assert (Path(root) / "adapter_model.safetensors").is_file(), f"{shelf.url} lists {name}, which is gone"
+
+    @invariant()
+    def only_what_was_released_serves(self) -> None:
+        alias = aliases.read_alias(self.store, AGENT)
+        assert releases.get(self.store, alias.release).status == "released"
+
+    def everything_heals(self) -> None:
+        """Faults end: two looks later every replica is ready for what serves."""
+        for shelf in self.shelves:
+            shelf.restart()
+            shelf.is_down = shelf.mounts_wrong = shelf.times_out_after_load = shelf.loads_late = shelf.is_full = False
+        for _ in range(2):
+            tend(self.rooms)
+        assert set(self.ready(aliases.read_alias(self.store, AGENT).release)) == set(self.shelves)
+        verify_chain(self.store)
+        assert all(entry.payload["url"] for entry in read_decisions(self.store, AGENT, kind="replica"))
+
+    # ------------------------------------------------------------ inside
+
+    def looked(self) -> None:
+        self.unseen.clear()
+        self.is_rolled_back = False
+
+    def directory(self, name: str) -> Path:
+        found = releases.release_dir(self.home, releases.get(self.store, name))
+        assert found is not None
+        return found.resolve()
+
+    def ready(self, name: str) -> set[Shelf]:
+        """Who is ready for it as far as the store knows."""
+        with self.store.read() as connection:
+            places = readiness.places(connection, [shelf.url for shelf in self.shelves])
+        is_up = {url for url, rows in places.items() if (row := rows.get(readiness.ITSELF)) and row.state == "up"}
+        if name == self.base:
+            return {shelf for shelf in self.shelves if shelf.url in is_up}
+        return {shelf for shelf in self.shelves if readiness.is_ready(places[shelf.url], name)}
+
+
+def explore(num_examples: int, num_steps: int) -> None:
+    run_state_machine_as_test(
+        Fleet,
+        settings=settings(
+            max_examples=num_examples,
+            stateful_step_count=num_steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            print_blob=True,
+        ),
+    )
+
+
+def test_in_any_order_of_faults_the_fleet_keeps_its_promises() -> None:
+    explore(10, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_in_many_orders_of_faults_the_fleet_keeps_its_promises() -> None:
+    explore(150, 50)
