@@ -33,6 +33,7 @@ class FakeServer:
     def __init__(self, adapters: tuple[str, ...] = (R1, R2)) -> None:
         self.adapters = list(adapters)
         self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.num_cancelled = 0
         self.app = FastAPI()
         self.app.get("/v1/models")(self.models)
@@ -63,6 +64,7 @@ class FakeServer:
         self, request: Request, body: dict[str, Any], order: str, message: dict[str, Any], kind: str
     ) -> Response:
         self.bodies.append(body)
+        self.headers.append(dict(request.headers))
         if body["model"] not in ("base", *self.adapters):
             error = {"message": f"The model `{body['model']}` does not exist.", "type": "NotFoundError", "code": 404}
             return JSONResponse({"error": error}, 404)
@@ -181,6 +183,11 @@ class Gateway:
         self.now = 1000.0
         self.http = httpx.Client(base_url=url, timeout=30.0, trust_env=False)
 
+    def errors(self, code: str) -> float:
+        """How many requests ended in that error."""
+        value = self.app.state.door.metrics.registry.get_sample_value("cltrain_errors_total", {"code": code})
+        return value or 0.0
+
     def chat(
         self, *messages: str | dict[str, Any], headers: dict[str, str] | None = None, **body: Any
     ) -> httpx.Response:
@@ -191,11 +198,19 @@ class Gateway:
 
 @contextmanager
 def running(
-    directory: Path, *, kind: str = "embedded", fake: FakeServer | None = None, timeout_s: float = 5.0, **sections: Any
+    directory: Path,
+    *,
+    kind: str = "embedded",
+    fake: FakeServer | None = None,
+    timeout_s: float = 5.0,
+    api_key_env: str | None = None,
+    **sections: Any,
 ) -> Iterator[Gateway]:
     fake = fake or FakeServer()
     with served(fake.app) as upstream_url:
-        config = config_in(directory, server={"kind": kind, "url": upstream_url}, **sections)
+        config = config_in(
+            directory, server={"kind": kind, "url": upstream_url, "api_key_env": api_key_env}, **sections
+        )
         store = open_store(directory)
         holder: list[Gateway] = []
         upstream = Upstream(upstream_url, kind=kind, base_model="base", timeout_s=timeout_s)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -20,10 +21,11 @@ from cltrain.errors import ConflictError, DataError
 from cltrain.experience.recording import Recorder, RecorderFull, Turn, UnknownTarget
 from cltrain.gateway import bodies
 from cltrain.gateway.episodes import Episodes, Lease, prefix_hashes
-from cltrain.gateway.errors import Refusal, UpstreamFailure
+from cltrain.gateway.errors import Refusal, UpstreamFailure, unknown_model
+from cltrain.gateway.keys import PREFIX as KEY_PREFIX
 from cltrain.gateway.metrics import Metrics
-from cltrain.gateway.streaming import EventStream, error_event, relay
-from cltrain.gateway.tokens import Answer, Collected, Route, Wanted, ask, read_answer, strip
+from cltrain.gateway.streaming import EventStream, check_is_stream, error_event, relay
+from cltrain.gateway.tokens import Answer, Collected, Route, Wanted, ask, check_model, read_answer, strip
 from cltrain.gateway.upstream import Upstream
 from cltrain.records import Generation, Message
 
@@ -31,6 +33,7 @@ T = TypeVar("T")
 MAX_BODY_BYTES = 16 * 2**20  # as long as a line of an import may be
 log = logging.getLogger(__name__)
 
+MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")  # of agents and releases: never a path or a list
 PATHS: dict[Route, str] = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
 
 
@@ -59,11 +62,18 @@ class Door:
     metrics: Metrics
     record_timeout_s: float
     clock: Callable[[], float]
+    upstream_key: str | None = None  # what the inference server asks for
 
     async def generate(self, route: Route, request: Request) -> Response:
         """Answer one generation request. Raises Refusal."""
+        return await self.answer(route, bodies.parse(await read_body(request)), request)
+
+    async def answer(self, route: Route, body: dict[str, Any], request: Request) -> Response:
+        """The same for a body in OpenAI's form; `request` has the headers, the key and whether the client is there."""
         start = time.perf_counter()
-        asked = _asked(route, bodies.parse(await read_body(request)), request)
+        asked = _asked(route, body, request)
+        if not MODEL_NAME.fullmatch(asked.body["model"]):
+            raise unknown_model(asked.body["model"], self.agent)
         lease = await self.episodes.begin(
             asked.body["model"], asked.session, asked.principal, asked.messages, is_chat=route == "chat"
         )
@@ -79,12 +89,15 @@ class Door:
     async def _generate(self, asked: Asked, lease: Lease, request: Request, start: float) -> Response:
         path, headers = PATHS[asked.route], _headers(lease, asked.record)
         body = await self._forwarded(asked, lease)
-        passed_on = {k: v for k, v in request.headers.items() if k == "authorization"}
+        passed_on = self._passed_on(request)
         wanted = Wanted.by(asked.body)
         if asked.body.get("stream"):
             response = await _unless_gone(request, self.upstream.stream(path, body, passed_on), lease)
-            return self._event_stream(asked, lease, response, wanted, start)
+            await check_is_stream(response)
+            return self._event_stream(asked, lease, response, wanted, start, body["model"])
         raw = await _unless_gone(request, self.upstream.post(path, body, passed_on), lease)
+        if self.upstream.gives_token_ids:
+            check_model(raw, body["model"])
         answer = read_answer(asked.route, raw)
         reason = await self._commit(asked, lease, answer)
         strip(raw, wanted)
@@ -111,10 +124,18 @@ class Door:
         body = {**asked.body, "model": await self.upstream.base_model() if lease.is_base else lease.release}
         return ask(asked.route, body) if self.upstream.gives_token_ids else body
 
+    def _passed_on(self, request: Request) -> dict[str, str]:
+        """The server's own key where it has one, else what the client sent for it: never a key of ours."""
+        if self.upstream_key is not None:
+            return {"authorization": f"Bearer {self.upstream_key}"}
+        given = request.headers.get("authorization")
+        is_ours = request.state.key is not None or (given is not None and KEY_PREFIX in given)
+        return {} if given is None or is_ours else {"authorization": given}
+
     def _event_stream(
-        self, asked: Asked, lease: Lease, response: httpx.Response, wanted: Wanted, start: float
+        self, asked: Asked, lease: Lease, response: httpx.Response, wanted: Wanted, start: float, model: str
     ) -> EventStream:
-        collected = Collected(asked.route)
+        collected = Collected(asked.route, model if self.upstream.gives_token_ids else None)
         is_over = False
 
         async def commit() -> dict[str, Any]:
@@ -133,11 +154,13 @@ class Door:
                     yield block
             except Refusal as error:
                 is_over = True
+                self.metrics.errors.labels(error.code).inc()
                 await self._failed(asked, lease, error)
                 yield error_event(error)
 
         async def on_end() -> None:
             if not is_over:
+                self.metrics.errors.labels("client_left").inc()
                 await self._failed(asked, lease, UpstreamFailure(499, "the client left midway"))
             await response.aclose()
             self.metrics.seconds.labels(asked.route).observe(time.perf_counter() - start)
@@ -248,7 +271,7 @@ def _asked(route: Route, body: dict[str, Any], request: Request) -> Asked:
         route=route,
         body=body,
         messages=messages,
-        principal=bodies.principal_of(request.headers, body),
+        principal=bodies.principal_of(request.headers, body, request.state.key),
         session=bodies.session_of(request.headers),
         is_done=bodies.is_done(request.headers),
         why_unrecordable=bodies.unrecordable(route, body),
