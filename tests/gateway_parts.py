@@ -15,6 +15,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cltrain.config import Config, from_dict
 from cltrain.gateway.app import create_gateway
@@ -27,6 +28,15 @@ R1 = "support-v000001-111111111111"
 R2 = "support-v000002-222222222222"
 
 
+class Noting:
+    def __init__(self, app: ASGIApp, paths: list[str]) -> None:
+        self.app, self.paths = app, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.paths.append(scope.get("path", ""))
+        await self.app(scope, receive, send)
+
+
 class FakeServer:
     """Answers what the last user message says: `say X`, `call TOOL`, `wait S`, `fail CODE`, `break`, `no ids`, ..."""
 
@@ -35,7 +45,9 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.num_cancelled = 0
+        self.paths: list[str] = []  # of every request, known here or not
         self.app = FastAPI()
+        self.app.add_middleware(Noting, paths=self.paths)
         self.app.get("/v1/models")(self.models)
         self.app.post("/v1/chat/completions")(self.chat)
         self.app.post("/v1/completions")(self.completions)
@@ -90,7 +102,8 @@ class FakeServer:
             reason = "tool_calls" if message.get("tool_calls") else "stop"
             choices.append({"index": i, **said, "finish_reason": reason, **_truth(body, ids, kind)})
         usage = {"prompt_tokens": 3, "completion_tokens": len(text), "total_tokens": 3 + len(text)}
-        answer = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"], "choices": choices}
+        name = f"{body['model']}-2024-08-06" if order == "dated" else body["model"]
+        answer = {"id": "x", "object": "chat.completion", "created": 1, "model": name, "choices": choices}
         if ids and body.get("return_token_ids"):
             answer["prompt_token_ids"] = [7, 8, 9]
         return JSONResponse({**answer, "usage": usage})
