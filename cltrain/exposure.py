@@ -71,7 +71,7 @@ def _findings(http: httpx.Client, url: str, kind: str, key: str | None, own: Seq
             )
         elif code in SHUT:
             yield Finding(
-                "note", f"whether it takes adapters cannot be told without its key ({code}): server.api_key_env"
+                "note", f"whether it takes adapters cannot be told without its key (server.api_key_env; {code})"
             )
     yield from _resolver(http, as_owner)
 
@@ -80,14 +80,14 @@ def _resolver(http: httpx.Client, as_owner: dict[str, str]) -> Iterator[Finding]
     """A name that leads out of a directory must be unknown. A resolver that finds nothing there says 404 as well."""
     name = f"../cltrain-doctor-{secrets.token_hex(4)}"
     answer = http.post("/v1/completions", json={"model": name, "prompt": "a", "max_tokens": 1}, headers=as_owner)
-    if answer.status_code == 200 or (answer.status_code not in SHUT and "adapter" in answer.text.lower()):
+    if answer.status_code == 200 or (answer.status_code not in SHUT and "was found but" in answer.text):
         yield Finding(
             "bad",
             f"the model name {name!r} was looked up as a path ({answer.status_code}): whoever asks chooses a directory "
             "to load. Start it without lora_filesystem_resolver in VLLM_PLUGINS",
         )
     elif answer.status_code == 404:
-        yield Finding("good", "a model name that is a path is unknown there")
+        yield Finding("good", "a model name that is a path is unknown there (a resolver without that path says so too)")
     else:
         yield Finding("note", f"whether model names are looked up as paths cannot be told ({answer.status_code})")
 

@@ -1,7 +1,7 @@
 """What the gateway costs: 64 streams of 30 tokens/s through it and past it in turns, and the most it alone carries.
 
-The server is a fake in a process of its own, the gateway a real one in another; clients speak HTTP over bare sockets and
-cost little. `--json F` gets every stream and every request as raw rows beside the figures.
+The server is a fake in a process of its own, the gateway a real one in another; clients speak HTTP over bare sockets,
+which costs little. `--json F` gets every stream and every request as raw rows beside the figures.
 """
 
 from __future__ import annotations

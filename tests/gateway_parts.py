@@ -131,7 +131,7 @@ class FakeServer:
             yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
             if order == "break" and number == 3:
                 return
-            if order == "drip":
+            if order.startswith("drip"):
                 try:
                     await asyncio.sleep(0.2)
                 except asyncio.CancelledError:  # starlette cancels a stream whose reader left

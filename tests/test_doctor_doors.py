@@ -56,7 +56,9 @@ class FakeVllm:
         if "resolver" in self.holes and ".." in model:
             return JSONResponse({"choices": []})
         if "resolver, empty adapter" in self.holes and ".." in model:
-            return JSONResponse({"error": {"message": f"LoRA adapter '{model}' was found but is not loadable."}}, 400)
+            return JSONResponse(
+                {"error": {"message": f"LoRA adapter '{model}' was found but could not be loaded."}}, 400
+            )
         return JSONResponse({"error": {"message": f"The model `{model}` does not exist.", "code": 404}}, 404)
 
 

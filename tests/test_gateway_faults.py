@@ -140,7 +140,7 @@ def lied_to(directory: Path) -> Iterator[tuple[Gateway, Liar]]:
         threading.Thread(target=liar.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{liar.server_address[1]}"
         store = open_store(directory)
-        upstream = Upstream(url, kind="vllm", base_model="base", timeout_s=0.5)
+        upstream = Upstream(url, kind="vllm", base_model="base", timeout_s=1.5)
         config = config_in(directory, server={"kind": "vllm", "url": url})
         app = create_gateway(store, config, upstream, base_release=BASE)
         with served(app) as gateway_url:
@@ -274,13 +274,18 @@ def until(holds: Callable[[], bool], what: str) -> None:
 
 
 def test_beyond_the_limit_it_is_a_429_until_a_stream_has_ended(quiet: Gateway) -> None:
-    body = {"model": "support", "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "drip"}]}
+    body = {
+        "model": "support",
+        "max_tokens": 9,
+        "stream": True,
+        "messages": [{"role": "user", "content": "drip" + "." * 90}],
+    }
     before = quiet.errors("rate_limit_exceeded")
     registry = quiet.app.state.door.metrics.registry
     with httpx.Client(base_url=quiet.url, trust_env=False) as other:
         with quiet.http.stream("POST", CHAT, json=body) as one, other.stream("POST", CHAT, json=body) as two:
-            next(one.iter_raw())
-            next(two.iter_raw())
+            reading = [one.iter_raw(), two.iter_raw()]  # held: an iterator that is collected closes its stream
+            assert all(next(bytes_) for bytes_ in reading)
             assert registry.get_sample_value("cltrain_in_flight") == 2
             for path in (CHAT, MESSAGES):
                 refused = quiet.http.post(path, json={**body, "stream": False})

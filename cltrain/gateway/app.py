@@ -25,7 +25,7 @@ from cltrain.errors import ConfigError
 from cltrain.experience.recording import Recorder, load_secret
 from cltrain.gateway.chat import Door
 from cltrain.gateway.episodes import Episodes
-from cltrain.gateway.errors import ANTHROPIC_PATH, Refusal
+from cltrain.gateway.errors import ANTHROPIC_PATH
 from cltrain.gateway.guard import Guard, check_may_listen, is_loopback
 from cltrain.gateway.intake import answered, list_served, take_feedback, take_trajectories
 from cltrain.gateway.keys import KeyRing
@@ -83,11 +83,6 @@ def create_gateway(
     app.state.door = door
     ring = KeyRing(config.state_dir, is_needed=not is_loopback(config.gateway.host))
     app.add_middleware(Guard, ring=ring, metrics=metrics, max_in_flight=config.gateway.max_in_flight)
-
-    @app.exception_handler(Exception)
-    async def explain(request: Request, _: Exception) -> Response:
-        """What nobody foresaw: the server logs where it happened, the client learns that it did."""
-        return await answered(door, request, _broken())
 
     async def generate(route: Route, request: Request) -> Response:
         response = await answered(door, request, door.generate(route, request))
@@ -174,10 +169,6 @@ def _listen(host: str, port: int) -> socket.socket:
             "another with --set gateway.port=PORT"
         ) from None
     return listener
-
-
-async def _broken() -> Response:
-    raise Refusal(500, "the gateway failed at this request; its log says where", kind="api_error", code="internal")
 
 
 async def _sweep(door: Door, idle_s: float) -> NoReturn:

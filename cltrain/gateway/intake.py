@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import uuid
 from collections import Counter
 from collections.abc import Awaitable
@@ -25,6 +26,8 @@ from cltrain.records import Trajectory
 from cltrain.store.database import Store
 from cltrain.store.schema import aliases, releases
 
+log = logging.getLogger(__name__)
+
 MAX_REASONS = 20  # shown in one answer; all are kept in the store
 
 
@@ -44,6 +47,10 @@ async def answered(door: Door, request: Request, work: Awaitable[Response]) -> R
         refusal = Refusal(409, str(error))
     except DataError as error:
         refusal = Refusal(400, str(error))
+    except Exception:  # what nobody foresaw: the log has where, the client learns that it happened
+        log.exception("%s %s failed", request.method, request.url.path)
+        said = "the gateway failed at this request; its log says where"
+        refusal = Refusal(500, said, kind="api_error", code="internal")
     door.metrics.errors.labels(refusal.code).inc()
     return error_response(refusal, request.url.path)
 
