@@ -81,6 +81,9 @@ def test_only_a_salted_hash_is_kept_in_a_file_of_its_owner_alone(cltrain: Comman
     assert cltrain("keys", "add", "--principal", "x", "--scope", "root", home).code == 2
     assert cltrain("keys", "add", "--principal", "", "--scope", "infer", home).code == 2
     assert len(read_keys(tmp_path)) == 2
+    (tmp_path / "file").write_text("")
+    nowhere = cltrain("keys", "add", "--principal", "x", "--scope", "infer", f"--home={tmp_path / 'file'}")
+    assert (nowhere.code, "cannot be written" in nowhere.err) == (3, True)
 
 
 def test_keys_added_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
@@ -209,10 +212,8 @@ def test_feedback_and_episodes_come_from_the_keys_principal_and_nobody_else(guar
     assert "eve" in gateway.http.post("/v1/feedback", json={**thumb, "principal": "eve"}, headers=key).text
     (given,) = record_of(gateway, answer).feedback
     assert (given.principal, given.score) == ("feedback-desk", 1.0)
-    metric = {
-        outcome: gateway.app.state.door.metrics.feedback.labels(outcome)._value.get()
-        for outcome in ("new", "duplicate")
-    }
+    registry = gateway.app.state.door.metrics.registry
+    metric = {o: registry.get_sample_value("cltrain_feedback_total", {"outcome": o}) for o in ("new", "duplicate")}
     assert metric == {"new": 1.0, "duplicate": 2.0}
     episode = {"id": "elsewhere", "messages": [*CHAT["messages"], {"role": "assistant", "content": "ho"}], "reward": 1}
     assert gateway.http.post("/v1/trajectories", json=episode, headers=key).status_code == 200
@@ -234,6 +235,21 @@ def test_who_is_believed_first_needs_the_scope_admin(guarded: Guarded, source: s
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_scope")
     _, both = add_key(gateway.directory, "boss", ["feedback", "admin"], now=2.0)
     assert gateway.http.post("/v1/feedback", json=thumb, headers=bearer(both)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [("https://evil.example", 403), ("null", 403), ("http://127.0.0.1.evil.example", 403), ("http://[", 403),
+     ("http://localhost:3000", 200), ("http://[::1]:8100", 200)],
+)  # fmt: skip
+def test_without_keys_a_page_of_another_site_cannot_make_a_browser_ask(
+    tmp_path: Path, origin: str, status: int
+) -> None:
+    with running(tmp_path) as gateway:
+        answer = gateway.chat("hi", headers={"Origin": origin})
+        assert (answer.status_code, gateway.errors("foreign_origin")) == (status, float(status == 403))
+        _, key = add_key(tmp_path, "anna", ["infer"], now=1.0)
+        assert gateway.chat("hi", headers={"Origin": origin, **bearer(key)}).status_code == 200, "a key is proof enough"
 
 
 # ---------------------------------------------------------------- where keys go
@@ -270,6 +286,15 @@ def test_the_servers_own_key_comes_from_the_environment_and_goes_to_the_server_a
         assert answer.status_code == 200
         assert gateway.fake.headers[-1]["authorization"] == "Bearer sk-upstream"
         assert "sk-upstream" not in answer.text + str(answer.headers)
+
+
+@pytest.mark.parametrize(("status", "is_streamed"), [(401, False), (403, True)])
+def test_a_server_that_refuses_the_gateway_is_not_the_clients_fault(
+    guarded: Guarded, status: int, is_streamed: bool
+) -> None:
+    answer = guarded.gateway.chat(f"fail {status}", headers=bearer(guarded.infer), stream=is_streamed)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_refused")
+    assert "server.api_key_env" in answer.json()["error"]["message"]
 
 
 def test_without_keys_a_key_of_ours_is_still_not_passed_on(tmp_path: Path) -> None:

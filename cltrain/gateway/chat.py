@@ -303,6 +303,9 @@ async def _unless_gone(request: Request, work: Awaitable[T], lease: Lease) -> T:
             raise UpstreamFailure(499, "the client left before the answer came")
         return working.result()
     except Refusal as error:
+        if error.status in (401, 403) and request.state.key is not None:  # the client's own key was good
+            message = f"the inference server refuses this gateway ({error}): see server.api_key_env"
+            raise UpstreamFailure(502, message, code="upstream_refused") from None
         if error.status != 404 or not lease.is_alias:
             raise
         message = f"{lease.release} is not loaded on the inference server yet ({error}): try again"

@@ -10,6 +10,7 @@ import socket
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -81,6 +82,9 @@ class Guard:
         if rule.scope is None:
             return None
         key = self._ring.find(_presented(headers))
+        if key is None and (origin := headers.get("origin")) and not _is_local(origin):
+            message = f"without keys no page of {origin[:100]} may ask: a browser would send what any site wants"
+            raise Refusal(403, message, code="foreign_origin")
         if key is not None and rule.scope not in key.scopes:
             message = f"this key has no scope {rule.scope!r} (it has {', '.join(key.scopes)})"
             raise Refusal(403, message, code="insufficient_scope")
@@ -100,6 +104,13 @@ def _presented(headers: Headers) -> str | None:
     """OpenAI's clients send `Authorization: Bearer`, Anthropic's `x-api-key`."""
     kind, _, value = headers.get("authorization", "").partition(" ")
     return value.strip() if kind.lower() == "bearer" else headers.get("x-api-key")
+
+
+def _is_local(origin: str) -> bool:
+    try:
+        return urlsplit(origin).hostname in ("localhost", "127.0.0.1", "::1")
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -136,10 +136,12 @@ def revoke_key(state_dir: Path, name: str, *, now: float) -> Key:
 
 @contextmanager
 def _changing(state_dir: Path) -> Iterator[list[Key]]:
-    """The list to change; written and synced as a whole when the block ends. One at a time on a machine."""
-    state_dir.mkdir(parents=True, exist_ok=True)
-    directory = os.open(state_dir, os.O_RDONLY)
+    """The list to change; written and synced as a whole when the block ends. One at a time on a machine. DataError when
+    it cannot be written."""
+    directory = None
     try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        directory = os.open(state_dir, os.O_RDONLY)
         fcntl.flock(directory, fcntl.LOCK_EX)
         keys = list(read_keys(state_dir))
         yield keys
@@ -151,8 +153,11 @@ def _changing(state_dir: Path) -> Iterator[list[Key]]:
             os.fsync(file.fileno())
         os.replace(draft, state_dir / FILE)
         os.fsync(directory)
+    except OSError as error:
+        raise DataError(f"{state_dir / FILE} cannot be written: {error.strerror}") from None
     finally:
-        os.close(directory)
+        if directory is not None:
+            os.close(directory)
 
 
 def _fresh_id(keys: Sequence[Key]) -> str:
