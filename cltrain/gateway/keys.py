@@ -138,7 +138,7 @@ def revoke_key(state_dir: Path, name: str, *, now: float) -> Key:
 def _changing(state_dir: Path) -> Iterator[list[Key]]:
     """The list to change; written and synced as a whole when the block ends. One at a time on a machine. DataError when
     it cannot be written."""
-    directory = None
+    directory: int | None = None
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
         directory = os.open(state_dir, os.O_RDONLY)
