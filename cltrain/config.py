@@ -168,6 +168,7 @@ class ServerConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8101, ge=0, le=65535)
     model: str | None = None  # the base's name on that server
+    api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # the variable that holds its API key
     max_adapters: int = Field(6, ge=2)
     max_batch: int = Field(16, ge=1)
     timeout_s: float = Field(120.0, gt=0)
@@ -195,6 +196,7 @@ class ServerConfig(Section):
 class GatewayConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8100, ge=0, le=65535)
+    max_in_flight: int = Field(256, ge=1)  # generations at a time, and as many intakes; beyond it 429 with Retry-After
     queue: int = Field(1024, ge=1)  # answers waiting to be recorded; beyond it they go out with recorded 0
     record_timeout_s: float = Field(5.0, gt=0)
 
