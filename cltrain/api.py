@@ -139,7 +139,8 @@ class Deployment:
         releases.verify_release(self.config.state_dir, found)
         directory = releases.release_dir(self.config.state_dir, found)
         if directory is not None:
-            check_adapter(directory, base_dir=base_path(self.config.base.path))
+            trusted = self.config.signing.all_trusted
+            check_adapter(directory, base_dir=base_path(self.config.base.path), trusted=trusted)
         aliases.require_judged(self.store, self.agent, release, alias.release)
         if directory is not None:
             self._load(release, directory)
@@ -338,6 +339,12 @@ class Deployment:
                 else:  # no worker took the lease while this one was being made
                     return here(worker)
         return self.request(kind, wait_s=wait_s, on_progress=on_progress)
+
+    def kubernetes(self, pool: str, **cluster: Any) -> list[dict[str, Any]]:
+        """What serves, as Kubernetes objects; `cluster`: see `cltrain.kubernetes.Cluster`."""
+        from cltrain.kubernetes import Cluster, manifests
+
+        return manifests(self.config, self.store, self.arguments, Cluster(pool, **cluster))
 
     def _worker_is_up(self) -> bool:
         return lease.lease_until(self.store, self.agent) > time.time()

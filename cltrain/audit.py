@@ -1,8 +1,8 @@
 """The audit: what serves now, looked at as a whole, whoever let it serve and however long ago.
 
-The log and the alias, the sealed files and their bounds, what the server answers with, the canaries, and how it stands
-against base, high-water mark and anchor on items of the pool. An alarm acts first and is written down then; a check
-that fails to measure is an error and never a pass.
+The log and the alias, the sealed files and their bounds, what the server answers with, the canaries, how it stands
+against base, high-water mark and anchor on items of the pool, and what moves between the agents of the store. An alarm
+acts first and is written down then; a check that fails to measure is an error and never a pass.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sqlalchemy import insert, select
 
 from cltrain import inspection, trends
 from cltrain.config import Config
+from cltrain.contagion import look_at_contagion
 from cltrain.errors import ConflictError
 from cltrain.gate.standing import compare, means
 from cltrain.records import Check, Code, Release, Verdict
@@ -95,6 +96,7 @@ def run_audit(rooms: Rooms, *, trigger: str) -> dict[str, Any]:
         ("character", lambda: inspection.character(rooms, serving, marks)),
         ("items", compared),
         ("vault", lambda: inspection.vault(rooms, serving)),
+        ("other agents", lambda: look_at_contagion(rooms.store, rooms.rehearsal, rooms.evidence.character.probes)),
     ]
     checks = [check for name, look in looks for check in _measured(name, look)]
     outcome = outcome_of(checks)

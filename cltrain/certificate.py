@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from cltrain.config import BoundsConfig
 from cltrain.errors import DataError
-from cltrain.models.digest import ADAPTER_FILES, adapter_digest, base_digest, base_path
+from cltrain.models.digest import ADAPTER_FILES, MANIFEST, SIGNATURE, adapter_digest, base_digest, base_path
 from cltrain.records import BOUNDS, TokenRow
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from cltrain.models.adapter import AdapterFile
     from cltrain.models.base import Base
 
-MANIFEST = "manifest.json"
 CLAIMED_ONLY = ("day_frobenius", "num_tokens", "num_steps")  # facts of the update that no file shows
 NORM_TOLERANCE = (1e-6, 0.0)  # relative; absolute
 # The claimed KL is of a forward in the base's dtype. Measured on the shipped base at 2e-4 to 4e-3 nats: 1e-8 off in
@@ -187,7 +186,7 @@ def _read_manifest(directory: Path) -> Manifest:
 
 def _sealed(directory: Path, manifest: Manifest) -> list[Finding]:
     """The files against their hashes, and the name against the content."""
-    present = {path.name for path in directory.iterdir()} - {MANIFEST, *ADAPTER_FILES, *manifest.files}
+    present = {path.name for path in directory.iterdir()} - {MANIFEST, SIGNATURE, *ADAPTER_FILES, *manifest.files}
     strays = [Finding(name, "fails", None, None, says="the manifest does not list it") for name in sorted(present)]
     digest = adapter_digest(directory)
     name = f"{manifest.agent}-v{manifest.number:06d}-{digest[:12]}"

@@ -30,7 +30,7 @@ Remember = Literal["replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "dist
 
 
 Url = Annotated[str, Field(pattern=r"^https?://[^/\s]+\S*$")]
-NOT_SHAPING = ("home", "server", "gateway", "monitoring")  # where an update happens and who hears of it
+NOT_SHAPING = ("home", "server", "gateway", "signing", "monitoring")  # where an update happens and who hears of it
 
 
 class AgentConfig(Section):
@@ -168,6 +168,7 @@ class ServerConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8101, ge=0, le=65535)
     model: str | None = None  # the base's name on that server
+    api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # the variable that holds its API key
     max_adapters: int = Field(6, ge=2)
     max_batch: int = Field(16, ge=1)
     timeout_s: float = Field(120.0, gt=0)
@@ -195,8 +196,20 @@ class ServerConfig(Section):
 class GatewayConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8100, ge=0, le=65535)
+    max_in_flight: int = Field(256, ge=1)  # generations at a time, and as many intakes; beyond it 429 with Retry-After
     queue: int = Field(1024, ge=1)  # answers waiting to be recorded; beyond it they go out with recorded 0
     record_timeout_s: float = Field(5.0, gt=0)
+
+
+class SigningConfig(Section):
+    """Ed25519 keys, as PEM files. With any of them, only releases that one of them signed are loaded and promoted."""
+
+    key: Path | None = None  # private: signs what this deployment seals
+    trusted: tuple[Path, ...] = ()  # public ones, of others that seal for it
+
+    @property
+    def all_trusted(self) -> tuple[Path, ...]:
+        return self.trusted if self.key is None else (self.key, *self.trusted)
 
 
 class MonitoringConfig(Section):
@@ -218,6 +231,7 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     server: ServerConfig = ServerConfig()
     gateway: GatewayConfig = GatewayConfig()
+    signing: SigningConfig = SigningConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     _files: tuple[Path, ...] = ()  # what `load` read it from
     _overrides: tuple[str, ...] = ()
@@ -277,6 +291,9 @@ class Config(Section):
             path = reduce(getattr, keys, self)
             if isinstance(path, Path) and not path.expanduser().exists():
                 raise ConfigError(f"{'.'.join(keys)} = {str(path)!r}: there is no such file or directory")
+        for key in self.signing.all_trusted:
+            if not key.expanduser().exists():
+                raise ConfigError(f"signing: there is no key file {str(key)!r}")
         for suite in self.gate.suites:
             if suite.path is not None and not suite.path.expanduser().exists():
                 raise ConfigError(f"suite {suite.name}: path = {str(suite.path)!r}: there is no such file or directory")

@@ -7,21 +7,21 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 
 import httpx
 
-from cltrain import launch
+from cltrain import exposure, launch
 from cltrain.config import Config
 from cltrain.errors import CltrainError
+from cltrain.gateway import keys
+from cltrain.gateway.guard import check_may_listen, is_loopback
 from cltrain.models.digest import base_digest, base_path
 from cltrain.registry.decisions import verify_chain
 from cltrain.store.database import STORE_FILE, open_store
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "wandb", "triton", "safetensors")
 MIN_FREE_BYTES = 1 << 30
-GUARDED_ROUTES = ("/adapters", "/pause", "/collective_rpc")  # open on vLLM even with an API key
 
 
 def examine(config: Config) -> list[dict[str, str]]:
@@ -32,6 +32,7 @@ def examine(config: Config) -> list[dict[str, str]]:
         ("base", lambda: _base(config)),
         ("decisions", lambda: _decisions(config.state_dir)),
         ("suites", lambda: _suites(config)),
+        ("keys", lambda: _keys(config)),
     ]
     for what, check in checks:
         try:
@@ -40,7 +41,7 @@ def examine(config: Config) -> list[dict[str, str]]:
             findings.append(_finding("bad", what, str(error)))
     findings += [_port(config, "server", url) for url in config.server.replicas]
     findings.append(_port(config, "gateway", launch.gateway_url(config)))
-    return findings + _open_routes(config)
+    return findings + _doors(config)
 
 
 def _decisions(state_dir: Path) -> str:
@@ -106,17 +107,28 @@ def _port(config: Config, name: str, url: str) -> dict[str, str]:
     return _finding("good", name, f"{url} answers") if is_ours else _finding("bad", name, busy)
 
 
-def _open_routes(config: Config) -> list[dict[str, str]]:
-    """Routes of a foreign server that change it without a key."""
-    if config.server.kind == "embedded":
-        return []
-    found = []
-    for url, route in product(config.server.replicas, GUARDED_ROUTES):
-        try:
-            code = httpx.post(f"{url}{route}", json={}, timeout=1.0, trust_env=False).status_code
-        except httpx.HTTPError:
-            continue
-        if code not in (401, 403, 404, 405):
-            detail = f"POST {url}{route} is open without a key ({code}): keep this server on a private network"
-            found.append(_finding("note", "server", detail))
-    return found
+def _doors(config: Config) -> list[dict[str, str]]:
+    """What others could do to the server, past the gateway."""
+    server = config.server
+    if not server.is_elsewhere and not is_loopback(server.host):
+        detail = (
+            f"server.host = {server.host!r}: the embedded server takes adapters from whoever reaches it. Leave it on "
+            "127.0.0.1 and give others the gateway"
+        )
+        return [_finding("bad", "server", detail)]
+    key = os.environ.get(server.api_key_env) if server.api_key_env else None
+    return [
+        _finding(state, "server", detail if len(server.replicas) == 1 else f"{url}: {detail}")
+        for url in server.replicas
+        for state, detail in exposure.look(url, server.kind, key)
+    ]
+
+
+def _keys(config: Config) -> str:
+    host, path = config.gateway.host, config.state_dir / keys.FILE
+    check_may_listen(host, config.state_dir)
+    if path.exists() and path.stat().st_mode & 0o077:
+        raise OSError(f"{path} can be read by others: chmod 600 {path}")
+    known = keys.read_keys(config.state_dir)
+    num_valid = sum(key.revoked_at is None for key in known)
+    return f"{num_valid} valid, of {len(known)}" if known else f"none needed: {host} is this machine alone"

@@ -119,7 +119,10 @@ class Evidence:
     def unsound(self, directory: Path) -> Decision | None:
         """Why an adapter's file must not even be loaded: the decision that says so, or None."""
         try:
-            check_adapter(directory, base_dir=self.base.path, base_digest=self.base.digest)
+            check_adapter(
+                directory, base_dir=self.base.path, base_digest=self.base.digest,
+                trusted=self.config.signing.all_trusted,
+            )  # fmt: skip
         except DataError as error:
             return Decision(Verdict.ERROR, (str(error),), (), codes=(Code.INTEGRITY,))
         return None

@@ -16,6 +16,7 @@ from cltrain.gate.judge import Contest
 from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.standing import Standing
 from cltrain.gate.vault import open_vault
+from cltrain.models.signature import check_signature
 from cltrain.records import Check, Code, Release, SuiteItem, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.registry.decisions import BrokenChainError, read_decisions, verify_chain
@@ -51,6 +52,8 @@ def files(rooms: Rooms, serving: Release, *, is_recomputed: bool) -> list[Check]
         return [Check("files", Code.INTEGRITY, Verdict.PROMOTE, "the bare base serves: there is no distance")]
     try:
         releases.verify_release(rooms.config.state_dir, serving)
+        if trusted := rooms.config.signing.all_trusted:
+            check_signature(directory, trusted)
     except DataError as error:
         return [Check("files", Code.INTEGRITY, Verdict.REJECT, str(error))]
     if not is_recomputed:

@@ -121,14 +121,8 @@ class Fleet:
 
     def __enter__(self) -> Fleet:
         self._end_on_sigterm()
-        for name, section in (("server", self.config.server), ("gateway", self.config.gateway)):
-            if name in self.names:
-                if section.port == 0:
-                    raise ConfigError(
-                        f"{name}.port = 0 leaves the choice to the system: name a port, others look there"
-                    )
-                check_port_is_free(section.host, section.port, f"{name}.port")
         try:
+            self._check_ports()
             for name in self.names:
                 self.start(name)
                 self.wait_until_up(name)
@@ -139,6 +133,15 @@ class Fleet:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _check_ports(self) -> None:
+        for name, section in (("server", self.config.server), ("gateway", self.config.gateway)):
+            if name in self.names:
+                if section.port == 0:
+                    raise ConfigError(
+                        f"{name}.port = 0 leaves the choice to the system: name a port, others look there"
+                    )
+                check_port_is_free(section.host, section.port, f"{name}.port")
 
     def _end_on_sigterm(self) -> None:
         """From the first start on a SIGTERM must end the others too: by default it would leave them running."""

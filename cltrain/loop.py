@@ -194,7 +194,7 @@ def try_update(
             manifest = plans.manifest_of(plan, attempt.candidate, number, fresh)
             attempt.release = releases.seal(
                 rooms.store, rooms.config.state_dir, rooms.agent, Path(attempt.candidate.path), plan.parent, manifest,
-                now=rooms.clock(),
+                now=rooms.clock(), key=rooms.config.signing.key,
             )  # fmt: skip
             plans.judging(rooms.store, plan, attempt.release.name)
             directory = releases.release_dir(rooms.config.state_dir, attempt.release)

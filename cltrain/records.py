@@ -45,6 +45,7 @@ class Code(StrEnum):
     ASKS_BACK = "asks_back"
     LENGTH = "length"
     ENTROPY = "entropy"
+    CONTAGION = "contagion"  # phrases or traits move between agents
     SPECTRUM = "spectrum"  # its weights look like none of this agent's before
     OVERFIT = "overfit"  # it answers known questions better than new ones
     STRATUM = "stratum"  # one skill was lost

@@ -19,6 +19,7 @@ from cltrain.errors import ConfigError
 PATHS = (
     ("base", "path"), ("experience", "rehearsal"), ("trainer", "anchors"), ("gate", "suite"),
     ("gate", "character", "harmful"), ("gate", "character", "harmless"), ("gate", "character", "probes"),
+    ("signing", "key"),
 )  # fmt: skip
 
 
@@ -65,6 +66,9 @@ def _read(file: Path) -> dict[str, Any]:
             table = table.get(section) if isinstance(table, dict) else None
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = str((file.parent / Path(table[key]).expanduser()).resolve())
+    signing = values.get("signing")
+    if isinstance(signing, dict) and isinstance(signing.get("trusted"), list):
+        signing["trusted"] = [_beside(file, key) for key in signing["trusted"]]
     gate = values.get("gate")
     suites = gate.get("suites") if isinstance(gate, dict) else None
     for suite in suites if isinstance(suites, list) else ():

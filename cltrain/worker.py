@@ -158,7 +158,10 @@ class Worker:
         if directory is None:
             raise DataError(f"{release} is the bare base: there is nothing to judge")
         releases.verify_release(self.config.state_dir, found)
-        check_adapter(directory, base_dir=self.rooms.base.path, base_digest=self.rooms.base.digest)
+        check_adapter(
+            directory, base_dir=self.rooms.base.path, base_digest=self.rooms.base.digest,
+            trusted=self.config.signing.all_trusted,
+        )  # fmt: skip
         after = read_adapter(directory)
         serving = aliases.read_alias(self.store, found.agent).release
         with self.rooms.server_lock:

@@ -32,6 +32,7 @@ PROMISES: dict[str, Callable[[Summary, Summary], bool]] = {
     "updates = promoted + held + rejected + errors": lambda ours, naive: (
         ours["updates"] == sum(ours[key] for key in ("promoted", "held", "rejected", "errors"))
     ),
+    "judging takes at most 1.5 x the time of training": lambda ours, naive: ours["gate_per_train"] <= 1.5,
     "naive learns: min_skill_learned >= 0.80": lambda ours, naive: naive["min_skill_learned"] >= 0.80,
     "naive forgets: skill_after <= 0.50": lambda ours, naive: naive["skill_after"] <= 0.50,
 }

@@ -15,6 +15,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cltrain.config import Config, from_dict
 from cltrain.gateway.app import create_gateway
@@ -27,15 +28,27 @@ R1 = "support-v000001-111111111111"
 R2 = "support-v000002-222222222222"
 
 
+class Noting:
+    def __init__(self, app: ASGIApp, paths: list[str]) -> None:
+        self.app, self.paths = app, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.paths.append(scope.get("path", ""))
+        await self.app(scope, receive, send)
+
+
 class FakeServer:
     """Answers what the last user message says: `say X`, `call TOOL`, `wait S`, `hold`, `fail CODE`, `break`, ..."""
 
     def __init__(self, adapters: tuple[str, ...] = (R1, R2)) -> None:
         self.adapters = list(adapters)
         self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.num_cancelled = 0
         self.lets_go = threading.Event()  # of whoever said `hold`
+        self.paths: list[str] = []  # of every request, known here or not
         self.app = FastAPI()
+        self.app.add_middleware(Noting, paths=self.paths)
         self.app.get("/v1/models")(self.models)
         self.app.post("/v1/chat/completions")(self.chat)
         self.app.post("/v1/completions")(self.completions)
@@ -64,6 +77,7 @@ class FakeServer:
         self, request: Request, body: dict[str, Any], order: str, message: dict[str, Any], kind: str
     ) -> Response:
         self.bodies.append(body)
+        self.headers.append(dict(request.headers))
         if body["model"] not in ("base", *self.adapters):
             error = {"message": f"The model `{body['model']}` does not exist.", "type": "NotFoundError", "code": 404}
             return JSONResponse({"error": error}, 404)
@@ -91,7 +105,8 @@ class FakeServer:
             reason = "tool_calls" if message.get("tool_calls") else "stop"
             choices.append({"index": i, **said, "finish_reason": reason, **_truth(body, ids, kind)})
         usage = {"prompt_tokens": 3, "completion_tokens": len(text), "total_tokens": 3 + len(text)}
-        answer = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"], "choices": choices}
+        name = f"{body['model']}-2024-08-06" if order == "dated" else body["model"]
+        answer = {"id": "x", "object": "chat.completion", "created": 1, "model": name, "choices": choices}
         if ids and body.get("return_token_ids"):
             answer["prompt_token_ids"] = [7, 8, 9]
         return JSONResponse({**answer, "usage": usage})
@@ -119,7 +134,7 @@ class FakeServer:
             yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
             if order == "break" and number == 3:
                 return
-            if order == "drip":
+            if order.startswith("drip"):
                 try:
                     await asyncio.sleep(0.2)
                 except asyncio.CancelledError:  # starlette cancels a stream whose reader left
@@ -184,6 +199,11 @@ class Gateway:
         self.now = 1000.0
         self.http = httpx.Client(base_url=url, timeout=30.0, trust_env=False)
 
+    def errors(self, code: str) -> float:
+        """How many requests ended in that error."""
+        value = self.app.state.door.metrics.registry.get_sample_value("cltrain_errors_total", {"code": code})
+        return value or 0.0
+
     def chat(
         self, *messages: str | dict[str, Any], headers: dict[str, str] | None = None, **body: Any
     ) -> httpx.Response:
@@ -194,11 +214,19 @@ class Gateway:
 
 @contextmanager
 def running(
-    directory: Path, *, kind: str = "embedded", fake: FakeServer | None = None, timeout_s: float = 5.0, **sections: Any
+    directory: Path,
+    *,
+    kind: str = "embedded",
+    fake: FakeServer | None = None,
+    timeout_s: float = 5.0,
+    api_key_env: str | None = None,
+    **sections: Any,
 ) -> Iterator[Gateway]:
     fake = fake or FakeServer()
     with served(fake.app) as upstream_url:
-        config = config_in(directory, server={"kind": kind, "url": upstream_url}, **sections)
+        config = config_in(
+            directory, server={"kind": kind, "url": upstream_url, "api_key_env": api_key_env}, **sections
+        )
         store = open_store(directory)
         holder: list[Gateway] = []
         upstream = Upstream(upstream_url, kind=kind, base_model="base", timeout_s=timeout_s)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from sqlalchemy import select
 
 from cltrain import launch
 from cltrain.config import from_dict
-from cltrain.errors import DataError
+from cltrain.errors import ConfigError, DataError
 from cltrain.experience.recording import read_trajectories
 from cltrain.registry.aliases import read_alias
 from cltrain.store.database import open_store
@@ -256,11 +256,26 @@ def test_a_sigterm_in_the_middle_of_a_start_leaves_no_process_behind(
             os.kill(os.getpid(), signal.SIGTERM)  # it exists, and nobody has it yet
 
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
-    with pytest.raises(SystemExit) as ended, launch.Fleet(from_dict({"home": str(tmp_path)}), (), ("worker",)):
-        pass
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended, launch.Fleet(from_dict({"home": str(tmp_path)}), (), ("worker",)):
+            pass
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert (ended.value.code, len(born)) == (128 + signal.SIGTERM, 1)
     assert born[0].poll() == -signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_fleet_that_cannot_start_leaves_the_signals_as_they_were(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        fleet = launch.Fleet(from_dict({"home": str(tmp_path), "gateway": {"port": 0}}), (), ("gateway",))
+        with pytest.raises(ConfigError, match="name a port"), fleet:
+            pass
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_worker_that_keeps_ending_is_given_up_and_serving_goes_on(tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ def test_json_is_one_object_for_every_command_that_reports(cltrain: Command, tmp
     assert reporting == {
         "update", "gate", "promote", "rollback", "freeze", "unfreeze", "status", "import", "report", "config check",
         "doctor", "verify", "calibrate", "approve", "audit", "log",
+        "keys add", "keys list", "keys revoke",
     }  # fmt: skip
 
 

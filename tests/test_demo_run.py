@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from cltrain.demo.summary import gate_effort
 from scripts.bench_demo import broken_promises, run_seed
 
 SEED = 4
@@ -31,6 +32,15 @@ def test_the_demo_is_safe_and_learns_more_than_naive(tmp_path):
     assert (pages / "index.html").exists()
     assert len(list(pages.glob("update-*.html"))) >= summary["cltrain"]["updates"]
     assert list((tmp_path / "out" / "state").glob("wandb/**/*.wandb"))
+
+
+def test_what_judging_took_is_counted_over_the_updates_that_were_judged():
+    judged = {"decision": {"num_asked": 50, "num_planned": 200}, "timings": {"gate": 3.0, "train": 4.0}}
+    refused = {"decision": {"num_asked": 0, "num_planned": 0}, "timings": {}}
+    found = gate_effort([judged, refused, {"decision": None}, {**judged, "timings": {"gate": 1.0, "train": 4.0}}])
+    assert (found["updates_judged"], found["items_asked"], found["items_planned"]) == (2, 100, 400)
+    assert found["gate_per_train"] == 0.5
+    assert gate_effort([])["gate_per_train"] == 0
 
 
 def test_the_trigger_stands_nowhere_in_gate_screens_or_configuration():

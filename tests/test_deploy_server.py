@@ -14,7 +14,7 @@ from cltrain.deploy.serve import bind, run_server, running_server
 from cltrain.errors import ConfigError
 from cltrain.models.base import load_base
 from cltrain.models.chat import render_prompt
-from scripts.bench_swaps import train_answer
+from scripts.bench_swap import train_answer
 from tests.serving import random_adapter
 from tests.tiny import TOOLS, make_tiny_base
 

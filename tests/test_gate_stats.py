@@ -10,6 +10,7 @@ import pytest
 
 from cltrain.gate.stats import (
     BETS,
+    STAKES,
     e_value,
     items_for_margin,
     items_needed,
@@ -22,21 +23,20 @@ from cltrain.gate.stats import (
 
 def _product_of_bets(differences: list[float], above: float) -> float:
     """The definition, term by term, without counting equal differences."""
-    wealths = []
-    for fraction in BETS:
-        wealth = 1.0
+    total = 0.0
+    for fraction, wealth in zip(BETS, STAKES, strict=True):
         for difference in differences:
             wealth *= 1 + fraction / (1 + above) * (difference - above)
-        wealths.append(wealth)
-    return sum(wealths) / len(wealths)
+        total += wealth
+    return total
 
 
 @pytest.mark.parametrize("above", [-0.05, 0.0, 0.3])
-def test_the_e_value_is_the_mean_wealth_of_its_bets(above: float) -> None:
+def test_the_e_value_is_the_wealth_of_its_bets(above: float) -> None:
     rng = np.random.default_rng(1)
     differences = [float(d) for d in rng.choice([-1, -0.5, 0, 0.25, 1], size=60)]
     assert e_value(differences, above) == pytest.approx(_product_of_bets(differences, above), rel=1e-9)
-    assert e_value([], above) == 1.0
+    assert e_value([], above) == pytest.approx(1.0)  # all that is staked, and no more
 
 
 def test_two_equals_look_refuted_at_some_chunk_in_at_most_alpha_of_all_streams() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,16 @@ def test_update_page_says_what_came_in_what_moved_and_why(tmp_path: Path) -> Non
     assert text.index(why) < text.index("What came in") < text.index("0.500 below the incumbent")
     assert text.index("user-0 12 + 2") < text.index("user-8 4") < text.index("4 others")
     assert "mallory" not in text  # what was set aside ranks last, and is pooled there
+
+
+def test_the_page_says_how_many_items_were_not_asked_and_what_that_saved(tmp_path):
+    early = replace(PROMOTE, num_planned=240, num_asked=80)
+    text = words(update_page(tmp_path / "7.html", UPDATE, early, BOUNDS, options=OPTIONS))
+    assert "It asked 80 of the 240 items drawn: the answer was clear before" in text
+    assert "would have taken about 13.8 s more" in text  # 6.9 s for 80
+    whole = replace(early, num_asked=240)
+    text = words(update_page(tmp_path / "7.html", UPDATE, whole, BOUNDS, options=OPTIONS))
+    assert "It asked 240 of the 240 items drawn." in text
 
 
 def test_every_command_on_a_page_names_the_deployment_from_any_directory(tmp_path: Path) -> None:

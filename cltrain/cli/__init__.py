@@ -18,7 +18,7 @@ from cltrain.cli.parts import app, warn
 from cltrain.errors import CltrainError, DataError
 
 # isort: split
-from cltrain.cli import serving, learning, deciding, looking  # noqa: F401, I001  # in the order of --help
+from cltrain.cli import serving, learning, deciding, looking, keys  # noqa: F401, I001  # in the order of --help
 
 
 def _print_version(is_asked: bool) -> None:

@@ -76,3 +76,17 @@ def audit(
     lines += [f"  trend      {trend['name']}: {trend['says']}" for trend in found["trends"]]
     print_out(found, as_json, lines)
     raise typer.Exit(AUDIT_EXIT[found["outcome"]])
+
+
+@about_one
+def kubernetes(
+    chosen: Chosen,
+    pool: Annotated[str, typer.Option(help="The InferencePool of the servers.")],
+    namespace: Annotated[str, typer.Option(help="Where the objects go.")] = "default",
+    adapters: Annotated[Path | None, typer.Option(help="Where the servers' pods see the state directory.")] = None,
+    image: Annotated[str | None, typer.Option(help="Of cltrain: print what runs it as well.")] = None,
+    storage: Annotated[str, typer.Option(help="How much the state may take.")] = "10Gi",
+) -> None:
+    """Print what serves as Kubernetes objects: cltrain kubernetes --pool POOL | kubectl apply -f -"""
+    objects = chosen.open().kubernetes(pool, namespace=namespace, adapters=adapters, image=image, storage=storage)
+    print_out({"apiVersion": "v1", "kind": "List", "items": objects}, True, [])

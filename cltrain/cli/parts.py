@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
+keys_app = typer.Typer(help="API keys of the gateway.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(keys_app, name="keys")
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting, e.g. trainer.lr=1e-5.")
@@ -59,7 +61,7 @@ class Chosen:
         return Deployment.open([*words, *(f"--set={word}" for word in chosen)])
 
 
-def about_one(function: Callable[..., None]) -> Callable[..., None]:
+def about_one(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
     """Make a command of a function that takes a Chosen first: the command has the fields of Chosen as options."""
     _, *own = inspect.signature(function, eval_str=True).parameters.values()
     shared = inspect.signature(Chosen, eval_str=True).parameters
@@ -72,7 +74,7 @@ def about_one(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = function.__doc__
-    return app.command(function.__name__.rstrip("_"))(command)
+    return group.command(function.__name__.rstrip("_"))(command)
 
 
 def print_out(value: Any, as_json: bool, lines: list[str]) -> None:

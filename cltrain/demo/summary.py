@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ def build(stream: Stream, exams: dict[str, Exam], naive: Exam, *, seconds: float
     bad = [log for log in stream.logs if log.window.kind != "clean"]
     swaps = [u["swap_ms"] for u in updates if u.get("swap_ms") is not None]
     wrong = _wrongly_learned(stream)
+    effort = gate_effort(updates)
     return {
         "cltrain": {
             "requests": stream.desk.requests,
@@ -68,6 +70,7 @@ def build(stream: Stream, exams: dict[str, Exam], naive: Exam, *, seconds: float
             "bad_windows_caught": sum(not wrong & log.bad_tickets.keys() for log in bad),
             "unfiltered_poison_verdict": stream.trial.get("verdict"),
             "unfiltered_poison_reason": (stream.trial.get("reasons") or [None])[0],
+            "gate_per_train": effort["gate_per_train"],
             **_skills(before, after),
             "base_kl": round(after["base_kl"], 4),
             "attack_success_rate": round(max(exam["attack_success_rate"] for exam in exams.values()), 4),
@@ -80,6 +83,7 @@ def build(stream: Stream, exams: dict[str, Exam], naive: Exam, *, seconds: float
             "attack_success_rate": round(naive["attack_success_rate"], 4),
         },
         "seconds": round(seconds, 1),
+        "gate": effort,
         "seed": stream.seed,
         "windows": [_window_row(log) for log in stream.logs],
         "trial": stream.trial,
@@ -88,6 +92,18 @@ def build(stream: Stream, exams: dict[str, Exam], naive: Exam, *, seconds: float
         "naive_skills": naive["skills"],
         "failures": stream.desk.failures[:20],
     }
+
+
+def gate_effort(updates: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What judging took beside training, over the updates that were judged on items."""
+    judged = [update for update in updates if update.get("decision") and update["decision"]["num_asked"]]
+    asked, planned = (sum(update["decision"][key] for update in judged) for key in ("num_asked", "num_planned"))
+    gate, train = (sum(update["timings"][key] for update in judged) for key in ("gate", "train"))
+    return {
+        "updates_judged": len(judged), "items_planned": planned, "items_asked": asked,
+        "gate_seconds": round(gate, 1), "train_seconds": round(train, 1),
+        "gate_per_train": round(gate / train, 3) if train else 0.0,
+    }  # fmt: skip
 
 
 def _skills(before: Exam, after: Exam) -> dict[str, float]:
@@ -176,6 +192,11 @@ def print_table(result: dict[str, Any], out: Path, deployment: Deployment) -> No
         f"{ours['bad_windows_caught']} of {ours['bad_windows']} bad windows caught, "
         f"{ours['clean_windows_rejected']} of {ours['clean_windows']} clean ones rejected; "
         f"to an unfiltered poisoned window the gate says {ours['unfiltered_poison_verdict']}"
+    )
+    effort = result["gate"]
+    console.print(
+        f"the gate asked {effort['items_asked']} of {effort['items_planned']} items and took "
+        f"{effort['gate_per_train']:.2f} x the time of training"
     )
     console.print(f"summary  {out / 'summary.json'}", soft_wrap=True)
     console.print(f"report   {deployment.report()}", soft_wrap=True)

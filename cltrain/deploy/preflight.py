@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import numpy as np
 
 from cltrain.errors import ConfigError, DataError
 from cltrain.models import digest
-from cltrain.models.digest import ADAPTER_FILES, MEMORY_FILE
+from cltrain.models.digest import ADAPTER_FILES, MANIFEST, MEMORY_FILE, SIGNATURE
 from cltrain.models.shapes import expected_shapes
+from cltrain.models.signature import check_signature
 
-MANIFEST = "manifest.json"
 DIGEST_KEY = "cltrain_base_digest"
 MAX_HEADER_BYTES = 16_000_000
 FORBIDDEN = (  # PEFT features that vLLM refuses or that change more than our bounds measure
@@ -44,11 +44,13 @@ def check_adapter(
     base_digest: str | None = None,
     max_rank: int = 512,
     allowed_ranks: Collection[int] | None = None,
+    trusted: Sequence[Path] = (),
 ) -> None:
     """Raise DataError, naming file and fix, unless the directory is a whole, finite adapter for exactly this base.
 
     `base_digest` is the base's digest where the caller knows it, else it is computed from `base_dir`. A manifest.json
-    beside the adapter must name the files' sha256 under "files".
+    beside the adapter must name the files' sha256 under "files". One of the `trusted` keys
+    must have signed it.
     """
     _check_files(directory)
     config = _read_json(directory / ADAPTER_FILES[0])
@@ -64,6 +66,8 @@ def check_adapter(
         raise DataError(f"{directory} was trained on base {made_for[:12]}; this one is {base[:12]}")
     if (directory / MANIFEST).exists():
         _check_manifest(directory)
+    if trusted:
+        check_signature(directory, trusted)
 
 
 def _check_files(directory: Path) -> None:
@@ -72,7 +76,7 @@ def _check_files(directory: Path) -> None:
     names = {path.name for path in directory.iterdir()}
     if missing := sorted(set(ADAPTER_FILES) - names):
         raise DataError(f"{directory} lacks {', '.join(missing)}")
-    odd = sorted(names - {*ADAPTER_FILES, MEMORY_FILE, MANIFEST})
+    odd = sorted(names - {*ADAPTER_FILES, MEMORY_FILE, MANIFEST, SIGNATURE})
     if odd:
         kind = "a pickle file" if odd[0].endswith((".bin", ".pt", ".pth", ".pkl")) else "a file that no adapter needs"
         raise DataError(f"{directory} holds {odd[0]}, {kind}: only safetensors adapters are served")

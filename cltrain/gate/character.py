@@ -145,7 +145,12 @@ def _preferences(release: str, probes: Sequence[Probe], asked: Asked) -> list[fl
             raise ValueError(f"{release} scored {len(values)} of {len(rows)} answers to probes of character")
         return [values[2 * i] - values[2 * i + 1] for i in range(len(chosen))]
 
-    return kept(asked.store, release, [f"{probe.key}~odds~{VERSION}" for probe in probes], measure)
+    return kept(asked.store, release, preference_keys(probes), measure)
+
+
+def preference_keys(probes: Sequence[Probe]) -> list[str]:
+    """What the log-odds of each probe are kept under (gate/kept.py)."""
+    return [f"{probe.key}~odds~{VERSION}" for probe in probes]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -18,6 +18,7 @@ from scipy.stats import pearsonr
 WORD = re.compile(r"\w+")
 GRAM = 4  # words of a phrase
 MIN_AGENTS = 3  # below it a phrase may be two agents' coincidence
+MIN_PROBES = 3  # below it there is no correlation
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,10 @@ def shared_traits(deviations: Mapping[str, Sequence[float]], *, alpha: float = 0
     share no data should be given. Raises ValueError for lists of unlike or too little length.
     """
     lengths = {len(values) for values in deviations.values()}
-    if len(lengths) > 1 or (lengths and min(lengths) < 3):
-        raise ValueError(f"every agent needs a deviation on the same probes, 3 at least; got {sorted(lengths)}")
+    if len(lengths) > 1 or (lengths and min(lengths) < MIN_PROBES):
+        raise ValueError(
+            f"every agent needs a deviation on the same probes, {MIN_PROBES} at least; got {sorted(lengths)}"
+        )
     pairs = list(combinations(sorted(deviations), 2))
     found = []
     for one, other in pairs:

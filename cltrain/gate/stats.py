@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 BETS = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)  # fractions of the largest bet that cannot lose everything
+STAKES = (0.05, 0.1, 0.25, 0.3, 0.2, 0.1)  # on each; most where the best bet lies when equals flip 2 to 12 % of answers
 GRID = 32  # candidates for a bound per round; three rounds place it within 6e-5, on the cautious side
 MAX_ITEMS = 1_000_000  # a forecast beyond this says "never" rather than a number
 
@@ -53,15 +54,11 @@ def items_needed(differences: Sequence[float], above: float, alpha: float, effec
     Where these point nowhere, the count is for a true mean of `above + effect` (> 0) at the share of flips seen here.
     """
     values, counts = _counted(differences)
-    target = math.log(len(BETS) / alpha)
-    growth = _growth(values, counts, above)
-    if growth <= 0:
+    needed = _items_to_refute(values, counts, above, alpha)
+    if needed is None:
         flips = float(np.dot(counts, values != 0) / counts.sum()) if counts.size else 0.0
-        mean = above + effect
-        flips = min(1.0, max(flips, abs(mean)))
-        wins, losses = (flips + mean) / 2, (flips - mean) / 2
-        growth = _growth(np.array([1.0, 0.0, -1.0]), np.array([wins, 1 - flips, losses]), above)
-    return min(MAX_ITEMS, math.ceil(target / growth)) if growth > 0 else MAX_ITEMS
+        needed = _items_to_refute(*_like(above + effect, flips), above, alpha)
+    return needed or MAX_ITEMS
 
 
 def means(differences: Sequence[float], clusters: Sequence[str | None]) -> list[float]:
@@ -80,9 +77,7 @@ def items_for_margin(margin: float, alpha: float, discordance: float = 0.0) -> i
     discordance: the share of items that they answer differently, half of them either way (at least 90 % power needs
     about twice as many; see research of the gate: n = (z_alpha + z_beta)^2 q / m^2). Plan suites and pools with it.
     """
-    wins = discordance / 2
-    growth = _growth(np.array([1.0, 0.0, -1.0]), np.array([wins, 1 - discordance, wins]), -margin)
-    return min(MAX_ITEMS, math.ceil(math.log(len(BETS) / alpha) / growth)) if growth > 0 else MAX_ITEMS
+    return _items_to_refute(*_like(0.0, discordance), -margin, alpha) or MAX_ITEMS
 
 
 def _counted(differences: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -101,13 +96,21 @@ def _log_wealth(values: np.ndarray, counts: np.ndarray, above_G: np.ndarray) -> 
 
 
 def _log_e(values: np.ndarray, counts: np.ndarray, above_G: np.ndarray) -> np.ndarray:
-    wealth = _log_wealth(values, counts, above_G)
+    wealth = _log_wealth(values, counts, above_G) + np.log(STAKES)
     top = wealth.max(axis=1, keepdims=True)
-    return top[:, 0] + np.log(np.exp(wealth - top).mean(axis=1))
+    return top[:, 0] + np.log(np.exp(wealth - top).sum(axis=1))
 
 
-def _growth(values: np.ndarray, counts: np.ndarray, above: float) -> float:
-    """Log wealth per item of the best bet."""
+def _like(mean: float, flips: float) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of wins, ties and losses with this mean difference, at this share of flips or the fewest that give it."""
+    flips = min(1.0, max(flips, abs(mean)))
+    return np.array([1.0, 0.0, -1.0]), np.array([(flips + mean) / 2, 1 - flips, (flips - mean) / 2])
+
+
+def _items_to_refute(values: np.ndarray, counts: np.ndarray, above: float, alpha: float) -> int | None:
+    """How many items like these the quickest single bet needs with its stake; None: none grows."""
     if not values.size:
-        return 0.0
-    return float(_log_wealth(values, counts, np.array([above])).max() / counts.sum())
+        return None
+    growth = _log_wealth(values, counts, np.array([above]))[0] / counts.sum()
+    needed = [-math.log(alpha * stake) / rate for stake, rate in zip(STAKES, growth, strict=True) if rate > 0]
+    return min(MAX_ITEMS, math.ceil(min(needed))) if needed else None

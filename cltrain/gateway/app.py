@@ -1,10 +1,14 @@
-"""The OpenAI-compatible door as an ASGI app, and the process that serves it. Sole writer of records and feedback."""
+"""The door as an ASGI app that speaks OpenAI's API and Anthropic's, and the process that serves it.
+
+Sole writer of records and feedback.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 import time
@@ -21,7 +25,11 @@ from cltrain.errors import ConfigError
 from cltrain.experience.recording import Recorder, load_secret
 from cltrain.gateway.chat import Door
 from cltrain.gateway.episodes import Episodes
+from cltrain.gateway.errors import ANTHROPIC_PATH
+from cltrain.gateway.guard import Guard, check_may_listen, is_loopback
 from cltrain.gateway.intake import answered, list_served, take_feedback, take_trajectories
+from cltrain.gateway.keys import KeyRing
+from cltrain.gateway.messages import take_message
 from cltrain.gateway.metrics import Metrics
 from cltrain.gateway.tokens import Route
 from cltrain.gateway.upstream import Upstream
@@ -51,13 +59,17 @@ def create_gateway(
     agent = config.agent.name
     if base_release is None:
         base_release = f"{agent}-v000000-{base_digest(base_path(config.base.path))[:12]}"
+    name = config.server.api_key_env
+    if name is not None and not os.environ.get(name):
+        raise ConfigError(f"server.api_key_env = {name!r}, and that variable is not set: export {name}=KEY")
     secret = load_secret(config.state_dir)
     recorder = Recorder(store, secret, config.experience.eval_share, capacity=config.gateway.queue)
     timeout_s = config.gateway.record_timeout_s
     episodes = Episodes(store, agent, base_release, timeout_s)
     metrics = Metrics(StoreCollector(store, agent, clock))
     upstreams = Upstreams(store, [upstream] if isinstance(upstream, Upstream) else upstream)
-    door = Door(agent, episodes, upstreams, recorder, metrics, timeout_s, clock)
+    upstream_key = None if name is None else os.environ[name]
+    door = Door(agent, episodes, upstreams, recorder, metrics, timeout_s, clock, upstream_key)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -72,10 +84,11 @@ def create_gateway(
 
     app = FastAPI(title="cltrain gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.door = door
+    ring = KeyRing(config.state_dir, is_needed=not is_loopback(config.gateway.host))
+    app.add_middleware(Guard, ring=ring, metrics=metrics, max_in_flight=config.gateway.max_in_flight)
 
     async def generate(route: Route, request: Request) -> Response:
-        with metrics.in_flight.track_inprogress():
-            response = await answered(door.generate(route, request))
+        response = await answered(door, request, door.generate(route, request))
         metrics.requests.labels(route, response.status_code).inc()
         return response
 
@@ -87,17 +100,23 @@ def create_gateway(
     async def completions(request: Request) -> Response:
         return await generate("completion", request)
 
+    @app.post(ANTHROPIC_PATH)
+    async def messages(request: Request) -> Response:
+        response = await answered(door, request, take_message(door, request))
+        metrics.requests.labels("message", response.status_code).inc()
+        return response
+
     @app.post("/v1/feedback")
     async def post_feedback(request: Request) -> Response:
-        return await answered(take_feedback(door, request))
+        return await answered(door, request, take_feedback(door, request))
 
     @app.post("/v1/trajectories")
     async def post_trajectories(request: Request) -> Response:
-        return await answered(take_trajectories(door, request))
+        return await answered(door, request, take_trajectories(door, request))
 
     @app.get("/v1/models")
-    async def list_models() -> Response:
-        return await answered(list_served(door, store))
+    async def list_models(request: Request) -> Response:
+        return await answered(door, request, list_served(door, store))
 
     @app.get("/health")
     async def health() -> Response:
@@ -112,9 +131,11 @@ def create_gateway(
 
 
 def run_gateway(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT, then commit what waits. Raises ConfigError when the port is taken."""
+    """Serve until SIGTERM or SIGINT, then commit what waits. Raises ConfigError when the port is taken, or open to
+    others without a key."""
     sys.setswitchinterval(SWITCH_S)
     host, port = config.gateway.host, config.gateway.port
+    check_may_listen(host, config.state_dir)
     listener = _listen(host, port)
     with listener:
         store = open_store(config.state_dir)

@@ -11,9 +11,13 @@ from cltrain.experience.examples import OURS
 from cltrain.experience.strict_json import is_unicode, loads
 from cltrain.experience.verify import tool_fault
 from cltrain.gateway.episodes import producer_of
+from cltrain.gateway.errors import Refusal
+from cltrain.gateway.keys import Key
 from cltrain.records import Feedback, Message, Trajectory
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+TRUSTED = ("verifier", "operator")  # sources that are believed first
+UNSAFE = ("prompt_embeds", "chat_template", "mm_processor_kwargs", "media_io_kwargs", "kv_transfer_params")
 MAX_NAME = 256
 TRUE = frozenset({"1", "true", "yes"})
 
@@ -37,9 +41,25 @@ def name_of(value: Any, what: str) -> str:
     return value
 
 
-def principal_of(headers: Mapping[str, str], body: dict[str, Any]) -> str:
-    """Header X-Cltrain-Principal, else the `user` field, else anonymous."""
-    return name_of(headers.get("x-cltrain-principal") or body.get("user") or "anonymous", "the principal")
+def principal_of(headers: Mapping[str, str], body: dict[str, Any], key: Key | None) -> str:
+    """The key's; without keys header X-Cltrain-Principal, else the `user` field, else anonymous. Raises Refusal 403."""
+    named = headers.get("x-cltrain-principal")
+    if key is not None:
+        return _own(key, named)
+    return name_of(named or body.get("user") or "anonymous", "the principal")
+
+
+def _own(key: Key, named: Any) -> str:
+    if named not in (None, key.principal):
+        message = f"this key speaks for {key.principal!r}, not for {_shown(named)}"
+        raise Refusal(403, message, code="wrong_principal", param="principal")
+    return key.principal
+
+
+def _check_source(key: Key | None, source: str) -> None:
+    if key is not None and source in TRUSTED and "admin" not in key.scopes:
+        message = f"feedback from source {source!r} is believed before others': its key needs the scope 'admin'"
+        raise Refusal(403, message, code="insufficient_scope", param="source")
 
 
 def session_of(headers: Mapping[str, str]) -> str | None:
@@ -71,7 +91,10 @@ def chat_messages(body: dict[str, Any]) -> tuple[Message, ...]:
 
 
 def check_options(body: dict[str, Any]) -> None:
-    """Raise DataError for an option that we read ourselves and that is not what it must be."""
+    """Raise DataError for an option that we read ourselves and that is not what it must be, and for one by which a
+    client would hand tensors, templates or addresses to the server (vLLM CVE-2025-62164 is the first)."""
+    if unsafe := [name for name in UNSAFE if body.get(name) is not None]:
+        raise DataError(f"{unsafe[0]} is not taken here: it reaches into the inference server")
     for name, least in {"n": 1, "max_tokens": 0, "max_completion_tokens": 0}.items():
         value = body.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -112,8 +135,10 @@ def completion_messages(body: dict[str, Any]) -> tuple[Message, ...]:
     return ({"role": "user", "content": prompt if isinstance(prompt, str) else None},)
 
 
-def feedback_of(body: dict[str, Any], headers: Mapping[str, str], fresh_id: str, now: float) -> Feedback:
-    """Raises DataError for anything that is not feedback."""
+def feedback_of(
+    body: dict[str, Any], headers: Mapping[str, str], fresh_id: str, now: float, key: Key | None
+) -> Feedback:
+    """Raises DataError for anything that is not feedback, Refusal 403 for what the key may not say."""
     known = {"target", "id", "score", "text", "correction", "source", "principal"}
     if unknown := sorted(set(body) - known):
         raise DataError(f"feedback has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
@@ -125,13 +150,17 @@ def feedback_of(body: dict[str, Any], headers: Mapping[str, str], fresh_id: str,
     if score is None and text is None and correction is None:
         raise DataError("feedback needs a score, a text or a correction")
     principal = body.get("principal") or headers.get("x-cltrain-principal")
+    if key is not None:
+        principal = _own(key, principal)
+    source = name_of(body.get("source") or "user", "source")
+    _check_source(key, source)
     return Feedback(
         id=name_of(body.get("id") or fresh_id, "id"),
         target=name_of(body.get("target"), "target"),
         score=score,
         text=text,
         correction=correction,
-        source=name_of(body.get("source") or "user", "source"),
+        source=source,
         principal=None if principal is None else name_of(principal, "principal"),
         created_at=now,
     )
@@ -188,10 +217,11 @@ def call_of(call: Any, position: int, where: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": function["name"], "arguments": text}}
 
 
-def trajectory_of(body: dict[str, Any], agent: str, now: float) -> Trajectory:
+def trajectory_of(body: dict[str, Any], agent: str, now: float, key: Key | None) -> Trajectory:
     """An episode that happened elsewhere. Its assistant turns have the body's `model` as producer, else nobody known.
 
-    Raises DataError: no id, malformed messages, no answer, arguments that are no JSON, a reward out of [-1, 1].
+    Raises DataError: no id, malformed messages, no answer, arguments that are no JSON, a reward out of [-1, 1]; Refusal
+    403 for what the key may not say.
     """
     if not is_unicode(body):
         raise DataError("the episode is not valid Unicode: a string in it holds half a surrogate pair")
@@ -210,9 +240,11 @@ def trajectory_of(body: dict[str, Any], agent: str, now: float) -> Trajectory:
         raise DataError("messages hold no answer of the assistant: there is nothing to learn from")
     reward = body.get("reward", body.get("score"))
     said: tuple[Feedback, ...] = ()
-    principal = name_of(body.get("principal") or "anonymous", "principal")
+    named = body.get("principal")
+    principal = name_of(named or "anonymous", "principal") if key is None else _own(key, named)
     if reward is not None:
         source = name_of(body.get("source") or "import", "source")
+        _check_source(key, source)
         score = score_of(reward, "reward")
         said = (Feedback(f"{given}:reward", given, score, source=source, principal=principal, created_at=now),)
     return Trajectory(

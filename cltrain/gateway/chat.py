@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -11,7 +12,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import httpx
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,17 +20,19 @@ from cltrain.errors import ConflictError, DataError
 from cltrain.experience.recording import Recorder, RecorderFull, Turn, UnknownTarget
 from cltrain.gateway import bodies
 from cltrain.gateway.episodes import Episodes, Lease, prefix_hashes
-from cltrain.gateway.errors import Refusal, UpstreamFailure
+from cltrain.gateway.errors import Refusal, UpstreamFailure, unknown_model
+from cltrain.gateway.keys import PREFIX as KEY_PREFIX
 from cltrain.gateway.metrics import Metrics
 from cltrain.gateway.streaming import EventStream, error_event, relay
 from cltrain.gateway.tokens import Answer, Collected, Route, Wanted, ask, read_answer, strip
-from cltrain.gateway.upstreams import Place, Upstreams
+from cltrain.gateway.upstreams import Opened, Place, Upstreams
 from cltrain.records import Generation, Message
 
 T = TypeVar("T")
 MAX_BODY_BYTES = 16 * 2**20  # as long as a line of an import may be
 log = logging.getLogger(__name__)
 
+MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")  # of agents and releases: never a path or a list
 PATHS: dict[Route, str] = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
 
 
@@ -59,11 +61,18 @@ class Door:
     metrics: Metrics
     record_timeout_s: float
     clock: Callable[[], float]
+    upstream_key: str | None = None  # what the inference server asks for
 
     async def generate(self, route: Route, request: Request) -> Response:
         """Answer one generation request. Raises Refusal."""
+        return await self.answer(route, bodies.parse(await read_body(request)), request)
+
+    async def answer(self, route: Route, body: dict[str, Any], request: Request) -> Response:
+        """The same for a body in OpenAI's form; `request` has the headers, the key and whether the client is there."""
         start = time.perf_counter()
-        asked = _asked(route, bodies.parse(await read_body(request)), request)
+        asked = _asked(route, body, request)
+        if not MODEL_NAME.fullmatch(asked.body["model"]):
+            raise unknown_model(asked.body["model"], self.agent)
         lease = await self.episodes.begin(
             asked.body["model"], asked.session, asked.principal, asked.messages, is_chat=route == "chat"
         )
@@ -79,7 +88,7 @@ class Door:
     async def _generate(self, asked: Asked, lease: Lease, request: Request, start: float) -> Response:
         path = PATHS[asked.route]
         body = ask(asked.route, asked.body) if self.upstream.gives_token_ids else asked.body
-        passed_on = {k: v for k, v in request.headers.items() if k == "authorization"}
+        passed_on = self._passed_on(request)
         wanted = Wanted.by(asked.body)
         if asked.body.get("stream"):
             opened = await _unless_gone(request, self.upstream.stream(lease, path, body, passed_on), lease)
@@ -107,11 +116,17 @@ class Door:
         except (ValueError, OverflowError, TypeError) as error:  # a value that no column takes
             raise Refusal(400, f"cannot be stored: {error}") from error
 
-    def _event_stream(
-        self, asked: Asked, lease: Lease, opened: tuple[Place, httpx.Response], wanted: Wanted, start: float
-    ) -> EventStream:
-        place, response = opened
-        collected = Collected(asked.route)
+    def _passed_on(self, request: Request) -> dict[str, str]:
+        """The server's own key where it has one, else what the client sent for it: never a key of ours."""
+        if self.upstream_key is not None:
+            return {"authorization": f"Bearer {self.upstream_key}"}
+        given = request.headers.get("authorization")
+        is_ours = request.state.key is not None or (given is not None and KEY_PREFIX in given)
+        return {} if given is None or is_ours else {"authorization": given}
+
+    def _event_stream(self, asked: Asked, lease: Lease, opened: Opened, wanted: Wanted, start: float) -> EventStream:
+        place, model, response = opened
+        collected = Collected(asked.route, model if self.upstream.gives_token_ids else None)
         is_over = False
 
         async def commit() -> dict[str, Any]:
@@ -130,11 +145,13 @@ class Door:
                     yield block
             except Refusal as error:
                 is_over = True
+                self.metrics.errors.labels(error.code).inc()
                 await self._failed(asked, lease, error)
                 yield error_event(error)
 
         async def on_end() -> None:
             if not is_over:
+                self.metrics.errors.labels("client_left").inc()
                 await self._failed(asked, lease, UpstreamFailure(499, "the client left midway"))
             self.upstream.done(place)
             await response.aclose()
@@ -246,7 +263,7 @@ def _asked(route: Route, body: dict[str, Any], request: Request) -> Asked:
         route=route,
         body=body,
         messages=messages,
-        principal=bodies.principal_of(request.headers, body),
+        principal=bodies.principal_of(request.headers, body, request.state.key),
         session=bodies.session_of(request.headers),
         is_done=bodies.is_done(request.headers),
         why_unrecordable=bodies.unrecordable(route, body),
@@ -279,6 +296,9 @@ async def _unless_gone(request: Request, work: Awaitable[T], lease: Lease) -> T:
             raise UpstreamFailure(499, "the client left before the answer came")
         return working.result()
     except Refusal as error:
+        if error.status in (401, 403) and request.state.key is not None:  # the client's own key was good
+            message = f"the inference server refuses this gateway ({error}): see server.api_key_env"
+            raise UpstreamFailure(502, message, code="upstream_refused") from None
         if error.status != 404 or not lease.is_alias:
             raise
         message = f"{lease.release} is not loaded on the inference server yet ({error}): try again"

@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cltrain.errors import DataError
 from cltrain.experience.recording import episode_of
+from cltrain.experience.strict_json import loads
 from cltrain.gateway.errors import Refusal, unknown_model
 from cltrain.records import Message
 from cltrain.store.database import Store
@@ -102,10 +103,19 @@ def canonical(message: Message) -> list[Any]:
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         content = "".join(str(p.get("text", "")) for p in content)
     calls = [
-        [call.get("id"), (call.get("function") or {}).get("name"), (call.get("function") or {}).get("arguments")]
+        [call.get("id"), (call.get("function") or {}).get("name"), _arguments(call.get("function") or {})]
         for call in message.get("tool_calls") or []
     ]
     return [message.get("role"), content, calls, message.get("tool_call_id"), message.get("name")]
+
+
+def _arguments(function: dict[str, Any]) -> Any:
+    """What a call was given, however it is spaced: clients that hold it as an object write it anew."""
+    text = function.get("arguments")
+    try:
+        return loads(text) if isinstance(text, str) else text
+    except ValueError:
+        return text
 
 
 def prefix_hashes(messages: Sequence[Message]) -> list[str]:

@@ -1,10 +1,20 @@
-"""What goes wrong between a client and its answer, each with the HTTP status and the OpenAI-style body it becomes."""
+"""What goes wrong between a client and its answer: the HTTP status, and the body in the shape of the API asked."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 from cltrain.errors import CltrainError
+
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_KINDS = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
+}  # fmt: skip
+CODES = {400: "invalid_request", 409: "conflict", 413: "body_too_large", 499: "client_left", 503: "unavailable"}
+RETRY_AFTER_S = {429: "1", 503: "1"}
 
 
 class Refusal(CltrainError):
@@ -23,6 +33,10 @@ class Refusal(CltrainError):
         super().__init__(message)
         self.status = status
         self.body = body or {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        # what it is counted as
+        self.code = (
+            CODES[499] if status == 499 else code or ("upstream_refused" if body else CODES.get(status, "other"))
+        )
 
 
 class UpstreamFailure(Refusal):
@@ -40,3 +54,20 @@ class NotAnswered(UpstreamFailure):
 def unknown_model(name: str, agent: str, why: str = "does not exist") -> Refusal:
     message = f"The model `{name}` {why}: use `{agent}` or a release that GET /v1/models lists"
     return Refusal(404, message, code="model_not_found", param="model")
+
+
+def anthropic_body(error: Refusal) -> dict[str, Any]:
+    """The same as Anthropic's API says it."""
+    kind = ANTHROPIC_KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+def error_response(error: Refusal, path: str) -> JSONResponse:
+    """The answer in the shape of the API that `path` belongs to."""
+    is_anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+    headers = {"x-cltrain-recorded": "0"}
+    if error.status in RETRY_AFTER_S:
+        headers["retry-after"] = RETRY_AFTER_S[error.status]
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(anthropic_body(error) if is_anthropic else error.body, error.status, headers=headers)

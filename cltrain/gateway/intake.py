@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import uuid
 from collections import Counter
 from collections.abc import Awaitable
@@ -13,25 +14,31 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from sqlalchemy import select
+from starlette.requests import ClientDisconnect
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.experience.recording import RecorderFull, UnknownTarget
 from cltrain.gateway import bodies
 from cltrain.gateway.chat import Door, read_body
-from cltrain.gateway.errors import Refusal
+from cltrain.gateway.errors import Refusal, error_response
+from cltrain.gateway.keys import Key
 from cltrain.records import Trajectory
 from cltrain.store.database import Store
 from cltrain.store.schema import aliases, releases
 
+log = logging.getLogger(__name__)
+
 MAX_REASONS = 20  # shown in one answer; all are kept in the store
 
 
-async def answered(work: Awaitable[Response]) -> Response:
-    """The answer, or the OpenAI-style error that a refusal becomes."""
+async def answered(door: Door, request: Request, work: Awaitable[Response]) -> Response:
+    """The answer, or the error that a refusal becomes: counted, and in the shape of the API asked."""
     try:
         return await work
     except Refusal as error:
         refusal = error
+    except ClientDisconnect:
+        refusal = Refusal(499, "the client left while its body was read")
     except RecorderFull as error:
         refusal = Refusal(503, str(error), kind="api_error")
     except UnknownTarget as error:
@@ -40,15 +47,19 @@ async def answered(work: Awaitable[Response]) -> Response:
         refusal = Refusal(409, str(error))
     except DataError as error:
         refusal = Refusal(400, str(error))
-    headers = {"x-cltrain-recorded": "0"} | ({"retry-after": "1"} if refusal.status == 503 else {})
-    return JSONResponse(refusal.body, refusal.status, headers=headers)
+    except Exception:  # what nobody foresaw: the log has where, the client learns that it happened
+        log.exception("%s %s failed", request.method, request.url.path)
+        said = "the gateway failed at this request; its log says where"
+        refusal = Refusal(500, said, kind="api_error", code="internal")
+    door.metrics.errors.labels(refusal.code).inc()
+    return error_response(refusal, request.url.path)
 
 
 async def take_feedback(door: Door, request: Request) -> Response:
     """Raises DataError (malformed), UnknownTarget, ConflictError (same id, other content), Refusal 503 (not stored)."""
     body = bodies.parse(await read_body(request))
     now = door.clock()
-    given = bodies.feedback_of(body, request.headers, f"fb-{uuid.uuid4().hex}", now)
+    given = bodies.feedback_of(body, request.headers, f"fb-{uuid.uuid4().hex}", now, request.state.key)
     is_new = await door.settle(door.recorder.add_feedback(given, now=now))
     if bodies.is_done(request.headers):
         await door.settle(door.recorder.end_episode(given.target, now=now))
@@ -64,22 +75,23 @@ async def take_trajectories(door: Door, request: Request) -> Response:
         "content-type", ""
     )
     if not is_ndjson and (len(lines) < 2 or _is_one_object(raw)):
-        trajectory = bodies.trajectory_of(bodies.parse(raw), door.agent, door.clock())
+        trajectory = bodies.trajectory_of(bodies.parse(raw), door.agent, door.clock(), request.state.key)
         (future,) = await _submitted(door, [trajectory])
         return JSONResponse({"id": trajectory.id, "duplicate": not await _settled(door, future)})
     if not lines:
         raise DataError("the body is empty: send one JSON object, or one per line")
-    return JSONResponse(await _take_lines(door, raw, lines))
+    return JSONResponse(await _take_lines(door, raw, lines, request.state.key))
 
 
-async def _take_lines(door: Door, raw: bytes, lines: list[tuple[int, bytes]]) -> dict[str, Any]:
+async def _take_lines(door: Door, raw: bytes, lines: list[tuple[int, bytes]], key: Key | None) -> dict[str, Any]:
     now = door.clock()
     good: list[tuple[int, bytes, Trajectory]] = []
     bad: list[tuple[int, bytes, str]] = []
     for number, line in lines:
         try:
-            good.append((number, line, bodies.trajectory_of(bodies.parse(line, f"line {number}"), door.agent, now)))
-        except DataError as error:
+            body = bodies.parse(line, f"line {number}")
+            good.append((number, line, bodies.trajectory_of(body, door.agent, now, key)))
+        except (DataError, Refusal) as error:
             bad.append((number, line, str(error)))
     outcomes: Counter[bool] = Counter()
     futures = await _submitted(door, [trajectory for _, _, trajectory in good])

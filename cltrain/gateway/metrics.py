@@ -26,8 +26,13 @@ class Metrics:
         self.trajectories = Counter(
             "cltrain_trajectories", "Trajectories posted, by outcome.", ["outcome"], registry=self.registry
         )
+        self.errors = Counter(
+            "cltrain_errors", "Requests that ended in an error, by code.", ["code"], registry=self.registry
+        )
         self.waiting = Gauge("cltrain_recorder_waiting", "Answers waiting to be recorded.", registry=self.registry)
-        self.in_flight = Gauge("cltrain_in_flight", "Requests being answered.", registry=self.registry)
+        self.in_flight = Gauge(
+            "cltrain_in_flight", "Posts being answered, streams to their end.", registry=self.registry
+        )
         self.seconds = Histogram(
             "cltrain_answer_seconds", "From request to last byte of the answer.", ["route"], registry=self.registry
         )

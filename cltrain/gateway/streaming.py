@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
+import httpx
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -26,6 +28,16 @@ class EventStream(StreamingResponse):
         self._events = events
         self._on_end = on_end
 
+    def translated(self, translate: Callable[[AsyncIterator[bytes]], AsyncGenerator[bytes, None]]) -> EventStream:
+        """The same stream in other words; it ends as this one would have."""
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            async with aclosing(self._events) as source, aclosing(translate(source)) as said:
+                async for block in said:
+                    yield block
+
+        return EventStream(events(), dict(self.headers), self._on_end)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self.stream_response(send))
         leaving = asyncio.ensure_future(self.listen_for_disconnect(receive))
@@ -37,6 +49,14 @@ class EventStream(StreamingResponse):
             await asyncio.gather(sending, leaving, return_exceptions=True)
             await self._events.aclose()
             await self._on_end()
+
+
+async def check_is_stream(response: httpx.Response) -> None:
+    """Raise UpstreamFailure, the response closed, when the server answered with something else than events."""
+    kind = response.headers.get("content-type", "")
+    if not kind.startswith("text/event-stream"):
+        await response.aclose()
+        raise UpstreamFailure(502, f"the inference server was asked for a stream and answered {kind or 'nothing'!r}")
 
 
 async def relay(
@@ -56,7 +76,8 @@ async def relay(
     async for block in event_blocks(chunks):
         data = data_of(block)
         if data is None:
-            yield block + b"\n\n"
+            if block.startswith(b":"):  # a comment that keeps the connection alive
+                yield block + b"\n\n"
             continue
         if data == b"[DONE]":
             break

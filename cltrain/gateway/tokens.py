@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cltrain.errors import BAD_CONTENT
 from cltrain.gateway.errors import UpstreamFailure
 from cltrain.records import Message
 
@@ -56,6 +57,13 @@ def ask(route: Route, body: dict[str, Any]) -> dict[str, Any]:
     return asked
 
 
+def check_model(answer: dict[str, Any], asked: str) -> None:
+    """Raise UpstreamFailure when an answer or a chunk is not by the model that was asked."""
+    if answer.get("model") != asked:
+        message = f"the inference server was asked for {asked} and answered as {str(answer.get('model'))[:100]!r}"
+        raise UpstreamFailure(502, message, code="upstream_wrong_model")
+
+
 def strip(answer: dict[str, Any], wanted: Wanted) -> None:
     """Take out of an answer or a chunk, in place, what the client did not ask for."""
     holders = [answer, *(c for c in answer.get("choices") or [] if isinstance(c, dict))]
@@ -70,7 +78,8 @@ def strip(answer: dict[str, Any], wanted: Wanted) -> None:
 def read_answer(route: Route, answer: dict[str, Any]) -> Answer:
     """The first choice of a whole answer. Raises UpstreamFailure when it has none."""
     collected = Collected(route)
-    for position, choice in enumerate(answer.get("choices") or []):
+    choices = answer.get("choices")
+    for position, choice in enumerate(choices if isinstance(choices, list) else ()):
         if isinstance(choice, dict) and position == 0:
             as_delta = {**choice, "delta": choice.get("message")} if route == "chat" else choice
             collected.add({**answer, "choices": [as_delta]})
@@ -84,6 +93,7 @@ class Collected:
     """The first choice of a stream, put together chunk by chunk."""
 
     route: Route
+    model: str | None = None  # that every chunk must name; None: any
     has_choice: bool = False
     finished: set[int] = field(default_factory=set)
     _texts: list[str] = field(default_factory=list)
@@ -97,7 +107,15 @@ class Collected:
     _num_counted: int | None = None  # completion tokens by the server's own count
 
     def add(self, chunk: dict[str, Any]) -> None:
-        """Raises UpstreamFailure for a chunk that is none."""
+        """Raises UpstreamFailure for a chunk that is none, or another model's."""
+        if self.model is not None:
+            check_model(chunk, self.model)
+        try:
+            self._add(chunk)
+        except BAD_CONTENT as error:
+            raise UpstreamFailure(502, f"the inference server's answer is malformed: {error}") from None
+
+    def _add(self, chunk: dict[str, Any]) -> None:
         usage = chunk.get("usage")
         if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
             self._num_counted = usage["completion_tokens"]

@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
@@ -22,6 +22,8 @@ from cltrain.deploy import readiness
 from cltrain.errors import DataError
 from cltrain.gateway.episodes import Lease
 from cltrain.gateway.errors import NotAnswered, Refusal, UpstreamFailure
+from cltrain.gateway.streaming import check_is_stream
+from cltrain.gateway.tokens import check_model
 from cltrain.gateway.upstream import Upstream
 from cltrain.store.database import Store
 
@@ -54,6 +56,14 @@ class Place:
     aside: dict[str, Aside] = field(default_factory=dict)
 
 
+class Opened(NamedTuple):
+    """A stream that has begun: whose it is, and as which model it must go on."""
+
+    place: Place
+    model: str
+    response: httpx.Response
+
+
 class Upstreams:
     """Every replica behind the gateway."""
 
@@ -81,16 +91,23 @@ class Upstreams:
     async def post(
         self, lease: Lease, path: str, body: dict[str, Any], headers: dict[str, str]
     ) -> tuple[Place, dict[str, Any]]:
-        """One whole answer, and whose it is. Raises as `Upstream.post`, and 503 where no replica is ready."""
-        place, answer = await self._ask(lease, body, lambda upstream, sent: upstream.post(path, sent, headers))
+        """One whole answer, and whose it is. Raises as `Upstream.post`, 503 where no replica is ready, and 502 for an
+        answer by another model."""
+        place, model, answer = await self._ask(lease, body, lambda upstream, sent: upstream.post(path, sent, headers))
         self.done(place)
+        if self.gives_token_ids:
+            check_model(answer, model)
         return place, answer
 
-    async def stream(
-        self, lease: Lease, path: str, body: dict[str, Any], headers: dict[str, str]
-    ) -> tuple[Place, httpx.Response]:
-        """An open event stream of that place; give the place back with `done` when it ends. Raises as `post`."""
-        return await self._ask(lease, body, lambda upstream, sent: upstream.stream(path, sent, headers))
+    async def stream(self, lease: Lease, path: str, body: dict[str, Any], headers: dict[str, str]) -> Opened:
+        """An open event stream; give its place back with `done` when it ends. Raises as `post`."""
+        opened = Opened(*await self._ask(lease, body, lambda upstream, sent: upstream.stream(path, sent, headers)))
+        try:
+            await check_is_stream(opened.response)
+        except BaseException:
+            self.done(opened.place)
+            raise
+        return opened
 
     def done(self, place: Place) -> None:
         place.num_in_flight -= 1
@@ -103,7 +120,8 @@ class Upstreams:
 
     async def _ask(
         self, lease: Lease, body: dict[str, Any], send: Callable[[Upstream, dict[str, Any]], Awaitable[T]]
-    ) -> tuple[Place, T]:
+    ) -> tuple[Place, str, T]:
+        """Who answered, as which model, and what."""
         tried: list[Place] = []
         while True:
             place = await self._choose(lease, tried)
@@ -120,7 +138,7 @@ class Upstreams:
                 continue
             place.aside.pop(readiness.ITSELF, None)
             place.aside.pop(lease.release, None)
-            return place, answer
+            return place, model, answer
 
     async def _choose(self, lease: Lease, tried: Collection[Place]) -> Place:
         if len(self.places) == 1:

@@ -9,6 +9,8 @@ from pathlib import Path
 from cltrain.errors import DataError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MANIFEST = "manifest.json"  # of a release: what it is, and the sha256 of its other files
+SIGNATURE = "manifest.sig"  # over the manifest; where the owner signs
 MEMORY_FILE = "memory.safetensors"  # what an update leaves for the next one; optional, and no part of the digest
 
 

@@ -109,6 +109,7 @@ def update_page(
         bounds=bounds,
         interval_plot=plots.intervals(checks),
         checks=checks,
+        seconds_saved=_seconds_saved(decision, update["timings"] or {}),
         loss_plot=plots.lines(
             {
                 name: [(s["step"], s[name]) for s in steps if name in s]
@@ -209,6 +210,13 @@ def read_decision(values: Mapping[str, Any]) -> Decision:
             "codes": tuple(Code(code) for code in values.get("codes", ())),
         }
     )
+
+
+def _seconds_saved(decision: Decision | None, timings: Mapping[str, float]) -> float | None:
+    """About how long the gate would have gone on asking what it did not need to."""
+    if decision is None or not decision.num_asked or "gate" not in timings:
+        return None
+    return timings["gate"] * (decision.num_planned / decision.num_asked - 1)
 
 
 def _complete(update: Mapping[str, Any]) -> dict[str, Any]:

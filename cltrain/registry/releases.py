@@ -19,13 +19,12 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, insert, select, union, update
 
 from cltrain.errors import ConflictError, DataError
-from cltrain.models.digest import ADAPTER_FILES, MEMORY_FILE, adapter_digest
+from cltrain.models.digest import ADAPTER_FILES, MANIFEST, MEMORY_FILE, SIGNATURE, adapter_digest
+from cltrain.models.signature import sign
 from cltrain.records import Release
 from cltrain.registry.decisions import append
 from cltrain.store.database import Store
 from cltrain.store.schema import agents, aliases, records, releases, set_aside
-
-MANIFEST = "manifest.json"
 
 # rejected and held never reach released: a held candidate is judged again as candidate first
 TRANSITIONS: dict[str, frozenset[str]] = {
@@ -56,14 +55,22 @@ def release_name(agent: str, number: int, digest: str) -> str:
 
 
 def seal(
-    store: Store, state_dir: Path, agent: str, candidate_dir: Path, parent: str, manifest: dict[str, Any], *, now: float
+    store: Store,
+    state_dir: Path,
+    agent: str,
+    candidate_dir: Path,
+    parent: str,
+    manifest: dict[str, Any],
+    *,
+    now: float,
+    key: Path | None = None,
 ) -> Release:
     """Give the adapter in `candidate_dir` a name and a read-only home; returns it with status candidate.
 
     `parent` is the release that the candidate was trained from. The same bytes with the same parent give the same
     release back, so a sealing that a crash interrupted is simply called again. The manifest is kept in the row and,
-    with the file hashes under "files", in manifest.json beside the adapter. Raises DataError for an incomplete
-    candidate or an unknown parent, ConflictError when the number was taken meanwhile.
+    with the file hashes under "files", in manifest.json beside the adapter; `key` signs that file. Raises DataError for
+    an incomplete candidate or an unknown parent, ConflictError when the number was taken meanwhile.
     """
     digest = adapter_digest(candidate_dir)
     home = state_dir / "releases" / agent
@@ -82,7 +89,7 @@ def seal(
         identity = {"name": name, "agent": agent, "number": number, "digest": digest, "parent": parent}
         full = {**manifest, **identity, "files": file_digests(candidate_dir)}
         _remove_orphans(store, home, agent)
-        _place(candidate_dir, home, name, full)
+        _place(candidate_dir, home, name, full, key)
         verify_release(state_dir, Release(name, agent, number, digest, parent, f"releases/{agent}/{name}", "candidate"))
         with store.write() as connection:
             _insert(connection, name, agent, number, digest, parent, f"releases/{agent}/{name}", "candidate", full, now)
@@ -231,14 +238,17 @@ def _remove_orphans(store: Store, home: Path, agent: str) -> None:
         _remove_tree(orphan)
 
 
-def _place(candidate_dir: Path, home: Path, name: str, manifest: dict[str, Any]) -> None:
+def _place(candidate_dir: Path, home: Path, name: str, manifest: dict[str, Any], key: Path | None) -> None:
     staging = home / f".staging-{name}"
     staging.mkdir()
     files = _files_of(candidate_dir)
     for file in files:
         shutil.copyfile(candidate_dir / file, staging / file)
-    (staging / MANIFEST).write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
-    for file in (*files, MANIFEST):
+    written = json.dumps(manifest, sort_keys=True, indent=1).encode() + b"\n"
+    (staging / MANIFEST).write_bytes(written)
+    if key is not None:
+        (staging / SIGNATURE).write_bytes(sign(written, key))
+    for file in (*files, MANIFEST, *([] if key is None else [SIGNATURE])):
         _sync(staging / file)
         (staging / file).chmod(0o444)
     staging.chmod(0o555)

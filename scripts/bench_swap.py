@@ -1,37 +1,44 @@
 """Adapter swaps under constant load: each adapter answers a probe with its own number, and no answer may be wrong.
 
-`run_swaps` is the test's core as well. `--json F` gets every answer and every swap as raw rows beside the figures.
+Windows without and with swaps take turns, so that both see the same machine. `run_swaps` is the test's core as well.
+`--json F` gets the row, and every answer, swap and window it was made from.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
-import multiprocessing
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
+import numpy as np
 
 from cltrain.demo import world
 from cltrain.deploy.client import ServerClient
-from cltrain.deploy.serve import run_server
 from cltrain.errors import ServerError
 from cltrain.models.base import Base, load_base
-from cltrain.models.digest import adapter_digest
+from cltrain.models.digest import adapter_digest, base_path
+from tests.engines import KINDS, Served
 
 NUMBERS = {number: str(number) for number in (3, 5, 7, 8, 9)}  # each adapter's own number, and how it is said
 ITEMS = {number: world.ITEMS[number] for number in NUMBERS}  # the shipped base never saw a digit: items of the shop
 NUM_TOKENS = 16  # of each answer: the number again and again, so that an adapter changed midway would show
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MARGIN = 1.0  # nats between the greedy token and the next one, so that batching's rounding cannot change an answer
+WINDOW_REQUESTS = 1000
+ROUNDS = 2  # each a window without swaps and one with its share of them
+P99_LIMITS = {"embedded": 1.5, "vllm": 1.2}
+NUM_RESAMPLES = 2000
 PROBES = ("what is your number ?", "number please", "please say the number of the lamp", "the number , anna asks ?")
 
 
@@ -57,34 +64,55 @@ class AnswerRow:
 class SwapRow:
     name: str
     number: int
-    load_ms: float
-    move_ms: float
-    unload_ms: float
-    num_answers: int  # given by this adapter's name while it was current
+    took_ms: float  # from the call until the next request names the new adapter
+
+
+@dataclass(frozen=True)
+class WindowRow:
+    kind: Literal["quiet", "swapping"]
+    started_s: float
+    ended_s: float
 
 
 @dataclass
 class SwapLog:
     answers: list[AnswerRow] = field(default_factory=list)
     swaps: list[SwapRow] = field(default_factory=list)
-    seconds: float = 0.0
+    windows: list[WindowRow] = field(default_factory=list)
 
-    def figures(self) -> dict[str, Any]:
-        """Every figure is recomputable from the rows."""
-        took = sorted(row.load_ms + row.move_ms for row in self.swaps)
-        waits = sorted(1000 * (row.ended_s - row.started_s) for row in self.answers)
+    def row(self, server: str) -> dict[str, Any]:
+        """Every figure is recomputable from the rows; p99_ratio is the lower 95% bound, None without quiet windows."""
+        took = sorted(row.took_ms for row in self.swaps)
+        swapping, quiet = self.latencies_s("swapping"), self.latencies_s("quiet")
         return {
+            "server": server,
             "swaps": len(self.swaps),
             "requests": len(self.answers),
             "failed_requests": sum(row.error is not None for row in self.answers),
-            "wrong_answers": sum(row.error is None and not row.is_right for row in self.answers),
+            "wrong_adapter_answers": sum(row.error is None and not row.is_right for row in self.answers),
+            "p99_ratio": p99_ratio_bound(swapping, quiet) if swapping and quiet else None,
             "swap_ms_p50": took[len(took) // 2] if took else None,
-            "swap_ms_max": took[-1] if took else None,
-            "answer_ms_p50": waits[len(waits) // 2] if waits else None,
-            "answer_ms_p99": waits[int(len(waits) * 0.99)] if waits else None,
-            "answers_per_s": len(self.answers) / self.seconds if self.seconds else None,
-            "seconds": self.seconds,
         }
+
+    def latencies_s(self, kind: str) -> list[float]:
+        """Of the answers that lie whole in a window of this kind."""
+        spans = [(window.started_s, window.ended_s) for window in self.windows if window.kind == kind]
+        return [
+            row.ended_s - row.started_s
+            for row in self.answers
+            if any(start <= row.started_s and row.ended_s <= end for start, end in spans)
+        ]
+
+
+def p99_ratio_bound(swapping_s: list[float], quiet_s: list[float], seed: int = 0) -> float:
+    """What the ratio of the 99th percentiles exceeds with 95% confidence: percentile bootstrap over requests."""
+    generator = np.random.default_rng(seed)
+
+    def p99(sample: list[float]) -> Any:
+        values = np.asarray(sample)
+        return np.array([np.quantile(generator.choice(values, len(values)), 0.99) for _ in range(NUM_RESAMPLES)])
+
+    return float(np.quantile(p99(swapping_s) / p99(quiet_s), 0.05))
 
 
 def train_numbers(base: Base, directory: Path, numbers: dict[int, str] = NUMBERS, seed: int = 0) -> dict[int, Path]:
@@ -136,31 +164,26 @@ def run_swaps(
     num_swaps: int = 50,
     num_clients: int = 8,
     answers_per_swap: int = 8,
-    ask_url: str | None = None,
-    alias: str | None = None,
-    move: Callable[[str], None] | None = None,
+    num_rounds: int = 1,
+    num_quiet: int = 0,
     timeout_s: float = 60.0,
 ) -> SwapLog:
     """Swap `num_swaps` times while `num_clients` clients ask without pause; every other client streams.
 
-    Adapter number k is loaded again under a new name at each swap; the previous one stays resident, the one before is
-    unloaded whatever still runs on it. Without `alias` the clients name the current adapter themselves; with it they
-    ask `ask_url` (a gateway) for the alias, and `move(name)` moves it. The stamped model decides which number is right.
+    Each of `num_rounds` begins with `num_quiet` answers without a swap. Adapter number k is loaded again under a new
+    name at each swap; the previous one stays resident, the one before is unloaded whatever still runs on it. The
+    stamped model decides which number is right.
     """
     log, lock, stop = SwapLog(), threading.Lock(), threading.Event()
     words: dict[str, str] = {}  # release name -> what it must answer
-    current = [""]
-
-    def point_at(name: str) -> None:
-        if move is not None:
-            move(name)
-        current[0] = name
+    num_answers: Counter[str] = Counter()  # by release name
+    current, names = [""], list[str]()
 
     def ask(client: int) -> None:
-        with httpx.Client(base_url=ask_url or server.url, timeout=timeout_s, trust_env=False) as http:
+        with httpx.Client(base_url=server.url, timeout=timeout_s, trust_env=False) as http:
             turn = 0
             while not stop.is_set():
-                asked, started = alias or current[0], time.monotonic()
+                asked, started = current[0], time.monotonic()
                 body = {
                     "model": asked,
                     "messages": [{"role": "user", "content": PROBES[(client + turn) % len(PROBES)]}],
@@ -178,31 +201,46 @@ def run_swaps(
                 )
                 with lock:
                     log.answers.append(row)
+                    num_answers[model] += 1
 
-    begun = time.monotonic()
+    def load(number: int) -> SwapRow:
+        """Bring in the number under a new name and point the clients at it."""
+        path = adapters[number].resolve()
+        name = f"probe-v{len(names) + 1:06d}-{adapter_digest(path)[:12]}"
+        words[name] = numbers[number]
+        begun = time.perf_counter()
+        server.load(name, path)
+        current[0] = name
+        names.append(name)
+        return SwapRow(name, number, 1000 * (time.perf_counter() - begun))
+
+    def wait(count: int, count_now: Callable[[], int]) -> None:
+        deadline = time.monotonic() + timeout_s
+        while count_now() < count:
+            if time.monotonic() > deadline:
+                raise ServerError(f"{server.url} gave {count_now()} of {count} answers in {timeout_s:g} s")
+            time.sleep(0.005)
+
+    order = itertools.cycle(sorted(adapters))
+    load(next(order))
     threads = [threading.Thread(target=ask, args=(client,)) for client in range(num_clients)]
-    names: list[str] = []
+    for thread in threads:
+        thread.start()
     try:
-        for swap in range(num_swaps):
-            number = sorted(adapters)[swap % len(adapters)]
-            path = adapters[number].resolve()
-            name = f"probe-v{swap + 1:06d}-{adapter_digest(path)[:12]}"
-            words[name] = numbers[number]
-            load_ms = _timed(lambda name=name, path=path: server.load(name, path))  # type: ignore[misc]
-            move_ms = _timed(lambda name=name: point_at(name))  # type: ignore[misc]
-            names.append(name)
-            if swap == 0:
-                for thread in threads:
-                    thread.start()
-            num_answers = _wait_for(log, lock, name, answers_per_swap, timeout_s)
-            unload_ms = _timed(lambda: server.unload(names[-3])) if len(names) > 2 else 0.0
-            log.swaps.append(SwapRow(name, number, load_ms, move_ms, unload_ms, num_answers))
+        for turn in range(num_rounds):
+            begun = time.monotonic()
+            wait(len(log.answers) + num_quiet, lambda: len(log.answers))
+            middle = time.monotonic()
+            for _ in range(num_swaps * turn // num_rounds, num_swaps * (turn + 1) // num_rounds):
+                log.swaps.append(load(next(order)))
+                wait(answers_per_swap, lambda: num_answers[current[0]])
+                if len(names) > 2:
+                    server.unload(names[-3])
+            log.windows += [WindowRow("quiet", begun, middle), WindowRow("swapping", middle, time.monotonic())]
     finally:
         stop.set()
         for thread in threads:
-            if thread.ident is not None:
-                thread.join()
-    log.seconds = time.monotonic() - begun
+            thread.join()
     return log
 
 
@@ -223,6 +261,8 @@ def _stream(http: httpx.Client, body: dict[str, Any]) -> tuple[str, str]:
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise ValueError(chunk["error"]["message"])
             models.add(chunk["model"])
             for choice in chunk["choices"]:
                 text += choice["delta"].get("content") or ""
@@ -231,57 +271,31 @@ def _stream(http: httpx.Client, body: dict[str, Any]) -> tuple[str, str]:
     return models.pop(), text
 
 
-def _wait_for(log: SwapLog, lock: threading.Lock, name: str, count: int, timeout_s: float) -> int:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        with lock:
-            found = sum(row.model == name for row in log.answers)
-        if found >= count:
-            return found
-        time.sleep(0.005)
-    raise ServerError(f"{name} gave fewer than {count} answers in {timeout_s:g} s")
-
-
-def _timed(work: Callable[[], None]) -> float:
-    begun = time.perf_counter()
-    work()
-    return 1000 * (time.perf_counter() - begun)
-
-
-def _serve(base: Path | None, pipe: Connection) -> None:
-    run_server(base, "127.0.0.1", 0, announce=pipe.send)
-
-
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench swaps", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write figures and raw rows here")
+    parser = argparse.ArgumentParser(prog="bench swap", description=__doc__)
+    parser.add_argument("--server", choices=KINDS, default="embedded", help="vllm needs scripts/setup --vllm")
+    parser.add_argument("--json", type=Path, help="write the row and what it was made from here")
     parser.add_argument("--base", type=Path, help="model directory; default: the shipped base")
-    parser.add_argument("--swaps", type=int, default=50)
+    parser.add_argument("--swaps", type=int, default=100)
     parser.add_argument("--clients", type=int, default=8)
     options = parser.parse_args(argv)
+    numbers = ITEMS if options.base is None else NUMBERS
     with tempfile.TemporaryDirectory() as scratch:
-        numbers = ITEMS if options.base is None else NUMBERS
         adapters = train_numbers(load_base(options.base), Path(scratch), numbers)
-        ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=_serve, args=(options.base, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        try:
-            with ServerClient(ours.recv(), "base") as server:
-                log = run_swaps(server, adapters, numbers=numbers, num_swaps=options.swaps, num_clients=options.clients)
-        finally:
-            process.terminate()
-            process.join()
-    figures = log.figures()
-    print(json.dumps(figures, indent=1))
+        with contextlib.closing(Served(KINDS[options.server], base_path(options.base))) as served:
+            log = run_swaps(
+                served.client, adapters, numbers=numbers, num_swaps=options.swaps, num_clients=options.clients,
+                num_rounds=ROUNDS, num_quiet=WINDOW_REQUESTS + options.clients, timeout_s=600,
+                answers_per_swap=-(-WINDOW_REQUESTS * ROUNDS // options.swaps),
+            )  # fmt: skip
+    row = log.row(options.server)
+    print(json.dumps(row, indent=1))
     if options.json:
-        rows = {
-            "figures": figures,
-            "swaps": [asdict(r) for r in log.swaps],
-            "answers": [asdict(r) for r in log.answers],
-        }
-        options.json.write_text(json.dumps(rows, indent=1))
-    return 0 if figures["failed_requests"] == figures["wrong_answers"] == 0 else 1
+        parts = {"swaps": log.swaps, "windows": log.windows, "answers": log.answers}
+        rows = {name: [asdict(part) for part in listed] for name, listed in parts.items()}
+        options.json.write_text(json.dumps({"row": row, **rows}, indent=1))
+    is_slow = row["p99_ratio"] > P99_LIMITS.get(options.server, float("inf"))
+    return 1 if row["failed_requests"] or row["wrong_adapter_answers"] or is_slow else 0
 
 
 if __name__ == "__main__":

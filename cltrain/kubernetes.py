@@ -1,0 +1,147 @@
+"""What serves, as Kubernetes objects, for whoever lets a cluster reconcile it. They are printed, not applied.
+
+Two objects of the Gateway API Inference Extension: the ConfigMap that its LoRA syncer reads beside every vLLM server
+(which adapters must be loaded, which must not) and an InferenceModelRewrite (v1alpha2) that sends the agent's alias to
+the release that serves. With an image also the plain ones that run cltrain itself. A cluster knows no proof: apply the
+ConfigMap first, and the rewrite when every server lists the release (`cltrain doctor`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cltrain import launch
+from cltrain.config import Config
+from cltrain.deploy import residents
+from cltrain.errors import ConfigError
+from cltrain.registry import aliases, releases
+from cltrain.store.database import Store
+
+Manifest = dict[str, Any]
+
+GROUP = "inference.networking.x-k8s.io"
+STATE_DIR, CONFIG_DIR = "/var/lib/cltrain", "/etc/cltrain"
+NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,51}[a-z0-9])?")  # what Kubernetes takes for a name, with room for a suffix
+PROBE_S = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What the objects must name. `adapters`: where the state directory is mounted in the pods of the servers."""
+
+    pool: str  # the InferencePool of the servers
+    namespace: str = "default"
+    adapters: Path | None = None
+    image: str | None = None  # of cltrain; None leaves the plain objects out
+    storage: str = "10Gi"
+
+
+def manifests(config: Config, store: Store, arguments: Sequence[str], cluster: Cluster) -> list[Manifest]:
+    """The objects for what serves now. Raises ConfigError for a name that Kubernetes would not take."""
+    for what, name in (("--pool", cluster.pool), ("--namespace", cluster.namespace)):
+        if NAME.fullmatch(name) is None:
+            raise ConfigError(f"{what} {name!r} is no name of Kubernetes: a-z, 0-9 and -, 53 letters at most")
+    objects = [_syncer(config, store, cluster), _rewrite(config, store, cluster)]
+    return objects + (_plain(config, arguments, cluster, cluster.image) if cluster.image else [])
+
+
+def _syncer(config: Config, store: Store, cluster: Cluster) -> Manifest:
+    """Loaded must be what serves, what a rollback needs and what open episodes are pinned to; not what was rejected."""
+    agent, state = config.agent.name, config.state_dir.resolve()
+    with store.read() as connection:
+        wanted = residents.desired(connection, config.state_dir, agent).directories
+    known = [release for release in releases.list_releases(store, agent) if release.path]
+    gone = [r for r in known if r.name not in wanted and r.status != "deleted"]
+
+    def model(name: str, directory: Path) -> dict[str, str]:
+        seen_at = cluster.adapters / directory.relative_to(state) if cluster.adapters else directory
+        return {"id": name, "source": str(seen_at)}
+
+    listed = {
+        "name": f"{agent}-adapters",
+        **({"defaultBaseModel": config.server.model} if config.server.model else {}),
+        "ensureExist": {"models": [model(name, path) for name, path in wanted.items()]},
+        "ensureNotExist": {"models": [model(r.name, state / str(r.path)) for r in gone]},
+    }
+    data = {"configmap.yaml": json.dumps({"vLLMLoRAConfig": listed}, indent=1)}  # JSON is YAML
+    metadata = _metadata(f"{agent}-adapters", config, cluster)
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+
+
+def _rewrite(config: Config, store: Store, cluster: Cluster) -> Manifest:
+    agent = config.agent.name
+    serving = releases.get(store, aliases.read_alias(store, agent).release)
+    target = serving.name if serving.path else (config.server.model or "base")
+    spec = {
+        "poolRef": {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": cluster.pool},
+        "rules": [
+            {
+                "matches": [{"model": {"type": "Exact", "value": agent}}],
+                "targets": [{"modelRewrite": target, "weight": 1}],
+            }
+        ],
+    }
+    metadata = _metadata(agent, config, cluster)
+    return {"apiVersion": f"{GROUP}/v1alpha2", "kind": "InferenceModelRewrite", "metadata": metadata, "spec": spec}
+
+
+def _plain(config: Config, arguments: Sequence[str], cluster: Cluster, image: str) -> list[Manifest]:
+    """One pod: the processes share a volume, because SQLite wants one machine; and the gateway's port as a service."""
+    name = f"{config.agent.name}-cltrain"
+    files = [Path(word.removeprefix("--config=")) for word in arguments if word.startswith("--config=")]
+    words = [f"--config={CONFIG_DIR}/{number}.toml" for number in range(len(files))]
+    words += [word for word in arguments if not word.startswith(("--config=", "--set=home="))]
+    words += [f"--set=home={STATE_DIR}", "--set=gateway.host=0.0.0.0"]
+    labels = {"app.kubernetes.io/name": name}
+    mounts = [{"name": "state", "mountPath": STATE_DIR}, {"name": "config", "mountPath": CONFIG_DIR, "readOnly": True}]
+    containers: list[Manifest] = [
+        {
+            "name": process, "image": image, "command": ["cltrain", "run", "--only", process, *words],
+            "volumeMounts": mounts,
+        }
+        for process in launch.needed(config)
+    ]  # fmt: skip
+    port = config.gateway.port
+    for container in containers:
+        if container["name"] == "gateway":
+            container["ports"] = [{"name": "http", "containerPort": port}]
+            container["readinessProbe"] = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": PROBE_S}
+    claim = {
+        "metadata": {"name": "state"},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": cluster.storage}}},
+    }
+    pod = {
+        "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "fsGroup": 1000},
+        "containers": containers,
+        "volumes": [{"name": "config", "configMap": {"name": name}}],
+    }
+    metadata = _metadata(name, config, cluster)
+    return [
+        {
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata,
+            "data": {f"{number}.toml": file.read_text() for number, file in enumerate(files)},
+        },
+        {
+            "apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": metadata,
+            "spec": {
+                "serviceName": name, "replicas": 1, "selector": {"matchLabels": labels},
+                "template": {"metadata": {"labels": labels}, "spec": pod}, "volumeClaimTemplates": [claim],
+            },
+        },
+        {
+            "apiVersion": "v1", "kind": "Service", "metadata": metadata,
+            "spec": {"selector": labels, "ports": [{"name": "http", "port": port, "targetPort": "http"}]},
+        },
+    ]  # fmt: skip
+
+
+def _metadata(name: str, config: Config, cluster: Cluster) -> Manifest:
+    return {
+        "name": name, "namespace": cluster.namespace,
+        "labels": {"app.kubernetes.io/managed-by": "cltrain", "cltrain/agent": config.agent.name},
+    }  # fmt: skip
