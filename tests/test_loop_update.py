@@ -11,6 +11,7 @@ from sqlalchemy import select
 
 from cltrain.api import Deployment
 from cltrain.demo import world
+from cltrain.deploy.client import ServerClient
 from cltrain.errors import ConflictError
 from cltrain.models.digest import adapter_digest
 from cltrain.records import LearningMode
@@ -193,8 +194,7 @@ def test_frozen_learning_refuses_an_update_and_goes_on_after_unfreeze(made):
 def test_a_server_outage_during_the_gate_is_an_error_and_never_promotes(made):
     config, deployment = made
     with worker(config, deployment.store) as learner:
-        answers = learner.rooms.evidence.server
-        learner.rooms.evidence.server = type(answers)("http://127.0.0.1:9", "base", 1.0)
+        learner.rooms.evidence.server = ServerClient("http://127.0.0.1:9", "base", 1.0)
         summary = learner.update()
     assert summary["verdict"] == "error"
     assert aliases.read_alias(deployment.store, "support").release.startswith("support-v000000-")
