@@ -126,6 +126,16 @@ def test_a_release_that_was_lost_is_asked_of_another_and_that_one_left_alone(tmp
         assert {fleet.who(fleet.chat(f"more {i}")) for i in range(4)} == {0, 1}
 
 
+def test_a_release_that_every_replica_lost_is_a_503_to_try_again(tmp_path: Path) -> None:
+    with fleet_of(tmp_path) as fleet:
+        for fake in fleet.fakes:
+            fake.adapters.clear()
+        answer = fleet.chat("hello")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json()["error"]["code"] == "release_not_loaded"
+        assert [len(fake.bodies) for fake in fleet.fakes] == [1, 1]
+
+
 @pytest.mark.parametrize(("order", "code"), [("fail 500", 502), ("fail 400", 400), ("nonsense", 502)])
 def test_what_was_answered_is_not_asked_again(tmp_path: Path, order: str, code: int) -> None:
     with fleet_of(tmp_path) as fleet:
