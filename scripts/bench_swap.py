@@ -261,6 +261,8 @@ def _stream(http: httpx.Client, body: dict[str, Any]) -> tuple[str, str]:
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise ValueError(chunk["error"]["message"])
             models.add(chunk["model"])
             for choice in chunk["choices"]:
                 text += choice["delta"].get("content") or ""

@@ -161,17 +161,24 @@ def create_app(engine: Mistral) -> FastAPI:
 
 
 def _events(chunks: Iterator[Any], body: Generate) -> Iterator[str]:
-    for chunk in chunks:
-        choice = chunk.choices[0]
-        entry = choice.logprobs
-        event = {
-            "index": 0,
-            "delta": {"content": choice.delta.content},
-            "logprobs": entry and {"content": [{"token": entry.token, "logprob": entry.logprob}]},
-            "finish_reason": choice.finish_reason,
-        }
-        yield f"data: {json.dumps({'object': 'chat.completion.chunk', 'model': body.model, 'choices': [event]})}\n\n"
+    try:
+        for chunk in chunks:
+            choice = chunk.choices[0]
+            entry = choice.logprobs
+            event = {
+                "index": 0,
+                "delta": {"content": choice.delta.content},
+                "logprobs": entry and {"content": [{"token": entry.token, "logprob": entry.logprob}]},
+                "finish_reason": choice.finish_reason,
+            }
+            yield _line({"object": "chat.completion.chunk", "model": body.model, "choices": [event]})
+    except (ValueError, RuntimeError) as error:  # what the engine raises when an answer fails half-way
+        yield _line(ApiError(500, str(error).splitlines()[0], "InternalServerError").body)
     yield "data: [DONE]\n\n"
+
+
+def _line(event: dict[str, Any]) -> str:
+    return f"data: {json.dumps(event)}\n\n"
 
 
 def main(base: Path, port: int) -> None:

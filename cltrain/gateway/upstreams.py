@@ -143,11 +143,12 @@ class Upstreams:
     async def _choose(self, lease: Lease, tried: Collection[Place]) -> Place:
         if len(self.places) == 1:
             return self.places[0]
-        for pause_s in (READ_S, HURRY_S):
-            await self._read(pause_s)
-            if ready := [place for place in self.places if place not in tried and self._is_ready(place, lease)]:
-                break
-        else:
+        await self._read(READ_S)
+        if not (ready := self._ready(lease, tried)):
+            await asyncio.sleep(HURRY_S)  # what was promoted a moment ago is not known here yet
+            await self._read(HURRY_S)
+            ready = self._ready(lease, tried)
+        if not ready:
             raise self._nobody(lease)
         before = self._episodes.pop(lease.episode, None)
         least = min(ready, key=lambda place: (place.num_in_flight, place.turn))
@@ -157,6 +158,9 @@ class Upstreams:
         if len(self._episodes) > MAX_EPISODES:
             self._episodes.popitem(last=False)
         return chosen
+
+    def _ready(self, lease: Lease, tried: Collection[Place]) -> list[Place]:
+        return [place for place in self.places if place not in tried and self._is_ready(place, lease)]
 
     def _is_ready(self, place: Place, lease: Lease) -> bool:
         if self._is_out(place) or self._is_aside(place, readiness.ITSELF):
@@ -191,7 +195,7 @@ class Upstreams:
         pause_s = READ_S if before is None else min(2 * before.pause_s, MAX_ASIDE_S)
         place.aside[what] = Aside(time.monotonic() + pause_s, pause_s, self._row(place, what))
         await self._read(HURRY_S)
-        return any(self._is_ready(other, lease) for other in self.places if other not in tried)
+        return bool(self._ready(lease, tried))
 
     async def _unless_out(self, place: Place, work: Awaitable[T]) -> T:
         """Await the replica, but no longer than the worker finds that it answers."""
