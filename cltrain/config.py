@@ -182,6 +182,16 @@ class ServerConfig(Section):
         return self
 
     @property
+    def api_key(self) -> str | None:
+        """The server's own key. Raises ConfigError when it is named and the variable is not set."""
+        if self.api_key_env is None:
+            return None
+        if not (key := os.environ.get(self.api_key_env)):
+            name = self.api_key_env
+            raise ConfigError(f"server.api_key_env = {name!r}, and that variable is not set: export {name}=KEY")
+        return key
+
+    @property
     def is_elsewhere(self) -> bool:
         """Whether somebody else starts it."""
         return self.url is not None or bool(self.urls)

@@ -212,7 +212,7 @@ class Fleet(RuleBasedStateMachine):
             refusal = error
         await upstreams.close()
         if refusal is not None:
-            assert refusal.status in (404, 502, 503), refusal  # 404 of all that were asked is a 503 at the door
+            assert refusal.status in (404, 502, 503), refusal  # of the alias's 404 the door makes 503, try again
             assert not could, f"{[s.url for s in could]} could have answered as {name}: {refusal}"
             return
         said = answer["choices"][0]["message"]["content"]
@@ -320,6 +320,7 @@ def explore(num_examples: int, num_steps: int) -> None:
             max_examples=num_examples,
             stateful_step_count=num_steps,
             deadline=None,
+            derandomize=True,  # the same orders every time
             suppress_health_check=list(HealthCheck),
             print_blob=True,
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -18,13 +19,15 @@ import pytest
 from openai import APIStatusError, OpenAI
 
 from cltrain.config import from_dict
+from cltrain.deploy.client import clients_of
 from cltrain.errors import ConfigError
 from cltrain.experience.recording import read_trajectories
 from cltrain.gateway.app import run_gateway
 from cltrain.gateway.guard import ROUTES, is_loopback
 from cltrain.gateway.keys import FILE, KeyRing, add_key, read_keys, revoke_key
+from cltrain.gateway.upstream import Upstream
 from tests.command import Command, cltrain
-from tests.gateway_parts import Gateway, running
+from tests.gateway_parts import FakeServer, Gateway, running, served
 
 __all__ = ["cltrain"]  # a fixture
 CHAT = {"model": "support", "messages": [{"role": "user", "content": "hi"}]}
@@ -286,6 +289,26 @@ def test_the_servers_own_key_comes_from_the_environment_and_goes_to_the_server_a
         assert answer.status_code == 200
         assert gateway.fake.headers[-1]["authorization"] == "Bearer sk-upstream"
         assert "sk-upstream" not in answer.text + str(answer.headers)
+
+
+def test_worker_and_gateway_show_the_servers_own_key_wherever_they_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPSTREAM_KEY", "sk-upstream")
+    fake = FakeServer()
+    with served(fake.app) as url:
+        config = from_dict({"server": {"kind": "vllm", "url": url, "api_key_env": "UPSTREAM_KEY"}})
+        (client,) = clients_of(config.server)
+        with client:
+            client.generate("base", [{"role": "user", "content": "say hi"}], max_tokens=4)
+    assert fake.headers[-1]["authorization"] == "Bearer sk-upstream"
+    seen: list[str] = []
+
+    def models(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers["authorization"])
+        return httpx.Response(200, json={"data": [{"id": "llama"}]})
+
+    upstream = Upstream("http://server", kind="vllm", transport=httpx.MockTransport(models), api_key="sk-upstream")
+    assert asyncio.run(upstream.base_model()) == "llama"
+    assert seen == ["Bearer sk-upstream"]
 
 
 @pytest.mark.parametrize(("status", "is_streamed"), [(401, False), (403, True)])

@@ -42,12 +42,13 @@ AllScores = list[Scores]
 class ServerClient:
     """A server at `url`; `model` is the base's name there. Safe to share between threads; close it when done."""
 
-    def __init__(self, url: str, model: str, timeout_s: float = 120.0) -> None:
+    def __init__(self, url: str, model: str, timeout_s: float = 120.0, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.model = model
         self._http = httpx.Client(
-            base_url=self.url, timeout=timeout_s, limits=httpx.Limits(max_connections=None), trust_env=False
-        )
+            base_url=self.url, timeout=timeout_s, limits=httpx.Limits(max_connections=None), trust_env=False,
+            headers={"authorization": f"Bearer {api_key}"} if api_key else None,
+        )  # fmt: skip
 
     def close(self) -> None:
         self._http.close()
@@ -218,7 +219,7 @@ class ServerClient:
 
 def clients_of(config: ServerConfig) -> list[ServerClient]:
     """One for every replica."""
-    return [ServerClient(url, config.model or "base", config.timeout_s) for url in config.replicas]
+    return [ServerClient(url, config.model or "base", config.timeout_s, config.api_key) for url in config.replicas]
 
 
 def _scores(choice: dict[str, Any], prompt: Sequence[int], completion: Sequence[int]) -> Scores:

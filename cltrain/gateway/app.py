@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import sys
 import time
@@ -59,17 +58,13 @@ def create_gateway(
     agent = config.agent.name
     if base_release is None:
         base_release = f"{agent}-v000000-{base_digest(base_path(config.base.path))[:12]}"
-    name = config.server.api_key_env
-    if name is not None and not os.environ.get(name):
-        raise ConfigError(f"server.api_key_env = {name!r}, and that variable is not set: export {name}=KEY")
     secret = load_secret(config.state_dir)
     recorder = Recorder(store, secret, config.experience.eval_share, capacity=config.gateway.queue)
     timeout_s = config.gateway.record_timeout_s
     episodes = Episodes(store, agent, base_release, timeout_s)
     metrics = Metrics(StoreCollector(store, agent, clock))
     upstreams = Upstreams(store, [upstream] if isinstance(upstream, Upstream) else upstream)
-    upstream_key = None if name is None else os.environ[name]
-    door = Door(agent, episodes, upstreams, recorder, metrics, timeout_s, clock, upstream_key)
+    door = Door(agent, episodes, upstreams, recorder, metrics, timeout_s, clock, config.server.api_key)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -32,11 +32,13 @@ class Upstream:
         base_model: str | None = None,
         timeout_s: float = 120.0,
         transport: httpx.AsyncBaseTransport | None = None,
+        api_key: str | None = None,
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.kind = kind
         self.timeout_s = timeout_s
         self._base_model = base_model
+        self._own = {"authorization": f"Bearer {api_key}"} if api_key else {}  # for what the gateway itself asks
         self._client = httpx.AsyncClient(
             base_url=self.url,
             timeout=httpx.Timeout(timeout_s, connect=min(MAX_CONNECT_S, timeout_s), pool=None),
@@ -50,7 +52,10 @@ class Upstream:
         """One for every replica."""
         server = config.server
         name = server.model or ("base" if server.kind == "embedded" else None)
-        return [Upstream(url, kind=server.kind, base_model=name, timeout_s=server.timeout_s) for url in server.replicas]
+        return [
+            Upstream(url, kind=server.kind, base_model=name, timeout_s=server.timeout_s, api_key=server.api_key)
+            for url in server.replicas
+        ]
 
     @property
     def gives_token_ids(self) -> bool:
@@ -68,7 +73,7 @@ class Upstream:
     async def models(self) -> list[dict[str, Any]]:
         """What GET /v1/models of the server lists; empty when it has no such route."""
         with self._explained(NotAnswered):
-            response = await self._client.get("/v1/models")
+            response = await self._client.get("/v1/models", headers=self._own)
         if response.status_code != 200:
             return []
         listed = _json(response.content, self.url).get("data")
