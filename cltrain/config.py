@@ -29,7 +29,7 @@ MethodName = Literal[
 Remember = Literal["replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "distill"]
 
 
-Url = Annotated[str, Field(pattern=r"^https?://[^/\s]+\S*$")]
+Url = Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")]  # no password: clients are shown it
 NOT_SHAPING = ("home", "server", "gateway", "signing", "monitoring")  # where an update happens and who hears of it
 
 

@@ -102,8 +102,7 @@ class FakeServer:
         choices = []
         for i in range(body.get("n") or 1):
             said = {"message": message} if kind == "chat" else {"text": message["content"]}
-            reason = "tool_calls" if message.get("tool_calls") else "stop"
-            choices.append({"index": i, **said, "finish_reason": reason, **_truth(body, ids, kind)})
+            choices.append({"index": i, **said, "finish_reason": _reason(body, message), **_truth(body, ids, kind)})
         usage = {"prompt_tokens": 3, "completion_tokens": len(text), "total_tokens": 3 + len(text)}
         name = f"{body['model']}-2024-08-06" if order == "dated" else body["model"]
         answer = {"id": "x", "object": "chat.completion", "created": 1, "model": name, "choices": choices}
@@ -140,13 +139,19 @@ class FakeServer:
                 except asyncio.CancelledError:  # starlette cancels a stream whose reader left
                     self.num_cancelled += 1
                     raise
-        reason = "tool_calls" if message.get("tool_calls") else "stop"
+        reason = _reason(body, message)
         end = {"delta": {}} if kind == "chat" else {"text": ""}
         yield f"data: {json.dumps({**head, 'choices': [{'index': 0, **end, 'finish_reason': reason}]})}\n\n"
         if (body.get("stream_options") or {}).get("include_usage"):
             usage = {"prompt_tokens": 3, "completion_tokens": len(ids), "total_tokens": 3 + len(ids)}
             yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
         yield "data: [DONE]\n\n"
+
+
+def _reason(body: dict[str, Any], message: dict[str, Any]) -> str:
+    """As vLLM: a call that was asked for by name ends with stop."""
+    is_named = isinstance(body.get("tool_choice"), dict)
+    return "tool_calls" if message.get("tool_calls") and not is_named else "stop"
 
 
 async def _left(request: Request) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,6 +20,7 @@ from sqlalchemy import select
 from cltrain.config import from_dict
 from cltrain.errors import ConfigError
 from cltrain.experience.recording import read_trajectories
+from cltrain.gateway import chat, streaming
 from cltrain.gateway.app import create_gateway, run_gateway
 from cltrain.gateway.upstream import Upstream
 from cltrain.store.database import open_store
@@ -151,3 +155,77 @@ def test_a_busy_port_is_a_clear_error(tmp_path: Path) -> None:
         config = from_dict({"home": str(tmp_path), "gateway": {"port": port}})
         with pytest.raises(ConfigError, match=rf"gateway\.port = {port}.*--set gateway\.port"):
             run_gateway(config)
+
+
+# ---------------------------------------------------------------- what holds a place
+
+
+class Fragile:
+    """A server that reads a request whole and goes away over it."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                connection, _ = self._listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    self.num_requests += 1
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_a_request_that_ends_servers_does_not_end_all_of_them(tmp_path: Path) -> None:
+    servers = [Fragile() for _ in range(4)]
+    store = open_store(tmp_path)
+    config = config_in(tmp_path, server={"urls": [server.url for server in servers]})
+    upstreams = [Upstream(server.url, base_model="base") for server in servers]
+    with served(create_gateway(store, config, upstreams, time.time, base_release=BASE)) as url:
+        body = {"model": "support", "messages": [{"role": "user", "content": "boom"}]}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30, trust_env=False)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_error")
+    assert sorted(server.num_requests for server in servers) == [0, 0, 1, 1]
+    for server in servers:
+        server.close()
+    store.close()
+
+
+def test_a_body_that_does_not_come_gives_its_place_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "BODY_S", 0.3)
+    with running(tmp_path, gateway={"max_in_flight": 1}) as gateway:
+        place = httpx.URL(gateway.url)
+        with socket.create_connection((place.host, place.port)) as idle:
+            idle.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+            until(lambda: gateway.chat("hi").status_code == 429, "it holds no place")
+            until(lambda: gateway.chat("hi").status_code == 200, "its place is not given back")
+            assert b"408" in idle.recv(100)
+
+
+def test_a_stream_that_nobody_reads_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "UNREAD_S", 0.1)
+    ended: list[bool] = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        while True:
+            yield b"data: more\n\n"
+
+    async def on_end() -> None:
+        ended.append(True)
+
+    async def never(*_: object) -> Any:
+        await asyncio.sleep(60)
+
+    asyncio.run(asyncio.wait_for(streaming.EventStream(events(), {}, on_end)({"type": "http"}, never, never), 5))
+    assert ended == [True]
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@host:8000", "http://host:8000?key=secret", "http://host/v1#x"])
+def test_an_address_that_clients_are_shown_holds_no_secret(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"server\.url"):
+        from_dict({"server": {"url": url}})

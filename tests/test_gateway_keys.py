@@ -209,12 +209,13 @@ def test_the_keys_principal_is_the_records_whatever_the_client_says(guarded: Gua
 def test_feedback_and_episodes_come_from_the_keys_principal_and_nobody_else(guarded: Guarded) -> None:
     gateway, key = guarded.gateway, bearer(guarded.feedback)
     answer = gateway.chat("one", headers=bearer(guarded.infer))
+    _, own = add_key(gateway.directory, "infer-desk", ["feedback"], now=1.0)
     thumb = {"target": answer.headers["x-cltrain-record"], "id": "thumb", "score": 1}
-    sent = [gateway.http.post("/v1/feedback", json=thumb, headers=key) for _ in range(3)]
+    sent = [gateway.http.post("/v1/feedback", json=thumb, headers=bearer(own)) for _ in range(3)]
     assert [a.json()["duplicate"] for a in sent] == [False, True, True]
     assert "eve" in gateway.http.post("/v1/feedback", json={**thumb, "principal": "eve"}, headers=key).text
     (given,) = record_of(gateway, answer).feedback
-    assert (given.principal, given.score) == ("feedback-desk", 1.0)
+    assert (given.principal, given.score) == ("infer-desk", 1.0)
     registry = gateway.app.state.door.metrics.registry
     metric = {o: registry.get_sample_value("cltrain_feedback_total", {"outcome": o}) for o in ("new", "duplicate")}
     assert metric == {"new": 1.0, "duplicate": 2.0}
@@ -227,6 +228,21 @@ def test_feedback_and_episodes_come_from_the_keys_principal_and_nobody_else(guar
     lines = "\n".join(json.dumps(one) for one in (episode, other))
     counts = gateway.http.post("/v1/trajectories", content=lines, headers=key).json()
     assert (counts["num_duplicates"], counts["num_set_aside"]) == (1, 1)
+
+
+def test_a_key_judges_its_own_principals_records_and_one_with_admin_everybodys(guarded: Guarded) -> None:
+    gateway = guarded.gateway
+    answer = gateway.chat("one", headers=bearer(guarded.infer))
+    episode = {"id": "t17", "messages": [*CHAT["messages"], {"role": "assistant", "content": "ho"}], "reward": 0}
+    assert gateway.http.post("/v1/trajectories", json=episode, headers=bearer(guarded.feedback)).status_code == 200
+    _, other = add_key(gateway.directory, "mallory", ["feedback"], now=1.0)
+    for target in (answer.headers["x-cltrain-record"], answer.headers["x-cltrain-trajectory"], "t17"):
+        said = gateway.http.post("/v1/feedback", json={"target": target, "score": 1}, headers=bearer(other))
+        assert (said.status_code, target in said.text) == (404, True)
+    _, chief = add_key(gateway.directory, "chief", ["feedback", "admin"], now=1.0)
+    for key, status in ((guarded.feedback, 403), (chief, 200)):
+        overrule = {"target": "t17", "score": 1, "source": "import"}
+        assert gateway.http.post("/v1/feedback", json=overrule, headers=bearer(key)).status_code == status
 
 
 @pytest.mark.parametrize("source", ["operator", "verifier"])

@@ -89,6 +89,20 @@ def test_a_conversation_with_a_tool_is_one_episode(shared: Gateway, is_streamed:
     assert kept.tools == ({"type": "function", "function": function},)
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_call_that_was_asked_for_by_name_ends_as_a_tools_use(shared: Gateway, is_streamed: bool) -> None:
+    given: Any = {**ASKED, "messages": [user("call find")], "tools": [TOOL]}
+    given["tool_choice"] = {"type": "tool", "name": "find"}
+    with official(shared) as client:
+        if is_streamed:
+            with client.messages.stream(**given) as stream:
+                answer = stream.get_final_message()
+        else:
+            answer = client.messages.create(**given)
+    assert [block.type for block in answer.content] == ["tool_use"]
+    assert answer.stop_reason == "tool_use"
+
+
 def test_a_call_spaced_otherwise_is_still_the_same_turn(shared: Gateway) -> None:
     """A client that holds the arguments as an object writes them anew: the episode must go on."""
     call = {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": '{\n"item" :"lamp"}'}}
@@ -175,6 +189,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://169.254.169.2
         ({"metadata": {"user_id": 5}}, "principal"),
         ({"mcp_servers": []}, "mcp_servers"),
         ({"prompt_embeds": "x"}, "prompt_embeds"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template"),
     ],
 )
 def test_what_is_not_served_is_a_400_in_anthropics_shape(shared: Gateway, fields: dict[str, Any], said: str) -> None:

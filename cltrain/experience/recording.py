@@ -128,12 +128,13 @@ class Recorder:
         split = split_of(self._secret, turn.session, self._eval_share)
         return self._submit(lambda connection: write_turn(connection, turn, split, now), wait=False)
 
-    def add_feedback(self, given: Feedback, *, now: float) -> Future[bool]:
-        """Queue feedback; the future gives False where the same is already stored, or raises UnknownTarget.
+    def add_feedback(self, given: Feedback, *, now: float, only_of: str | None = None) -> Future[bool]:
+        """Queue feedback; the future gives False where the same is already stored, or raises UnknownTarget, also for a
+        record that is not of the principal `only_of`.
 
         ConflictError where the id is stored for something else. RecorderFull is raised at once.
         """
-        return self._submit(lambda connection: write_feedback(connection, given, now), wait=False)
+        return self._submit(lambda connection: write_feedback(connection, given, now, only_of), wait=False)
 
     def submit_trajectory(self, trajectory: Trajectory) -> Future[bool]:
         """As `add_trajectory`, without waiting for the commit; waits only while the queue is full."""

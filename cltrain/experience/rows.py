@@ -17,9 +17,9 @@ from cltrain.store.schema import feedback, generations, records, screenings, set
 
 # Built once: making a statement costs more than running it.
 STATE_OF_RECORD = select(records.c.prefix, records.c.status, records.c.is_mixed).where(records.c.id == bindparam("id"))
-AGENT_OF_RECORD = select(records.c.agent).where(records.c.id == bindparam("id"))
+OWNER_OF_RECORD = select(records.c.agent, records.c.principal).where(records.c.id == bindparam("id"))
 IS_BRANCH = records.c.id.between(bindparam("first"), bindparam("last"))
-AGENT_OF_EPISODE = select(records.c.agent).where(IS_BRANCH).limit(1)
+OWNER_OF_EPISODE = select(records.c.agent, records.c.principal).where(IS_BRANCH).limit(1)
 RECORD_OF_GENERATION = select(generations.c.record).where(generations.c.id == bindparam("id"))
 SAID = select(
     feedback.c.target, feedback.c.score, feedback.c.text, feedback.c.correction, feedback.c.source, feedback.c.principal
@@ -111,11 +111,12 @@ def write_generation(connection: Connection, generation: Generation, now: float)
     )
 
 
-def write_feedback(connection: Connection, given: Feedback, now: float) -> bool:
+def write_feedback(connection: Connection, given: Feedback, now: float, only_of: str | None = None) -> bool:
     """Store feedback on a generation, a record, or an episode of which perhaps only branches were stored.
 
-    On an episode it is said of each of its branches (see `reading`). False where the same is stored already. Raises
-    UnknownTarget, and ConflictError where something else is stored under its id.
+    On an episode it is said of each of its branches (see `reading`). `only_of`: the principal whose records may be
+    judged; another's is unknown. False where the same is stored already. Raises UnknownTarget, and ConflictError where
+    something else is stored under its id.
     """
     stored = connection.execute(SAID, {"id": given.id}).first()
     if stored is not None:
@@ -124,15 +125,18 @@ def write_feedback(connection: Connection, given: Feedback, now: float) -> bool:
         where = f"for {stored.target!r}" if stored.target != given.target else "and says something else"
         raise ConflictError(f"feedback {given.id!r} is already stored {where}: use a new id")
     record = connection.scalar(RECORD_OF_GENERATION, {"id": given.target}) or given.target
-    agent = connection.scalar(AGENT_OF_RECORD, {"id": record}) or connection.scalar(AGENT_OF_EPISODE, _branches(record))
-    if agent is None:
+    owner = (
+        connection.execute(OWNER_OF_RECORD, {"id": record}).first()
+        or connection.execute(OWNER_OF_EPISODE, _branches(record)).first()
+    )
+    if owner is None or only_of not in (None, owner.principal):
         raise UnknownTarget(f"no record or generation {given.target!r}: use x-cltrain-record or x-cltrain-trajectory")
     _insert(
         connection,
         feedback,
         {
             "id": given.id,
-            "agent": agent,
+            "agent": owner.agent,
             "target": given.target,
             "record": record,
             "score": given.score,

@@ -56,10 +56,15 @@ def _own(key: Key, named: Any) -> str:
     return key.principal
 
 
-def _check_source(key: Key | None, source: str) -> None:
-    if key is not None and source in TRUSTED and "admin" not in key.scopes:
+def _check_source(key: Key | None, source: str, guarded: tuple[str, ...] = TRUSTED) -> None:
+    if key is not None and source in guarded and "admin" not in key.scopes:
         message = f"feedback from source {source!r} is believed before others': its key needs the scope 'admin'"
         raise Refusal(403, message, code="insufficient_scope", param="source")
+
+
+def judges_only(key: Key | None) -> str | None:
+    """Whose records the key may judge: its own principal's. None, everybody's: with scope admin, or without keys."""
+    return None if key is None or "admin" in key.scopes else key.principal
 
 
 def session_of(headers: Mapping[str, str]) -> str | None:
@@ -95,6 +100,9 @@ def check_options(body: dict[str, Any]) -> None:
     client would hand tensors, templates or addresses to the server (vLLM CVE-2025-62164 is the first)."""
     if unsafe := [name for name in UNSAFE if body.get(name) is not None]:
         raise DataError(f"{unsafe[0]} is not taken here: it reaches into the inference server")
+    kwargs = body.get("chat_template_kwargs")
+    if kwargs is not None and (not isinstance(kwargs, dict) or "chat_template" in kwargs):
+        raise DataError(f"chat_template_kwargs must be an object without chat_template; got {_shown(kwargs)}")
     for name, least in {"n": 1, "max_tokens": 0, "max_completion_tokens": 0}.items():
         value = body.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -153,7 +161,7 @@ def feedback_of(
     if key is not None:
         principal = _own(key, principal)
     source = name_of(body.get("source") or "user", "source")
-    _check_source(key, source)
+    _check_source(key, source, (*TRUSTED, "import"))  # what is imported brings its own; here it would overrule users
     return Feedback(
         id=name_of(body.get("id") or fresh_id, "id"),
         target=name_of(body.get("target"), "target"),

@@ -29,6 +29,7 @@ from cltrain.gateway.upstreams import Opened, Place, Upstreams
 from cltrain.records import Generation, Message
 
 T = TypeVar("T")
+BODY_S = 60.0  # to send it whole
 MAX_BODY_BYTES = 16 * 2**20  # as long as a line of an import may be
 log = logging.getLogger(__name__)
 
@@ -245,12 +246,17 @@ class Door:
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises Refusal 413 as soon as the body is longer than MAX_BODY_BYTES; the rest is not kept."""
+    """Raises Refusal 413 as soon as the body is longer than MAX_BODY_BYTES; the rest is not kept. 408 for one that does
+    not come: it holds a place of `gateway.max_in_flight`."""
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise Refusal(413, f"the body is longer than {MAX_BODY_BYTES} bytes: send less at once")
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise Refusal(413, f"the body is longer than {MAX_BODY_BYTES} bytes: send less at once")
+    except TimeoutError:
+        raise Refusal(408, f"the body did not come within {BODY_S:g} s", code="body_timeout") from None
     return bytes(body)
 
 

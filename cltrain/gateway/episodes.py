@@ -113,7 +113,7 @@ def _arguments(function: dict[str, Any]) -> Any:
     """What a call was given, however it is spaced: clients that hold it as an object write it anew."""
     text = function.get("arguments")
     try:
-        return loads(text) if isinstance(text, str) else text
+        return loads(text or "{}") if isinstance(text, str) else text
     except ValueError:
         return text
 

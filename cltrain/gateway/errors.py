@@ -51,6 +51,10 @@ class NotAnswered(UpstreamFailure):
     """The connection failed before a byte of an answer came: asking another replica is safe."""
 
 
+class NotSent(NotAnswered):
+    """Not even the request was sent."""
+
+
 def unknown_model(name: str, agent: str, why: str = "does not exist") -> Refusal:
     message = f"The model `{name}` {why}: use `{agent}` or a release that GET /v1/models lists"
     return Refusal(404, message, code="model_not_found", param="model")

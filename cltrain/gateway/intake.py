@@ -60,7 +60,8 @@ async def take_feedback(door: Door, request: Request) -> Response:
     body = bodies.parse(await read_body(request))
     now = door.clock()
     given = bodies.feedback_of(body, request.headers, f"fb-{uuid.uuid4().hex}", now, request.state.key)
-    is_new = await door.settle(door.recorder.add_feedback(given, now=now))
+    only_of = bodies.judges_only(request.state.key)
+    is_new = await door.settle(door.recorder.add_feedback(given, now=now, only_of=only_of))
     if bodies.is_done(request.headers):
         await door.settle(door.recorder.end_episode(given.target, now=now))
     door.metrics.feedback.labels("new" if is_new else "duplicate").inc()

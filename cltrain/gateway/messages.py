@@ -128,7 +128,9 @@ def _call(block: dict[str, Any], where: str) -> dict[str, Any]:
     name, call_id, given = block.get("name"), block.get("id"), block.get("input")
     if not isinstance(name, str) or not name or not isinstance(call_id, str) or not isinstance(given, dict):
         raise DataError(f"{where}: tool_use needs an id, a name and an input object")
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": json.dumps(given)}}
+    is_unparsed = given.keys() == {"unparsed"} and isinstance(given["unparsed"], str)  # as `_input` had shown it
+    arguments = given["unparsed"] if is_unparsed else json.dumps(given)
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _result(block: dict[str, Any], where: str) -> Message:
@@ -181,7 +183,8 @@ def message_of(answer: dict[str, Any]) -> dict[str, Any]:
         function = call.get("function") or {}
         given = _input(function.get("arguments") or "{}")
         content.append({"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": given})
-    return {**_head(answer["model"]), "content": content, **_stop(choice), "usage": _usage(answer.get("usage"))}
+    stop = _stop(choice, bool(said.get("tool_calls")))
+    return {**_head(answer["model"]), "content": content, **stop, "usage": _usage(answer.get("usage"))}
 
 
 def _head(model: str) -> dict[str, Any]:
@@ -197,8 +200,11 @@ def _input(arguments: str) -> dict[str, Any]:
     return given if isinstance(given, dict) else {"unparsed": arguments}
 
 
-def _stop(choice: dict[str, Any]) -> dict[str, Any]:
+def _stop(choice: dict[str, Any], is_call: bool) -> dict[str, Any]:
+    """`is_call`: the answer calls a tool; a server says "stop" after a call that was asked for by name."""
     reason, matched = STOPS.get(choice.get("finish_reason") or "stop", "end_turn"), choice.get("stop_reason")
+    if reason == "end_turn" and is_call:
+        return {"stop_reason": "tool_use", "stop_sequence": None}
     if reason == "end_turn" and isinstance(matched, str):  # vLLM names the stop sequence that it met
         return {"stop_reason": "stop_sequence", "stop_sequence": matched}
     return {"stop_reason": reason, "stop_sequence": None}
@@ -236,7 +242,7 @@ async def events_of(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]
             for event in blocks.add(choice.get("delta") or {}):
                 yield event
             if choice.get("finish_reason") is not None:
-                stop = _stop(choice)
+                stop = _stop(choice, blocks.has_call)
     for event in blocks.close():
         yield event
     yield _event("message_delta", {"delta": stop, "usage": _usage(usage), **recorded})
@@ -247,6 +253,7 @@ class _Blocks:
     """The content blocks of a stream: one is open at a time, each call of a tool has its own."""
 
     def __init__(self) -> None:
+        self.has_call = False
         self._num_closed = 0
         self._open: str | None = None  # "text", or "call" and its index
 
@@ -256,6 +263,7 @@ class _Blocks:
             events += self._enter("text", {"type": "text", "text": ""})
             events.append(self._delta({"type": "text_delta", "text": delta["content"]}))
         for position, call in enumerate(delta.get("tool_calls") or []):
+            self.has_call = True
             function = call.get("function") or {}
             block = {"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": {}}
             events += self._enter(f"call {call.get('index', position)}", block)

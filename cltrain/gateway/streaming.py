@@ -10,10 +10,12 @@ from typing import Any
 
 import httpx
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from cltrain.gateway.errors import Refusal, UpstreamFailure
 from cltrain.gateway.tokens import Collected, Wanted, strip
+
+UNREAD_S = 120.0  # that a client may leave what was sent to it unread; then it counts as gone
 
 DONE = b"data: [DONE]\n\n"
 
@@ -39,7 +41,11 @@ class EventStream(StreamingResponse):
         return EventStream(events(), dict(self.headers), self._on_end)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self.stream_response(send))
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(UNREAD_S):
+                await send(message)
+
+        sending = asyncio.ensure_future(self.stream_response(send_in_time))
         leaving = asyncio.ensure_future(self.listen_for_disconnect(receive))
         try:
             await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)

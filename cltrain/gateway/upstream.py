@@ -14,7 +14,7 @@ from typing import Any, Literal
 import httpx
 
 from cltrain.config import Config
-from cltrain.gateway.errors import NotAnswered, Refusal, UpstreamFailure
+from cltrain.gateway.errors import NotAnswered, NotSent, Refusal, UpstreamFailure
 
 Kind = Literal["embedded", "vllm", "openai"]
 MAX_CONNECT_S = 10.0
@@ -117,10 +117,19 @@ class Upstream:
         content = json.dumps(body).encode()
         sent = {"content-type": "application/json", **headers}
         request = self._client.build_request("POST", path, content=content, headers=sent)
+        is_new = False
+
+        async def note(event: str, _: Any) -> None:
+            nonlocal is_new
+            is_new = is_new or event == "connection.connect_tcp.started"
+
+        request.extensions["trace"] = note
         with self._explained(NotAnswered):
             try:
                 return await self._client.send(request, stream=True)
             except httpx.RemoteProtocolError:
+                if is_new:  # it was read, and the server went away over it
+                    raise
                 return await self._client.send(request, stream=True)
 
     @contextmanager
@@ -129,8 +138,12 @@ class Upstream:
             yield
         except (httpx.TimeoutException, TimeoutError) as error:
             message = f"the inference server at {self.url} did not answer within {self.timeout_s:g} s"
-            failure = kind if isinstance(error, httpx.ConnectTimeout) else UpstreamFailure
+            is_unsent = isinstance(error, httpx.ConnectTimeout) and kind is NotAnswered
+            failure = NotSent if is_unsent else UpstreamFailure
             raise failure(504, message, end="timeout", code="upstream_timeout") from None
+        except httpx.ConnectError as error:
+            failure = NotSent if kind is NotAnswered else kind
+            raise failure(502, f"no answer from the inference server at {self.url}: {error}") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             what = str(error) or type(error).__name__
             raise kind(502, f"no answer from the inference server at {self.url}: {what}") from None

@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from cltrain.deploy import readiness
 from cltrain.errors import DataError
 from cltrain.gateway.episodes import Lease
-from cltrain.gateway.errors import NotAnswered, Refusal, UpstreamFailure
+from cltrain.gateway.errors import NotAnswered, NotSent, Refusal, UpstreamFailure
 from cltrain.gateway.streaming import check_is_stream
 from cltrain.gateway.tokens import check_model
 from cltrain.gateway.upstream import Upstream
@@ -32,6 +32,7 @@ READ_S = 1.0  # between two reads of the store
 HURRY_S = 0.1  # the same, when nobody seems to be ready
 STORE_S = 5.0
 MAX_ASIDE_S = 8.0
+MAX_RESENT = 1  # replicas more that a request is sent to after one went away over it: it may be what ends them
 MAX_EPISODES = 10_000  # whose place is remembered
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class Upstreams:
     ) -> tuple[Place, str, T]:
         """Who answered, as which model, and what."""
         tried: list[Place] = []
+        num_sent = 0
         while True:
             place = await self._choose(lease, tried)
             place.num_in_flight += 1
@@ -132,7 +134,8 @@ class Upstreams:
             except BaseException as error:
                 self.done(place)
                 tried.append(place)
-                if not await self._another_may(lease, place, tried, error):
+                num_sent += isinstance(error, NotAnswered) and not isinstance(error, NotSent)
+                if num_sent > MAX_RESENT or not await self._another_may(lease, place, tried, error):
                     raise
                 log.warning("%s is asked of another replica: %s", lease.release, error)
                 continue
@@ -208,10 +211,12 @@ class Upstreams:
                 if self._is_out(place) and not working.done():
                     raise NotAnswered(502, f"the inference server at {place.upstream.url} went away")
             return working.result()
-        finally:
-            if not working.done():
-                working.cancel()
-                await asyncio.gather(working, return_exceptions=True)
+        except BaseException:
+            working.cancel()
+            (left,) = await asyncio.gather(working, return_exceptions=True)
+            if isinstance(left, httpx.Response):  # it came as we were leaving: nobody else would close it
+                await left.aclose()
+            raise
 
     async def _read(self, pause_s: float) -> None:
         """What the worker knows, if that was last read longer ago than this. What cannot be read stays as it was."""
