@@ -18,7 +18,7 @@ from cltrain.deploy import probes, readiness, residents
 from cltrain.deploy.client import AllScores, Answers
 from cltrain.deploy.probes import Probes, prove_on
 from cltrain.deploy.proof import NotProvedError, Probe, Proof
-from cltrain.errors import ServerError, UnavailableError
+from cltrain.errors import NotHeldError, ServerError, UnavailableError
 from cltrain.records import Message, Tool
 from cltrain.store.database import Store
 
@@ -101,9 +101,12 @@ class Replica:
         mark(self._store, self.url, name, root, self._clock())
 
     def ask(self, question: Callable[[Server], FoundT]) -> FoundT:
-        """What the server says to it; one that is away is noted to be out."""
+        """What the server says to it; one that is away is noted to be out, one without the model to be without it."""
         try:
             return question(self.server)
+        except NotHeldError as error:
+            readiness.note_not_held(self._store, self.url, error.model)
+            raise
         except UnavailableError:
             readiness.note_out(self._store, self.url, self._clock())
             raise
