@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cltrain.certificate import KL_TOLERANCE, certify
+from cltrain.deploy import probes
+from cltrain.deploy.probes import Probes
 from cltrain.deploy.proof import NotProvedError
 from cltrain.errors import DataError
 from cltrain.gate.judge import Contest
@@ -20,7 +22,7 @@ from cltrain.models.signature import check_signature
 from cltrain.records import Check, Code, Release, SuiteItem, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.registry.decisions import BrokenChainError, read_decisions, verify_chain
-from cltrain.rooms import Rooms, adapter_of, prove, tidy_server
+from cltrain.rooms import Rooms, adapter_of, probes_for, require_sound, tidy_server
 
 DRIFTS = ("drift_frobenius", "drift_spectral", "drift_kl")
 
@@ -107,16 +109,22 @@ def server(rooms: Rooms, serving: Release) -> list[Check]:
             checks.append(Check(f"server: {name}", Code.INTEGRITY, Verdict.HOLD, reason))
     with rooms.server_lock:
         tidy_server(rooms)
-    before = serving.parent or serving.name
     try:
-        found = prove(
-            rooms, rooms.evidence.served_name(serving.name), adapter_of(rooms, serving.name),
-            adapter_of(rooms, before), rooms.anchors, before,
-        )  # fmt: skip
+        found = rooms.server.prove(rooms.evidence.served_name(serving.name), _probes_of(rooms, serving))
     except NotProvedError as error:
         return [*checks, Check("server", Code.INTEGRITY, Verdict.REJECT, str(error))]
     about = f"its log-probs are those of the approved weights, {found.max_error:.2g} nats apart at most"
     return [*checks, Check("server", Code.INTEGRITY, Verdict.PROMOTE, about)]
+
+
+def _probes_of(rooms: Rooms, serving: Release) -> Probes:
+    """Those that were kept when it was approved; for a release without any, made from files that are as sealed and kept
+    by nobody. Raises DataError where they are not."""
+    if (kept := probes.kept_of(rooms.store, serving.name)) is not None:
+        return kept
+    require_sound(rooms, serving.name)
+    before = serving.parent or serving.name
+    return probes_for(rooms, adapter_of(rooms, serving.name), adapter_of(rooms, before), rooms.anchors, before)
 
 
 def canaries(rooms: Rooms, serving: Release) -> list[Check]:
