@@ -361,11 +361,17 @@ class Deployment:
         return launch.Fleet(self.config, self.arguments, ("server",), on_event=on_progress)
 
     def _load(self, release: str, directory: Path) -> None:
-        """On every replica that answers, each of which then proves it: only so is it ready where there are several."""
+        """On every replica that answers, each of which then proves it: only so is it ready where there are several.
+
+        Raises DataError for what no trusted key signed, where there are any.
+        """
         from cltrain.deploy import probes
         from cltrain.deploy.client import clients_of
         from cltrain.deploy.replicas import Replicas
+        from cltrain.models.signature import check_signature
 
+        if trusted := self.config.signing.all_trusted:
+            check_signature(directory, trusted)
         with closing(Replicas(self.store, clients_of(self.config.server), self.config.server.min_ready)) as servers:
             servers.load(release, directory)
             if (kept := probes.kept_of(self.store, release)) is not None:

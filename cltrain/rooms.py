@@ -14,6 +14,7 @@ from cltrain.config import Config
 from cltrain.deploy import probes, proof, residents
 from cltrain.deploy.probes import Probes
 from cltrain.deploy.replicas import Replicas
+from cltrain.deploy.trust import bar_untrusted
 from cltrain.errors import ConflictError
 from cltrain.evidence import Evidence
 from cltrain.models.adapter import AdapterFile, read_adapter
@@ -95,8 +96,8 @@ def day_is_spent(rooms: Rooms) -> str:
 def prove(
     rooms: Rooms, name: str, after: AdapterFile | None, before: AdapterFile | None, rows: Sequence[TokenRow], was: str
 ) -> proof.Proof:
-    """Show that every replica answers with these new weights, on the rows where they differ most from before. The probes
-    are kept, so that the release can be proved again at any time."""
+    """Show that every replica answers with these new weights, on the rows where they differ most from before. The
+    probes are kept, so that the release can be proved again at any time."""
     made = probes_for(rooms, after, before, rows, was)
     if after is not None:
         probes.keep(rooms.store, name, made, rooms.clock())
@@ -135,9 +136,10 @@ def collect_garbage(rooms: Rooms) -> None:
 
 
 def desired(rooms: Rooms) -> residents.Wanted:
-    """What every replica should hold now."""
+    """What every replica should hold now, and what of it no trusted key signed."""
     with rooms.store.read() as connection:
-        return residents.desired(connection, rooms.config.state_dir, rooms.agent)
+        wanted = residents.desired(connection, rooms.config.state_dir, rooms.agent)
+    return bar_untrusted(wanted, rooms.config.signing.all_trusted)
 
 
 def tidy_server(rooms: Rooms) -> None:

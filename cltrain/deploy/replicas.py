@@ -115,7 +115,7 @@ class Replica:
         """Give it what it lacks and prove that; what serves comes last, for then it is ready. Returns what failed its
         proof and had not before. `again_s`: seconds after which what serves, or failed, is proved again."""
         try:
-            residents.reconcile(self, wanted.directories)
+            residents.reconcile(self, wanted.loadable)
         except UnavailableError:
             return ()
         except ServerError as error:  # a file that it refuses keeps it from serving only if that is needed
@@ -222,7 +222,7 @@ class Replicas:
                 member, self._store, agent=agent, wanted=wanted.directories, now=now, drain_s=drain_s,
                 max_adapters=max_adapters,
             )  # fmt: skip
-            residents.reconcile(member, wanted.directories)
+            residents.reconcile(member, wanted.loadable)
 
         self._on_each(tidy_one, self.members)
 
