@@ -13,7 +13,7 @@ from sqlalchemy import select, update
 
 from cltrain import audit, tending
 from cltrain.api import Deployment
-from cltrain.config import load
+from cltrain.config import SigningConfig, load
 from cltrain.deploy import probes
 from cltrain.deploy.client import ServerClient
 from cltrain.deploy.replicas import Replicas
@@ -21,7 +21,8 @@ from cltrain.evidence import Evidence
 from cltrain.gate.pool import num_uses
 from cltrain.models.adapter import read_adapter, write_adapter
 from cltrain.models.base import load_base
-from cltrain.models.digest import ADAPTER_FILES
+from cltrain.models.digest import ADAPTER_FILES, MANIFEST, SIGNATURE
+from cltrain.models.signature import sign
 from cltrain.registry import aliases, releases
 from cltrain.registry.decisions import read_decisions, verify_chain
 from cltrain.store.database import open_store
@@ -31,6 +32,7 @@ from tests.command import Command, cltrain
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
 from tests.serving import random_adapter
 from tests.test_requests import Answering, taken
+from tests.test_signature import make_key
 from tests.test_worker import keeps_signals, run_until
 
 __all__ = ["cltrain", "keeps_signals"]  # fixtures
@@ -213,6 +215,31 @@ def test_an_audit_proves_no_tampered_file_and_keeps_no_probes(made, tmp_path):
     tending.tend(learner.rooms)
     assert states(store, name) == {"proved"}
     assert audited(learner)["outcome"] == "ok"
+
+
+def test_what_was_sealed_before_a_key_was_set_is_a_warning_and_a_wrong_signature_an_alarm(made, tmp_path):
+    learner, deployment = made
+    name = aliases.read_alias(deployment.store, "support").release
+    directory = releases.release_dir(learner.config.state_dir, releases.get(deployment.store, name))
+    (own, _), (other, _) = make_key(tmp_path, "own"), make_key(tmp_path, "other")
+    config = learner.config.model_copy(update={"signing": SigningConfig(key=own)})
+    rooms = learner.rooms
+    evidence = Evidence(config, rooms.store, rooms.base, rooms.server, rooms.on_progress)
+
+    def found():
+        return audit.run_audit(replace(rooms, config=config, evidence=evidence), trigger="timer")
+
+    unsigned = found()
+    assert (unsigned["outcome"], unsigned["action"]) == ("warning", None), unsigned["reasons"]
+    assert "openssl pkeyutl -sign" in unsigned["reasons"][0]
+    directory.chmod(0o755)
+    try:
+        (directory / SIGNATURE).write_bytes(sign((directory / MANIFEST).read_bytes(), own))
+        assert found()["outcome"] == "ok"
+        (directory / SIGNATURE).write_bytes(sign((directory / MANIFEST).read_bytes(), other))
+        assert alarms(found()) == {"files": "integrity"}
+    finally:
+        (directory / SIGNATURE).unlink()
 
 
 def test_a_changed_decision_and_a_moved_alias_alarm_and_no_rollback_answers_them(made):
