@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cltrain.deploy.client import ServerClient
 from cltrain.deploy.replicas import Replicas
 from cltrain.deploy.trust import bar_untrusted
 from cltrain.errors import ConfigError, DataError
+from cltrain.kubernetes import Cluster, manifests
 from cltrain.models.base import load_base
 from cltrain.models.signature import NotSignedError, check_signature, sign
 from cltrain.registry import releases
@@ -176,6 +178,10 @@ def test_a_replica_is_ready_without_what_no_trusted_key_signed(
     assert bar_untrusted(wanted, ()) == wanted
     found = bar_untrusted(wanted, [keys["own.public"]])
     assert (found.needed, found.barred, set(found.loadable)) == ({serving}, {before}, {serving})
+    config = from_dict({"home": str(tmp_path / "state"), "signing": {"trusted": [str(keys["own.public"])]}})
+    synced = json.loads(manifests(config, store, (), Cluster("pool"))[0]["data"]["configmap.yaml"])["vLLMLoRAConfig"]
+    assert [model["id"] for model in synced["ensureExist"]["models"]] == [serving]
+    assert synced["ensureNotExist"]["models"] == [], "where it is it stays"
     gone = bar_untrusted(wanted, [tmp_path / "no.pem"])
     assert set(gone.loadable) == set(), "a key that cannot be read lets nothing in"
 
