@@ -5,7 +5,6 @@ What must work while everything else is down (status, freeze, unfreeze, rollback
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cltrain import launch
 from cltrain.config import BoundsConfig, Config, load
-from cltrain.errors import ConfigError, ConflictError, DataError, ServerError
+from cltrain.errors import CltrainError, ConfigError, ConflictError, DataError, ServerError
 from cltrain.models.digest import base_path
 from cltrain.registry import aliases, decisions, lease, releases, requests
 from cltrain.registry.reserve import make_reserve, reserve_freed
@@ -109,10 +108,12 @@ class Deployment:
             to = None if to is None else releases.find(store, self.agent, to).name
             done = aliases.rollback(store, self.agent, to=to, now=now, reason=reason, freeze=not keep_learning)
         # it is resident as a rule; a server that is away gets it when it is back
-        with contextlib.suppress(ServerError, DataError):  # DataError: a full disk, which costs no rollback
+        try:
             directory = releases.release_dir(self.config.state_dir, releases.get(self.store, done.alias.release))
             if directory is not None and launch.any_server_up(self.config):
                 self._load(done.alias.release, directory)
+        except CltrainError as error:  # a full disk, a key that is not set: none of it costs a rollback
+            log.warning("%s serves, and was not loaded just now: %s", done.alias.release, error)
         return {
             **asdict(done.alias),
             "undone": done.undone,
@@ -360,11 +361,17 @@ class Deployment:
         return launch.Fleet(self.config, self.arguments, ("server",), on_event=on_progress)
 
     def _load(self, release: str, directory: Path) -> None:
-        """On every replica that answers, each of which then proves it: only so is it ready where there are several."""
+        """On every replica that answers, each of which then proves it: only so is it ready where there are several.
+
+        Raises DataError for what no trusted key signed, where there are any.
+        """
         from cltrain.deploy import probes
         from cltrain.deploy.client import clients_of
         from cltrain.deploy.replicas import Replicas
+        from cltrain.models.signature import check_signature
 
+        if trusted := self.config.signing.all_trusted:
+            check_signature(directory, trusted)
         with closing(Replicas(self.store, clients_of(self.config.server), self.config.server.min_ready)) as servers:
             servers.load(release, directory)
             if (kept := probes.kept_of(self.store, release)) is not None:

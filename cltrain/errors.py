@@ -45,6 +45,14 @@ class UnavailableError(ServerError):
     """A server does not answer, or lost what it held: where there are replicas, another one may answer instead."""
 
 
+class NotHeldError(UnavailableError):
+    """A server answers, but not as `model`, which it does not hold; what else it holds is as good as before."""
+
+    def __init__(self, message: str, model: str) -> None:
+        super().__init__(message)
+        self.model = model
+
+
 BAD_CONTENT = (DataError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What the content of one record can make its reader raise. A full memory or disk is no record's fault."""
 

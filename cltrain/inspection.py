@@ -10,18 +10,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cltrain.certificate import KL_TOLERANCE, certify
+from cltrain.deploy import probes
+from cltrain.deploy.probes import Probes
 from cltrain.deploy.proof import NotProvedError
 from cltrain.errors import DataError
 from cltrain.gate.judge import Contest
 from cltrain.gate.pool import count_uses, draw
 from cltrain.gate.standing import Standing
 from cltrain.gate.vault import open_vault
-from cltrain.models.signature import check_signature
+from cltrain.models.signature import NotSignedError
 from cltrain.records import Check, Code, Release, SuiteItem, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.registry.decisions import BrokenChainError, read_decisions, verify_chain
-from cltrain.rooms import Rooms, adapter_of, prove, tidy_server
+from cltrain.rooms import Rooms, adapter_of, probes_for, require_sound, tidy_server
 
+HOW_TO_SIGN = (
+    "Releases made before a key was set are not signed, and no server loads this one again. Once `cltrain verify` is "
+    "content with it, sign it in its directory with `openssl pkeyutl -sign -rawin -inkey KEY -in manifest.json -out "
+    "manifest.sig`, or let the next update, which is signed, take its place"
+)
 DRIFTS = ("drift_frobenius", "drift_spectral", "drift_kl")
 
 
@@ -50,23 +57,26 @@ def files(rooms: Rooms, serving: Release, *, is_recomputed: bool) -> list[Check]
     directory = releases.release_dir(rooms.config.state_dir, serving)
     if directory is None:
         return [Check("files", Code.INTEGRITY, Verdict.PROMOTE, "the bare base serves: there is no distance")]
+    unsigned = []
     try:
-        releases.verify_release(rooms.config.state_dir, serving)
-        if trusted := rooms.config.signing.all_trusted:
-            check_signature(directory, trusted)
+        require_sound(rooms, serving.name)
+    except NotSignedError as error:
+        unsigned = [Check("signature", Code.INTEGRITY, Verdict.HOLD, f"{error}. {HOW_TO_SIGN}")]
     except DataError as error:
         return [Check("files", Code.INTEGRITY, Verdict.REJECT, str(error))]
     if not is_recomputed:
         about = "the files are as sealed; their distances are recomputed by `cltrain audit` and `cltrain verify`"
         sealed = serving.manifest.get("bounds") or {}
-        checks = [Check("files", Code.INTEGRITY, Verdict.PROMOTE, about)]
+        checks = [*unsigned, Check("files", Code.INTEGRITY, Verdict.PROMOTE, about)]
         return checks + _budgets(rooms, {name: sealed.get(name) for name in DRIFTS})
     findings = {f.name: f for f in certify(directory, base_dir=rooms.config.base.path).findings}
     failed = [f for f in findings.values() if f.state == "fails"]
     checks = [Check(f.name, _code(f.name), Verdict.REJECT, f.says, _number(f.seen), f.limit) for f in failed]
     if not failed:
         checks.append(Check("files", Code.INTEGRITY, Verdict.PROMOTE, "the files and their bounds are as sealed"))
-    return checks + _budgets(rooms, {name: _number(findings[name].seen) for name in DRIFTS if name in findings})
+    return (
+        unsigned + checks + _budgets(rooms, {name: _number(findings[name].seen) for name in DRIFTS if name in findings})
+    )
 
 
 def _budgets(rooms: Rooms, distances: Mapping[str, float | None]) -> list[Check]:
@@ -107,16 +117,24 @@ def server(rooms: Rooms, serving: Release) -> list[Check]:
             checks.append(Check(f"server: {name}", Code.INTEGRITY, Verdict.HOLD, reason))
     with rooms.server_lock:
         tidy_server(rooms)
-    before = serving.parent or serving.name
     try:
-        found = prove(
-            rooms, rooms.evidence.served_name(serving.name), adapter_of(rooms, serving.name),
-            adapter_of(rooms, before), rooms.anchors, before,
-        )  # fmt: skip
+        found = rooms.server.prove(rooms.evidence.served_name(serving.name), _probes_of(rooms, serving))
     except NotProvedError as error:
         return [*checks, Check("server", Code.INTEGRITY, Verdict.REJECT, str(error))]
+    except NotSignedError as error:
+        return [*checks, Check("server", Code.INTEGRITY, Verdict.HOLD, f"nothing proves what it answers with: {error}")]
     about = f"its log-probs are those of the approved weights, {found.max_error:.2g} nats apart at most"
     return [*checks, Check("server", Code.INTEGRITY, Verdict.PROMOTE, about)]
+
+
+def _probes_of(rooms: Rooms, serving: Release) -> Probes:
+    """Those that were kept when it was approved; for a release without any, made from files that are as sealed and kept
+    by nobody. Raises DataError where they are not."""
+    if (kept := probes.kept_of(rooms.store, serving.name)) is not None:
+        return kept
+    require_sound(rooms, serving.name)
+    before = serving.parent or serving.name
+    return probes_for(rooms, adapter_of(rooms, serving.name), adapter_of(rooms, before), rooms.anchors, before)
 
 
 def canaries(rooms: Rooms, serving: Release) -> list[Check]:

@@ -18,6 +18,7 @@ from typing import Any
 from cltrain import launch
 from cltrain.config import Config
 from cltrain.deploy import residents
+from cltrain.deploy.trust import bar_untrusted
 from cltrain.errors import ConfigError
 from cltrain.registry import aliases, releases
 from cltrain.store.database import Store
@@ -54,9 +55,10 @@ def _syncer(config: Config, store: Store, cluster: Cluster) -> Manifest:
     """Loaded must be what serves, what a rollback needs and what open episodes are pinned to; not what was rejected."""
     agent, state = config.agent.name, config.state_dir.resolve()
     with store.read() as connection:
-        wanted = residents.desired(connection, config.state_dir, agent).directories
+        wanted = residents.desired(connection, config.state_dir, agent)
+    loadable = bar_untrusted(wanted, config.signing.all_trusted).loadable
     known = [release for release in releases.list_releases(store, agent) if release.path]
-    gone = [r for r in known if r.name not in wanted and r.status != "deleted"]
+    gone = [r for r in known if r.name not in wanted.directories and r.status != "deleted"]
 
     def model(name: str, directory: Path) -> dict[str, str]:
         seen_at = cluster.adapters / directory.relative_to(state) if cluster.adapters else directory
@@ -65,7 +67,7 @@ def _syncer(config: Config, store: Store, cluster: Cluster) -> Manifest:
     listed = {
         "name": f"{agent}-adapters",
         **({"defaultBaseModel": config.server.model} if config.server.model else {}),
-        "ensureExist": {"models": [model(name, path) for name, path in wanted.items()]},
+        "ensureExist": {"models": [model(name, path) for name, path in loadable.items()]},
         "ensureNotExist": {"models": [model(r.name, state / str(r.path)) for r in gone]},
     }
     data = {"configmap.yaml": json.dumps({"vLLMLoRAConfig": listed}, indent=1)}  # JSON is YAML

@@ -36,10 +36,12 @@ def _server(config: Config, store: Store) -> None:
     weight_files(base_path(config.base.path))  # what is wrong here is said before torch is loaded
     from cltrain.deploy import residents
     from cltrain.deploy.serve import run_server
+    from cltrain.deploy.trust import bar_untrusted
 
     with store.read() as connection:
         wanted = residents.desired(connection, config.state_dir, config.agent.name)
-    adapters = {name: path for name, path in wanted.directories.items() if path.is_dir()}
+    loadable = bar_untrusted(wanted, config.signing.all_trusted).loadable
+    adapters = {name: path for name, path in loadable.items() if path.is_dir()}
     run_server(
         config.base.path,
         config.server.host,

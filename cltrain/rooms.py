@@ -14,12 +14,14 @@ from cltrain.config import Config
 from cltrain.deploy import probes, proof, residents
 from cltrain.deploy.probes import Probes
 from cltrain.deploy.replicas import Replicas
+from cltrain.deploy.trust import bar_untrusted
 from cltrain.errors import ConflictError
 from cltrain.evidence import Evidence
 from cltrain.models.adapter import AdapterFile, read_adapter
 from cltrain.models.base import Base
 from cltrain.models.digest import MEMORY_FILE
 from cltrain.models.scoring import last_answer, token_log_probs
+from cltrain.models.signature import check_signature
 from cltrain.records import Example, TokenRow
 from cltrain.registry import releases
 from cltrain.registry.displacement import DAY_S, moved_since
@@ -49,6 +51,7 @@ class Rooms:
     clock: Callable[[], float] = time.time
     server_lock: threading.Lock = field(default_factory=threading.Lock)  # loading is done by one thread at a time
     on_progress: Callable[[str], None] = print
+    complaints: set[tuple[str, str]] = field(default_factory=set)  # (release, why it cannot be proved): logged once
 
     @property
     def agent(self) -> str:
@@ -59,6 +62,16 @@ def adapter_of(rooms: Rooms, name: str) -> AdapterFile | None:
     """The release's weights; None for the bare base."""
     directory = releases.release_dir(rooms.config.state_dir, releases.get(rooms.store, name))
     return read_adapter(directory) if directory else None
+
+
+def require_sound(rooms: Rooms, name: str) -> None:
+    """Raise DataError unless the files are those that were sealed and, where keys are trusted, signed by one of them:
+    what is made from others proves others."""
+    release = releases.get(rooms.store, name)
+    releases.verify_release(rooms.config.state_dir, release)
+    directory = releases.release_dir(rooms.config.state_dir, release)
+    if directory is not None and (trusted := rooms.config.signing.all_trusted):
+        check_signature(directory, trusted)
 
 
 def memory_of(rooms: Rooms, name: str, adapter: AdapterFile | None) -> Memory:
@@ -83,8 +96,8 @@ def day_is_spent(rooms: Rooms) -> str:
 def prove(
     rooms: Rooms, name: str, after: AdapterFile | None, before: AdapterFile | None, rows: Sequence[TokenRow], was: str
 ) -> proof.Proof:
-    """Show that every replica answers with these weights, on the rows where they differ most from before. The probes of
-    a release are kept, so that it can be proved again at any time."""
+    """Show that every replica answers with these new weights, on the rows where they differ most from before. The
+    probes are kept, so that the release can be proved again at any time."""
     made = probes_for(rooms, after, before, rows, was)
     if after is not None:
         probes.keep(rooms.store, name, made, rooms.clock())
@@ -123,9 +136,10 @@ def collect_garbage(rooms: Rooms) -> None:
 
 
 def desired(rooms: Rooms) -> residents.Wanted:
-    """What every replica should hold now."""
+    """What every replica should hold now, and what of it no trusted key signed."""
     with rooms.store.read() as connection:
-        return residents.desired(connection, rooms.config.state_dir, rooms.agent)
+        wanted = residents.desired(connection, rooms.config.state_dir, rooms.agent)
+    return bar_untrusted(wanted, rooms.config.signing.all_trusted)
 
 
 def tidy_server(rooms: Rooms) -> None:

@@ -10,7 +10,7 @@ from cltrain.deploy import probes
 from cltrain.errors import DataError
 from cltrain.registry import releases
 from cltrain.registry.decisions import append
-from cltrain.rooms import Rooms, adapter_of, desired, probes_for
+from cltrain.rooms import Rooms, adapter_of, desired, probes_for, require_sound
 
 AGAIN_S = 300.0  # between two proofs of what serves, on each replica
 
@@ -42,9 +42,12 @@ def _make_probes(rooms: Rooms, name: str) -> bool:
     was = releases.get(rooms.store, name).parent
     assert was is not None, "only the bare base has no parent"
     try:
-        after, before = adapter_of(rooms, name), adapter_of(rooms, was)
-    except (DataError, OSError) as error:  # it stays unproved, and where there are replicas unready
-        log.warning("%s cannot be proved: %s", name, error)
+        require_sound(rooms, name)
+        made = probes_for(rooms, adapter_of(rooms, name), adapter_of(rooms, was), rooms.anchors, was)
+        probes.keep(rooms.store, name, made, rooms.clock())
+    except Exception as error:  # it stays unproved, and where there are replicas unready; the others have their turn
+        if (name, str(error)) not in rooms.complaints:
+            log.warning("%s cannot be proved: %s", name, error, exc_info=not isinstance(error, DataError))
+        rooms.complaints.add((name, str(error)))
         return False
-    probes.keep(rooms.store, name, probes_for(rooms, after, before, rooms.anchors, was), rooms.clock())
     return True

@@ -237,8 +237,9 @@ class Worker:
 
     def _keep_probes(self) -> None:
         if time.monotonic() >= self._next_probes:
-            is_done = tending.make_missing_probes(self.rooms)
-            self._next_probes = time.monotonic() + (TEND_S if is_done else RETRY_S)
+            self._next_probes = time.monotonic() + RETRY_S  # whatever becomes of them, the rest has its turn
+            if tending.make_missing_probes(self.rooms):
+                self._next_probes = time.monotonic() + TEND_S
 
     def _finish_what_is_open(self) -> None:
         """At the start, and once more after something failed: a conclusion that was not written can be made up for."""

@@ -13,7 +13,7 @@ import httpx
 from cltrain.deploy.client import Answer
 from cltrain.deploy.probes import Probes
 from cltrain.deploy.proof import Probe
-from cltrain.errors import ServerError, UnavailableError
+from cltrain.errors import NotHeldError, ServerError, UnavailableError
 
 
 def says(root: str | Path) -> float:
@@ -113,7 +113,7 @@ class Shelf:
         if model == self.model:
             return self._base
         if model not in self.held:
-            raise UnavailableError(f"{self.url} answered 404: {model} does not exist")
+            raise NotHeldError(f"{self.url} answered 404: {model} does not exist", model)
         return self.lies.get(model, self.held[model])
 
     def _reach(self) -> None:

@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select, update
 
-from cltrain import audit
+from cltrain import audit, tending
 from cltrain.api import Deployment
-from cltrain.config import load
+from cltrain.config import SigningConfig, load
+from cltrain.deploy import probes
 from cltrain.deploy.client import ServerClient
 from cltrain.deploy.replicas import Replicas
 from cltrain.evidence import Evidence
 from cltrain.gate.pool import num_uses
 from cltrain.models.adapter import read_adapter, write_adapter
 from cltrain.models.base import load_base
-from cltrain.models.digest import ADAPTER_FILES
+from cltrain.models.digest import ADAPTER_FILES, MANIFEST, SIGNATURE
+from cltrain.models.signature import sign
 from cltrain.registry import aliases, releases
 from cltrain.registry.decisions import read_decisions, verify_chain
 from cltrain.store.database import open_store
 from cltrain.store.schema import aliases as alias_rows
-from cltrain.store.schema import audits, decisions
+from cltrain.store.schema import audits, decisions, replicas
 from tests.command import Command, cltrain
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
 from tests.serving import random_adapter
 from tests.test_requests import Answering, taken
+from tests.test_signature import make_key
 from tests.test_worker import keeps_signals, run_until
 
 __all__ = ["cltrain", "keeps_signals"]  # fixtures
@@ -160,6 +163,83 @@ def test_a_server_that_answers_with_other_weights_alarms(made, tmp_path):
         client.unload(name)
         client.load(name, directory)
     assert audited(learner)["outcome"] == "ok"
+
+
+@contextmanager
+def tampered(learner, deployment, tmp_path: Path):
+    """The files of what serves are others, also on the server; put back afterwards."""
+    name = aliases.read_alias(deployment.store, "support").release
+    directory = releases.release_dir(learner.config.state_dir, releases.get(deployment.store, name))
+    other = random_adapter(load_base(None), tmp_path / "tampered", 6)
+    sealed = {file: file.read_bytes() for file in (directory / file for file in ADAPTER_FILES)}
+
+    def replace_by(content) -> None:
+        for file in sealed:
+            file.chmod(0o644)
+            file.write_bytes(content(file))
+            file.chmod(0o444)
+        with learner.rooms.server_lock:
+            learner.rooms.server.unload(name)
+        tending.tend(learner.rooms)
+
+    try:
+        replace_by(lambda file: (other / file.name).read_bytes())
+        yield name
+    finally:
+        replace_by(sealed.__getitem__)
+
+
+def states(store, release: str) -> set[str]:
+    with store.read() as connection:
+        return set(connection.scalars(select(replicas.c.state).where(replicas.c.release == release)))
+
+
+def test_an_audit_proves_no_tampered_file_and_keeps_no_probes(made, tmp_path):
+    learner, deployment = made
+    store = deployment.store
+    with tampered(learner, deployment, tmp_path) as name:
+        kept = probes.kept_of(store, name)
+        assert states(store, name) == {"failed"}
+        found = audited(learner, on_alarm="report")
+        assert {"files", "server"} <= alarms(found).keys()
+        assert probes.kept_of(store, name) == kept
+        tending.tend(learner.rooms)
+        assert states(store, name) == {"failed"}
+        probes.forget(store, name)
+        found = audited(learner, on_alarm="report")
+        assert {c["verdict"] for c in found["checks"] if c["name"] == "server"} == {"error"}, "nothing can prove it"
+        assert not tending.make_missing_probes(learner.rooms)
+        assert probes.kept_of(store, name) is None
+        assert states(store, name) == {"failed"}
+    assert tending.make_missing_probes(learner.rooms)
+    tending.tend(learner.rooms)
+    assert states(store, name) == {"proved"}
+    assert audited(learner)["outcome"] == "ok"
+
+
+def test_what_was_sealed_before_a_key_was_set_is_a_warning_and_a_wrong_signature_an_alarm(made, tmp_path):
+    learner, deployment = made
+    name = aliases.read_alias(deployment.store, "support").release
+    directory = releases.release_dir(learner.config.state_dir, releases.get(deployment.store, name))
+    (own, _), (other, _) = make_key(tmp_path, "own"), make_key(tmp_path, "other")
+    config = learner.config.model_copy(update={"signing": SigningConfig(key=own)})
+    rooms = learner.rooms
+    evidence = Evidence(config, rooms.store, rooms.base, rooms.server, rooms.on_progress)
+
+    def found():
+        return audit.run_audit(replace(rooms, config=config, evidence=evidence), trigger="timer")
+
+    unsigned = found()
+    assert (unsigned["outcome"], unsigned["action"]) == ("warning", None), unsigned["reasons"]
+    assert "openssl pkeyutl -sign" in unsigned["reasons"][0]
+    directory.chmod(0o755)
+    try:
+        (directory / SIGNATURE).write_bytes(sign((directory / MANIFEST).read_bytes(), own))
+        assert found()["outcome"] == "ok"
+        (directory / SIGNATURE).write_bytes(sign((directory / MANIFEST).read_bytes(), other))
+        assert alarms(found()) == {"files": "integrity"}
+    finally:
+        (directory / SIGNATURE).unlink()
 
 
 def test_a_changed_decision_and_a_moved_alias_alarm_and_no_rollback_answers_them(made):

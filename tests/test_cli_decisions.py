@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import delete, func, insert, select, update
 
 from cltrain.models.base import load_base
-from cltrain.registry.aliases import read_alias
+from cltrain.registry.aliases import move_alias, read_alias
 from cltrain.registry.decisions import append, verify_chain
 from cltrain.registry.releases import ensure_base_release, seal
 from cltrain.store.database import Store, open_store
@@ -114,3 +114,17 @@ def test_a_head_noted_elsewhere_shows_a_cut_off_tail(cltrain: Command, store: St
     assert (done.code, "cut off" in done.err) == (3, True), done
     done = cltrain("log", home, "--head=abc")
     assert (done.code, "at least 12" in done.err) == (3, True), done
+
+
+def test_a_rollback_is_done_and_said_though_the_servers_key_is_not_set(
+    cltrain: Command, store: Store, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = waiting(store, tmp_path, 1)
+    move_alias(store, "support", expected=read_alias(store, "support"), to=first, fence=None, now=3.0, is_human=True)
+    second = waiting(store, tmp_path, 2)
+    move_alias(store, "support", expected=read_alias(store, "support"), to=second, fence=None, now=4.0, is_human=True)
+    monkeypatch.delenv("KEY_OF_NOBODY", raising=False)
+    server = (f"--set=server.url={url}", "--set=server.api_key_env=KEY_OF_NOBODY")
+    done = cltrain("rollback", f"--home={tmp_path / 'state'}", *server, "--json")
+    assert (done.code, done.json["release"]) == (0, first), done
+    assert read_alias(store, "support").release == first

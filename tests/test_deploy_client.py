@@ -1,5 +1,6 @@
 """The client against a real embedded server: loading is idempotent, scores are the model's, failures have names."""
 
+import socket
 from contextlib import closing
 
 import pytest
@@ -9,7 +10,7 @@ from cltrain.deploy.client import ServerClient
 from cltrain.deploy.engine import Engine
 from cltrain.deploy.proof import prove
 from cltrain.deploy.serve import running_server
-from cltrain.errors import ServerError
+from cltrain.errors import NotHeldError, ServerError, UnavailableError
 from cltrain.models.adapter import attach, read_adapter
 from cltrain.models.base import load_base
 from tests.serving import random_adapter
@@ -99,6 +100,24 @@ def test_an_absent_server_is_a_server_error(base):
         for call in (client.list, lambda: client.score("base", [1], [2]), lambda: client.unload("a")):
             with pytest.raises(ServerError, match="cannot be reached"):
                 call()
+
+
+def test_a_server_that_does_not_hold_the_model_is_not_away(server):
+    with pytest.raises(NotHeldError, match="answered 404") as found:
+        server.score_many("nobody", PROBES)
+    assert found.value.model == "nobody"
+    with pytest.raises(NotHeldError):
+        server.generate("nobody", ASK, max_tokens=1)
+
+
+def test_who_does_not_answer_in_time_is_told_the_limit_that_was_meant(base):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with ServerClient(f"http://127.0.0.1:{port}", "base", timeout_s=0.2) as client:
+            with pytest.raises(UnavailableError, match=r"did not answer within 0\.2 s \(server\.timeout_s\)"):
+                client.score_many("base", PROBES)
+            with pytest.raises(UnavailableError, match=r"/v1/models did not answer within 5 s$"):
+                client.list()
 
 
 def test_the_proof_tells_the_adapters_apart(server, base, adapters):

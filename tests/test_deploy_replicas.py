@@ -11,7 +11,7 @@ from cltrain.deploy import probes, readiness, residents
 from cltrain.deploy.proof import NotProvedError
 from cltrain.deploy.replicas import Replicas
 from cltrain.deploy.residents import Wanted
-from cltrain.errors import ConflictError, ServerError, UnavailableError
+from cltrain.errors import ConflictError, NotHeldError, ServerError, UnavailableError
 from cltrain.store.database import open_store
 from cltrain.store.schema import releases
 from cltrain.store.schema import replicas as rows
@@ -148,10 +148,33 @@ def test_what_a_replica_that_went_away_was_asked_goes_to_another_in_the_right_or
     fleet.shelves[1].held.clear()  # restarted, and nobody looked yet
     scores = fleet.servers.score_many("old", [((1,), (2,) * n) for n in range(1, 8)])
     assert [len(row) for row in scores] == list(range(1, 8))
-    assert fleet.states("old") == {"a": "out", "b": "out", "c": "proved"}
+    assert fleet.states("old") == {"a": "out", "c": "proved"}
+    assert fleet.states(readiness.ITSELF) == {"a": "out", "b": "up", "c": "up"}
     fleet.shelves[2].is_down = True
     with pytest.raises(UnavailableError):
         fleet.servers.score_many("old", [((1,), (2,))])
+
+
+def test_a_replica_that_does_not_hold_one_release_stays_ready_for_the_others(fleet):
+    fleet.servers.load("new", NEW)
+    for shelf in fleet.shelves[:2]:
+        shelf.unload("new")  # by another process
+    assert len(fleet.servers.score_many("new", [((1,), (2,))] * 6)) == 6
+    assert fleet.states("new") == {"c": "loaded"}
+    fleet.shelves[2].unload("new")
+    with pytest.raises(NotHeldError):
+        fleet.servers.score_many("new", [((1,), (2,))])
+    assert fleet.states("new") == {}
+    assert fleet.states("old") == dict.fromkeys("abc", "proved")
+    assert fleet.states(readiness.ITSELF) == dict.fromkeys("abc", "up")
+
+
+def test_a_load_under_way_is_remembered_though_the_replica_does_not_hold_it_yet(fleet):
+    lone = Replicas(fleet.store, fleet.shelves[:1])
+    readiness.note_loading(fleet.store, "http://a", "new", str(NEW), fleet.now)
+    with pytest.raises(NotHeldError):
+        lone.score_many("new", [((1,), (2,))])
+    assert fleet.states("new") == {"a": "loading"}, "its files must not be deleted"
 
 
 def test_who_proved_it_is_asked_before_who_only_lists_it_and_who_failed_never(fleet):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,26 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from cltrain import tending
 from cltrain.api import Deployment
 from cltrain.config import SigningConfig, from_dict, load
+from cltrain.deploy import residents
+from cltrain.deploy.client import ServerClient
+from cltrain.deploy.replicas import Replicas
+from cltrain.deploy.trust import bar_untrusted
 from cltrain.errors import ConfigError, DataError
-from cltrain.models.signature import check_signature, sign
+from cltrain.kubernetes import Cluster, manifests
+from cltrain.models.base import load_base
+from cltrain.models.signature import NotSignedError, check_signature, sign
 from cltrain.registry import releases
+from cltrain.registry.aliases import move_alias, read_alias
 from cltrain.registry.releases import ensure_base_release, release_dir, seal, verify_release
-from cltrain.store.database import open_store
+from cltrain.rooms import Rooms, tidy_server
+from cltrain.store.database import Store, open_store
+from tests.command import free_port
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
+from tests.fleet_parts import Shelf
+from tests.serving import random_adapter
 
 
 def make_key(directory: Path, name: str, kind: type[Any] = Ed25519PrivateKey) -> tuple[Path, Path]:
@@ -72,6 +86,123 @@ def test_a_manifest_that_was_changed_or_never_signed_is_not_trusted(tmp_path: Pa
     (directory / "manifest.sig").unlink()
     with pytest.raises(DataError, match="is not signed"):
         check_signature(directory, [keys["own.public"]])
+
+
+def test_a_signature_covers_every_file_and_the_name(tmp_path: Path, keys: dict[str, Path]) -> None:
+    directory = sealed(tmp_path, keys["own.private"])
+    other = directory.with_name("support-v000009-000000000000")
+    shutil.copytree(directory, other)
+    with pytest.raises(DataError, match=f"was sealed and signed as {directory.name}"):
+        check_signature(other, [keys["own.public"]])
+    weights = directory / "adapter_model.safetensors"
+    weights.chmod(0o644)
+    weights.write_text("WEIGHTS")
+    with pytest.raises(DataError, match="is not the file that was sealed"):
+        check_signature(directory, [keys["own.public"]])
+    directory.chmod(0o755)
+    weights.unlink()
+    with pytest.raises(DataError, match="does not name the sha256 of every adapter file"):
+        check_signature(directory, [keys["own.public"]])
+
+
+def test_what_lost_its_manifest_is_worse_than_what_was_never_signed(tmp_path: Path, keys: dict[str, Path]) -> None:
+    directory = sealed(tmp_path, None)
+    with pytest.raises(NotSignedError, match=r"has no manifest\.sig"):
+        check_signature(directory, [keys["own.public"]])
+    directory.chmod(0o755)
+    (directory / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"has no manifest\.json") as found:
+        check_signature(directory, [keys["own.public"]])
+    assert not isinstance(found.value, NotSignedError)
+
+
+def served(store: Store, home: Path, seed: int, key: Path | None) -> tuple[str, Path]:
+    """A release that serves from now on: (name, directory)."""
+    serving = read_alias(store, "support")
+    made = random_adapter(load_base(None), home / f"made-{seed}", seed)
+    release = seal(store, home, "support", made, serving.release, {}, now=2.0, key=key)
+    move_alias(store, "support", expected=serving, to=release.name, fence=None, now=3.0 + seed, is_human=True)
+    directory = release_dir(home, release)
+    assert directory is not None
+    return release.name, directory
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = open_store(tmp_path / "state")
+    ensure_base_release(store, "support", load_base(None).digest, now=1.0)
+    return store
+
+
+def test_what_no_trusted_key_signed_is_not_loaded_and_where_it_is_it_stays(
+    store: Store, tmp_path: Path, keys: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    home, now = tmp_path / "state", [1e6]
+    signed, _ = served(store, home, 1, keys["own.private"])
+    unsigned, directory = served(store, home, 2, None)
+    shelves = [Shelf("http://a"), Shelf("http://b")]
+    servers = Replicas(store, shelves, clock=lambda: now[0])
+    config = from_dict({"home": str(home), "signing": {"trusted": [str(keys["own.public"])]}})
+    nothing: Any = None
+    rooms = Rooms(
+        config, store, nothing, servers, nothing, b"", (), "", (), nothing, 0, clock=lambda: now[0]
+    )  # fmt: skip
+    shelves[1].held[unsigned] = str(directory)  # from before there was a key
+    for _ in range(3):
+        tidy_server(rooms)
+        tending.tend(rooms)
+        now[0] += 1000.0
+    assert [set(shelf.held) for shelf in shelves] == [{signed}, {signed, unsigned}]
+    said = [line.getMessage() for line in caplog.records if "is not loaded" in line.getMessage()]
+    assert said == [f"{unsigned} is not loaded: {directory} is not signed: it has no manifest.sig"]
+    assert not tending.make_missing_probes(rooms), "nothing is measured on it either"
+    directory.chmod(0o755)
+    (directory / "manifest.sig").write_bytes(sign((directory / "manifest.json").read_bytes(), keys["own.private"]))
+    tending.tend(rooms)
+    assert [set(shelf.held) for shelf in shelves] == [{signed, unsigned}] * 2
+    shelves[0].restart()
+    (directory / "adapter_model.safetensors").chmod(0o644)
+    (directory / "adapter_model.safetensors").write_bytes(b"others")
+    tending.tend(rooms)
+    assert [set(shelf.held) for shelf in shelves] == [{signed}, {signed, unsigned}]
+
+
+def test_a_replica_is_ready_without_what_no_trusted_key_signed(
+    store: Store, tmp_path: Path, keys: dict[str, Path]
+) -> None:
+    before, _ = served(store, tmp_path / "state", 1, None)
+    serving, _ = served(store, tmp_path / "state", 2, keys["own.private"])
+    with store.read() as connection:
+        wanted = residents.desired(connection, tmp_path / "state", "support")
+    assert wanted.needed == {serving, before}
+    assert bar_untrusted(wanted, ()) == wanted
+    found = bar_untrusted(wanted, [keys["own.public"]])
+    assert (found.needed, found.barred, set(found.loadable)) == ({serving}, {before}, {serving})
+    config = from_dict({"home": str(tmp_path / "state"), "signing": {"trusted": [str(keys["own.public"])]}})
+    synced = json.loads(manifests(config, store, (), Cluster("pool"))[0]["data"]["configmap.yaml"])["vLLMLoRAConfig"]
+    assert [model["id"] for model in synced["ensureExist"]["models"]] == [serving]
+    assert synced["ensureNotExist"]["models"] == [], "where it is it stays"
+    gone = bar_untrusted(wanted, [tmp_path / "no.pem"])
+    assert set(gone.loadable) == set(), "a key that cannot be read lets nothing in"
+
+
+def test_the_embedded_server_loads_no_unsigned_release_and_a_rollback_to_one_is_done_all_the_same(
+    store: Store, tmp_path: Path, keys: dict[str, Path]
+) -> None:
+    home = tmp_path / "state"
+    first, _ = served(store, home, 1, None)
+    second, directory = served(store, home, 2, keys["own.private"])
+    words = [f"--set=home={home}", f"--set=server.port={free_port()}", f"--set=signing.key={keys['own.private']}"]
+    deployment = Deployment.open(words)
+    with (
+        deployment._own_server(lambda line: None),
+        ServerClient(deployment.config.server.replicas[0], "base") as server,
+    ):
+        assert server.list() == {second: str(directory)}
+        done = deployment.rollback()
+        assert done["release"] == first
+        assert server.list() == {second: str(directory)}
+    assert read_alias(store, "support").release == first
 
 
 @pytest.mark.parametrize(

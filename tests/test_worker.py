@@ -6,20 +6,23 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from sqlalchemy import insert, select
 
+from cltrain import tending
 from cltrain.api import Deployment
 from cltrain.errors import ConflictError, DataError
-from cltrain.registry import aliases, lease
+from cltrain.registry import aliases, lease, releases
 from cltrain.registry.lease import LEASE_S
 from cltrain.registry.reserve import RESERVE_BYTES
 from cltrain.store.schema import agents, requests, updates
 from cltrain.worker import Worker
 from tests.chaos_checks import half_done
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
+from tests.serving import random_adapter
 from tests.test_loop_crash import CUT_OFF, run_sql
 from tests.test_unfinished import Killed, killed_at
 from tests.windows import standing
@@ -173,6 +176,28 @@ def test_the_worker_sets_room_aside_again_after_an_emergency(made, keeps_signals
         assert not (config.state_dir / "reserve").exists()
         run_until(learner, (config.state_dir / "reserve").exists, timeout_s=10.0)
     assert (config.state_dir / "reserve").stat().st_size == RESERVE_BYTES
+
+
+def test_probes_that_cannot_be_made_keep_nobody_waiting(made, keeps_signals, tmp_path, caplog):
+    config, deployment = made
+    store = deployment.store
+    with worker(config, store) as learner:
+        serving = aliases.read_alias(store, "support")
+        weights = random_adapter(learner.rooms.base, tmp_path / "made", 1)
+        name = releases.seal(store, config.state_dir, "support", weights, serving.release, {}, now=2.0).name
+        aliases.move_alias(store, "support", expected=serving, to=name, fence=None, now=3.0, is_human=True)
+        learner.rooms = replace(learner.rooms, base=None)  # whatever a forward dies of
+        deployment.freeze("so that it is quick")
+        number = deployment.post_request("update")
+        run_until(learner, lambda: deployment.request_outcome(number) is not None, timeout_s=5.0)
+        assert "frozen" in deployment.request_outcome(number)["error"]
+        assert not tending.make_missing_probes(learner.rooms)
+        said = [line for line in caplog.records if "cannot be proved" in line.getMessage()]
+        assert [line.exc_info is not None for line in said] == [True], "said once, with where it happened"
+        learner.rooms, learner._next_probes = None, 0.0
+        with pytest.raises(AttributeError):
+            learner._keep_probes()
+        learner._keep_probes()  # not again at once
 
 
 def test_a_lost_lease_stops_the_worker(made, keeps_signals):

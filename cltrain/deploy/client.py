@@ -14,12 +14,12 @@ from typing import Any
 import httpx
 
 from cltrain.config import ServerConfig
-from cltrain.errors import ServerError, UnavailableError
+from cltrain.errors import NotHeldError, ServerError, UnavailableError
 from cltrain.records import Message, Tool
 
 SCORE_ROWS = 16  # sequences per scoring request
 QUICK_S = 5.0  # for what needs no model: a server that takes longer to list its adapters is away
-AWAY = (404, 502, 503, 504)  # the model is not there (any more), or nobody is behind the address
+AWAY = (404, 502, 503, 504)  # nobody is behind the address, or nobody who speaks this dialect
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class ServerClient:
     def __init__(self, url: str, model: str, timeout_s: float = 120.0, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.model = model
+        self._timeout_s = timeout_s
         self._http = httpx.Client(
             base_url=self.url, timeout=timeout_s, limits=httpx.Limits(max_connections=None), trust_env=False,
             headers={"authorization": f"Bearer {api_key}"} if api_key else None,
@@ -196,8 +197,10 @@ class ServerClient:
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         response = self._send(method, path, body)
         if response.status_code != 200:
-            kind = UnavailableError if response.status_code in AWAY else ServerError
-            raise kind(f"{self.url}{path} answered {response.status_code}: {_reason(response)}")
+            said = f"{self.url}{path} answered {response.status_code}: {_reason(response)}"
+            if response.status_code == 404 and body is not None:
+                raise NotHeldError(said, str(body["model"]))
+            raise (UnavailableError if response.status_code in AWAY else ServerError)(said)
         try:
             answer = response.json()
         except ValueError:
@@ -212,7 +215,8 @@ class ServerClient:
                 return self._http.get(path, timeout=QUICK_S)
             return self._http.request(method, path, json=body)
         except httpx.TimeoutException:
-            raise UnavailableError(f"{self.url}{path} did not answer in time (server.timeout_s)") from None
+            limit = f"{QUICK_S:g} s" if method == "GET" else f"{self._timeout_s:g} s (server.timeout_s)"
+            raise UnavailableError(f"{self.url}{path} did not answer within {limit}") from None
         except httpx.HTTPError as error:
             raise UnavailableError(f"{self.url}{path} cannot be reached: {error}") from None
 

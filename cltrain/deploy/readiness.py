@@ -107,6 +107,13 @@ def note_gone(store: Store, url: str, release: str) -> None:
         _delete(connection, url, release)
 
 
+def note_not_held(store: Store, url: str, release: str) -> None:
+    """It answers, but not as this; a load under way may still come true."""
+    with store.write() as connection:
+        ours = (replicas.c.url == url) & (replicas.c.release == release)
+        connection.execute(delete(replicas).where(ours, replicas.c.state.in_(HELD)))
+
+
 def mark_proved(store: Store, url: str, release: str, root: str, now: float) -> None:
     """This replica answers with exactly this release: it is ready for it. Where the update is too small to tell from
     the one before, that rests on name, path and hash."""

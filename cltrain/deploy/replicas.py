@@ -18,7 +18,7 @@ from cltrain.deploy import probes, readiness, residents
 from cltrain.deploy.client import AllScores, Answers
 from cltrain.deploy.probes import Probes, prove_on
 from cltrain.deploy.proof import NotProvedError, Probe, Proof
-from cltrain.errors import ServerError, UnavailableError
+from cltrain.errors import NotHeldError, ServerError, UnavailableError
 from cltrain.records import Message, Tool
 from cltrain.store.database import Store
 
@@ -101,9 +101,12 @@ class Replica:
         mark(self._store, self.url, name, root, self._clock())
 
     def ask(self, question: Callable[[Server], FoundT]) -> FoundT:
-        """What the server says to it; one that is away is noted to be out."""
+        """What the server says to it; one that is away is noted to be out, one without the model to be without it."""
         try:
             return question(self.server)
+        except NotHeldError as error:
+            readiness.note_not_held(self._store, self.url, error.model)
+            raise
         except UnavailableError:
             readiness.note_out(self._store, self.url, self._clock())
             raise
@@ -112,7 +115,7 @@ class Replica:
         """Give it what it lacks and prove that; what serves comes last, for then it is ready. Returns what failed its
         proof and had not before. `again_s`: seconds after which what serves, or failed, is proved again."""
         try:
-            residents.reconcile(self, wanted.directories)
+            residents.reconcile(self, wanted.loadable)
         except UnavailableError:
             return ()
         except ServerError as error:  # a file that it refuses keeps it from serving only if that is needed
@@ -219,7 +222,7 @@ class Replicas:
                 member, self._store, agent=agent, wanted=wanted.directories, now=now, drain_s=drain_s,
                 max_adapters=max_adapters,
             )  # fmt: skip
-            residents.reconcile(member, wanted.directories)
+            residents.reconcile(member, wanted.loadable)
 
         self._on_each(tidy_one, self.members)
 

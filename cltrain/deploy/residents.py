@@ -40,6 +40,11 @@ class Wanted:
     serving: str
     directories: Mapping[str, Path]
     needed: frozenset[str]  # of them, without which it is not ready: what serves, what a rollback would go to
+    barred: frozenset[str] = frozenset()  # of them, what must not be loaded; see trust.py
+
+    @property
+    def loadable(self) -> dict[str, Path]:
+        return {name: directory for name, directory in self.directories.items() if name not in self.barred}
 
 
 def wanted_releases(connection: Connection, agent: str) -> set[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from cltrain.errors import DataError
 
@@ -53,6 +55,24 @@ def adapter_digest(directory: Path) -> str:
         if not (directory / name).is_file():
             raise DataError(f"{directory} is not an adapter directory: {name} is missing")
     return _digest([directory / name for name in ADAPTER_FILES])
+
+
+def check_manifest(directory: Path, manifest: bytes) -> dict[str, Any]:
+    """The manifest.json of these bytes, once the directory holds exactly the files that it names under "files", each
+    with its sha256. Raises DataError otherwise."""
+    try:
+        said = json.loads(manifest)
+    except ValueError as error:
+        raise DataError(f"{directory / MANIFEST} cannot be read as JSON: {error}") from None
+    files = said.get("files") if isinstance(said, dict) else None
+    present = {name for name in (*ADAPTER_FILES, MEMORY_FILE) if (directory / name).exists()}
+    if not isinstance(files, dict) or set(files) != present:
+        raise DataError(f'{directory / MANIFEST} does not name the sha256 of every adapter file under "files"')
+    for name, expected in files.items():
+        with (directory / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
+                raise DataError(f"{directory / name} is not the file that was sealed (sha256 differs from {MANIFEST})")
+    return dict(said)
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cltrain.errors import ConfigError, DataError
-from cltrain.models.digest import MANIFEST, SIGNATURE
+from cltrain.models.digest import MANIFEST, SIGNATURE, check_manifest
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -22,25 +22,37 @@ def sign(manifest: bytes, key: Path) -> bytes:
     return _private(key).sign(manifest)
 
 
+class NotSignedError(DataError):
+    """Nobody signed it, as before a key was configured; nothing says that anything in it was changed."""
+
+
 def check_signature(directory: Path, trusted: Sequence[Path]) -> None:
-    """Raise DataError unless the directory's manifest is signed by one of the keys; ConfigError for a bad key file.
+    """Raise DataError unless one of the keys signed the directory's manifest, and this names the directory and has the
+    sha256 of every file in it; NotSignedError where there is no signature, ConfigError for a bad key file.
 
     A key file may hold a public key or the private one that it belongs to.
     """
     from cryptography.exceptions import InvalidSignature
 
     keys = [_public(file) for file in trusted]
-    try:
-        manifest, signature = ((directory / name).read_bytes() for name in (MANIFEST, SIGNATURE))
-    except FileNotFoundError as error:
-        raise DataError(f"{directory} is not signed: it has no {Path(error.filename).name}") from None
-    for key in keys:
+    for name, kind in ((MANIFEST, DataError), (SIGNATURE, NotSignedError)):
+        if not (directory / name).is_file():
+            raise kind(f"{directory} is not signed: it has no {name}")
+    manifest, signature = ((directory / name).read_bytes() for name in (MANIFEST, SIGNATURE))
+
+    def is_by(key: Ed25519PublicKey) -> bool:
         try:
             key.verify(signature, manifest)
         except InvalidSignature:
-            continue
-        return
-    raise DataError(f"{directory / SIGNATURE} is by none of the {len(keys)} keys in signing.trusted and signing.key")
+            return False
+        return True
+
+    if not any(map(is_by, keys)):
+        raise DataError(
+            f"{directory / SIGNATURE} is by none of the {len(keys)} keys in signing.trusted and signing.key"
+        )
+    if (name := check_manifest(directory, manifest).get("name", directory.name)) != directory.name:
+        raise DataError(f"{directory} holds what was sealed and signed as {name}")
 
 
 def _private(file: Path) -> Ed25519PrivateKey:
