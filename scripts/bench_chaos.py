@@ -12,9 +12,6 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file: the tests' parts lie beside this folder
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from tests.chaos import Chaos, KillRow
 
 
