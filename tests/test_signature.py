@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,12 @@ def test_an_update_is_signed_and_one_that_nobody_trusted_signed_is_never_loaded(
             assert unsigned["verdict"] == "error"
             assert "is not signed" in unsigned["reasons"][0]
             assert unsigned["candidate"] not in learner.rooms.server.list()
+
+
+def test_without_the_package_it_is_said_what_to_install(
+    tmp_path: Path, keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("cryptography")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=r"cltrain\[sign\]"):
+        check_signature(tmp_path, [keys["own.public"]])

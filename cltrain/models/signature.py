@@ -32,9 +32,9 @@ def check_signature(directory: Path, trusted: Sequence[Path]) -> None:
 
     A key file may hold a public key or the private one that it belongs to.
     """
+    keys = [_public(file) for file in trusted]  # says what to install where that is missing
     from cryptography.exceptions import InvalidSignature
 
-    keys = [_public(file) for file in trusted]
     for name, kind in ((MANIFEST, DataError), (SIGNATURE, NotSignedError)):
         if not (directory / name).is_file():
             raise kind(f"{directory} is not signed: it has no {name}")
