@@ -149,8 +149,8 @@ class FlatLoRA:
         self.layout.fill(self.values, factors)
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module -> (A_RK, B_NR), views of the values."""
-        return self._views[0]
+        """Module -> (A_RK, B_NR), views of the values, in the order in which the modules were given."""
+        return {module: self._views[0][module] for module in self._live}
 
     def check(self) -> None:
         """Raise RuntimeError when a parameter or its gradient no longer lies in the flat buffers."""

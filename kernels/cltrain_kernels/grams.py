@@ -128,8 +128,8 @@ def trust_region(
     changes, to the bit. The result is rounded to the buffer's dtype: leave a margin where a bound must hold exactly.
     """
     grams_M44 = product_grams(layout, values_S, start_S)
-    pairs = ((LINEAR, LINEAR), (LINEAR, QUADRATIC), (QUADRATIC, QUADRATIC))
-    c_M = largest_step(*(inner(grams_M44, *pair, scale) for pair in pairs), radii_M)
+    yy_M, zz_M = (inner(grams_M44, one, one, scale) for one in (LINEAR, QUADRATIC))
+    c_M = largest_step(yy_M, inner(grams_M44, LINEAR, QUADRATIC, scale), zz_M, radii_M)
     if together:
         c_M = c_M.min().expand_as(c_M)
     begin = 0

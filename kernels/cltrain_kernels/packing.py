@@ -42,7 +42,10 @@ def segment(rows: Sequence[Row]) -> Segment:
     """The trie of rows that may share prefixes, in order of first appearance. Raises ValueError without a row."""
     if not rows:
         raise ValueError("a segment needs at least one row")
-    ids, positions, parents, weights = [], [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
+    parents: list[int] = []
+    weights: list[float] = []
     children: list[dict[int, int]] = [{}]  # of the root, then of each node
     for row in rows:
         node = -1
@@ -121,7 +124,11 @@ def pack(segments: Sequence[Segment], bucket: Bucket) -> Packed:
         raise ValueError(f"{used} does not fit {bucket}: take a larger bucket or fewer rows")
     if not used.num_predictions:
         raise ValueError("no supervised token: every weight is zero, there is nothing to learn from")
-    ids, positions, ends, starts, predictions = [], [], [], [0], []
+    ids: list[int] = []
+    positions: list[int] = []
+    ends: list[int] = []
+    starts = [0]
+    predictions: list[tuple[int, int, float]] = []
     for one in segments:
         begin = starts[-1]
         ids += one.ids
