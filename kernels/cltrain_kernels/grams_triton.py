@@ -15,7 +15,8 @@ import triton.language as tl
 
 from cltrain_kernels.aot import Compilation
 
-BLOCK = 64
+TILE = 16  # of the rank, rows by columns of a Gram per program: 64 x 64 in one would spill
+BLOCK = 32
 PIECE = 1024  # of a factor's long side, per program
 COLUMNS, ROWS = 128, 32
 SPLIT = 1024  # rows per program of the column sums
@@ -23,7 +24,7 @@ SPLIT = 1024  # rows per program of the column sums
 
 @triton.jit
 def pieces_kernel(
-    values, starts, table, pieces, partials, rank, RANK: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr
+    values, starts, table, pieces, partials, rank, side, TILE: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr
 ):
     program = tl.program_id(0).to(tl.int64)
     factor = tl.load(pieces + 2 * program)
@@ -31,25 +32,31 @@ def pieces_kernel(
     table += 4 * factor  # offset, length of the long side, stride along it, stride along the rank
     offset, length = tl.load(table), tl.load(table + 1)
     along, across = tl.load(table + 2), tl.load(table + 3)
-    ranks = tl.arange(0, RANK)
+    rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    columns = tl.program_id(2) * TILE + tl.arange(0, TILE)
     lanes = tl.arange(0, BLOCK)
-    whole = tl.zeros((RANK, RANK), dtype=tl.float32)
-    mixed = tl.zeros((RANK, RANK), dtype=tl.float32)
-    moved = tl.zeros((RANK, RANK), dtype=tl.float32)
+    whole = tl.zeros((TILE, TILE), dtype=tl.float32)
+    mixed = tl.zeros((TILE, TILE), dtype=tl.float32)
+    moved = tl.zeros((TILE, TILE), dtype=tl.float32)
     for start in range(0, PIECE, BLOCK):
         places = first + start + lanes
-        mask = (ranks[:, None] < rank) & (places[None, :] < length)
-        offsets = offset + ranks[:, None] * across + places[None, :] * along
-        value = tl.load(values + offsets, mask=mask, other=0.0)
-        move = value - tl.load(starts + offsets, mask=mask, other=0.0)
-        whole += tl.dot(value, tl.trans(value), input_precision="ieee")
-        mixed += tl.dot(value, tl.trans(move), input_precision="ieee")
-        moved += tl.dot(move, tl.trans(move), input_precision="ieee")
-    square = ranks[:, None] * RANK + ranks[None, :]
-    partials += program * (3 * RANK * RANK)
+        inside = places < length
+        of_rows = offset + rows[:, None] * across + places[None, :] * along
+        of_columns = offset + columns[None, :] * across + places[:, None] * along
+        row_mask = (rows[:, None] < rank) & inside[None, :]
+        column_mask = (columns[None, :] < rank) & inside[:, None]
+        row = tl.load(values + of_rows, mask=row_mask, other=0.0)
+        row_move = row - tl.load(starts + of_rows, mask=row_mask, other=0.0)
+        column = tl.load(values + of_columns, mask=column_mask, other=0.0)
+        column_move = column - tl.load(starts + of_columns, mask=column_mask, other=0.0)
+        whole += tl.dot(row, column, input_precision="ieee")
+        mixed += tl.dot(row, column_move, input_precision="ieee")
+        moved += tl.dot(row_move, column_move, input_precision="ieee")
+    square = rows[:, None] * side + columns[None, :]
+    partials += program * (3 * side * side)
     tl.store(partials + square, whole)
-    tl.store(partials + RANK * RANK + square, mixed)
-    tl.store(partials + 2 * RANK * RANK + square, moved)
+    tl.store(partials + side * side + square, mixed)
+    tl.store(partials + 2 * side * side + square, moved)
 
 
 @triton.jit
@@ -87,13 +94,15 @@ def factor_grams_triton(layout, values_S, start_S):
     layout.stacks(values_S), layout.stacks(start_S)  # both are whole buffers of this layout
     device, num_modules = values_S.device, len(layout.modules)
     table, pieces, spans = _tables(layout, device)
-    side = max(16, triton.next_power_of_2(layout.rank))
+    num_tiles = triton.cdiv(layout.rank, TILE)
+    side = num_tiles * TILE
     partials = torch.empty((len(pieces), 3, side, side), dtype=torch.float32, device=device)
     sums = torch.empty((2 * num_modules, 3, side, side), dtype=torch.float32, device=device)
-    pieces_kernel[(len(pieces),)](
-        values_S, start_S, table, pieces, partials, layout.rank, RANK=side, PIECE=PIECE, BLOCK=BLOCK, num_warps=4
+    pieces_kernel[(len(pieces), num_tiles, num_tiles)](
+        values_S, start_S, table, pieces, partials, layout.rank, side, TILE=TILE, PIECE=PIECE, BLOCK=BLOCK, num_warps=4
     )
-    sum_pieces_kernel[(2 * num_modules, 3)](partials, spans, sums, SIZE=side * side, num_warps=4)
+    num_parts = 3 * num_tiles * num_tiles
+    sum_pieces_kernel[(2 * num_modules, num_parts)](partials, spans, sums, SIZE=TILE * TILE, num_warps=4)
     whole, mixed, moved = sums[:, :, : layout.rank, : layout.rank].unbind(1)
     grams = torch.cat([torch.cat([whole, mixed], 2), torch.cat([mixed.mT, moved], 2)], 1)
     return grams[:num_modules], grams[num_modules:]
@@ -132,11 +141,11 @@ def compilations():
 
     def one(kernel, **constexprs):
         signature = {n: pointers.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
-        aligned = tuple(n for n in signature if n in pointers or n in ("rank", "num_columns", "row_stride"))
+        aligned = tuple(n for n in signature if n in pointers or n in ("rank", "side", "num_columns", "row_stride"))
         return Compilation(kernel, signature, constexprs, aligned, num_warps=4)
 
     return [
-        *(one(pieces_kernel, RANK=rank, PIECE=PIECE, BLOCK=BLOCK) for rank in (16, 64)),
-        *(one(sum_pieces_kernel, SIZE=rank * rank) for rank in (16, 64)),
+        one(pieces_kernel, TILE=TILE, PIECE=PIECE, BLOCK=BLOCK),
+        one(sum_pieces_kernel, SIZE=TILE * TILE),
         one(column_squares_kernel, SPLIT=SPLIT, ROWS=ROWS, COLUMNS=COLUMNS),
     ]
