@@ -33,40 +33,44 @@ from cltrain.models.base import Base, load_base
 
 SHAPES = {"q": (896, 896), "k": (128, 896), "v": (128, 896), "o": (896, 896), "gate": (4864, 896), "up": (4864, 896),
           "down": (896, 4864)}  # fmt: skip
-NUM_LAYERS, RANK = 24, 16
-NUM_ROUNDS = 5
+RANK = 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH = 8  # rows per padded batch
 
 
-def figures() -> dict[str, float]:
-    """Every figure by name; times in CPU seconds."""
+def figures(tiny: bool = False) -> dict[str, float]:
+    """Every figure by name, times in CPU seconds; `tiny` only shows that all of it runs."""
     torch.set_num_threads(1)
-    return gram_figures() | adam_figures() | packing_figures() | fixed_figures()
+    num_layers, num_episodes, num_rounds = (1, 6, 1) if tiny else (24, 60, 5)
+    return (
+        gram_figures(num_layers, num_rounds)
+        | adam_figures(num_layers, num_rounds)
+        | packing_figures(num_episodes)
+        | fixed_figures(num_rounds)
+    )
 
 
-def gram_figures() -> dict[str, float]:
+def gram_figures(num_layers: int, num_rounds: int) -> dict[str, float]:
     """Frobenius norms of all deltas: dense products against Grams."""
-    state = FlatLoRA(random_factors())
+    state = FlatLoRA(random_factors(num_layers))
     factors, layout = state.factors(), state.layout
 
     def dense() -> torch.Tensor:
         norms = {module: torch.linalg.vector_norm(b_NR @ a_RK) for module, (a_RK, b_NR) in factors.items()}
         return torch.stack([norms[module] for module in layout.modules])
 
-    true = torch.stack(
-        [torch.linalg.vector_norm(factors[m][1].double() @ factors[m][0].double()) for m in layout.modules[:8]]
-    )
-    torch.testing.assert_close(delta_norms(layout, state.values, 1.0)[:8].double(), true, rtol=1e-6, atol=0)
+    some = layout.modules[:4]
+    true = torch.stack([torch.linalg.vector_norm(factors[m][1].double() @ factors[m][0].double()) for m in some])
+    torch.testing.assert_close(delta_norms(layout, state.values, 1.0)[:4].double(), true, rtol=1e-6, atol=0)
     # A dense norm in float32 sums 4M squares: it is itself wrong by up to 1e-4.
     torch.testing.assert_close(delta_norms(layout, state.values, 1.0), dense(), rtol=1e-3, atol=0)
-    dense_s, gram_s = in_turns(dense, lambda: delta_norms(layout, state.values, 1.0))
+    dense_s, gram_s = in_turns(num_rounds, dense, lambda: delta_norms(layout, state.values, 1.0))
     return {"ratio_gram": dense_s / gram_s, "seconds_norms_dense": dense_s, "seconds_norms_gram": gram_s}
 
 
-def adam_figures() -> dict[str, float]:
+def adam_figures(num_layers: int, num_rounds: int) -> dict[str, float]:
     """Clip and AdamW step: torch's foreach over 336 tensors, and its fused, against one pass over the flat buffer."""
-    sides = {name: random_factors() for name in ("flat", "foreach", "fused")}
+    sides = {name: random_factors(num_layers) for name in ("flat", "foreach", "fused")}
     parameters = {name: [p for pair in factors.values() for p in pair] for name, factors in sides.items()}
     state = FlatLoRA(sides["flat"])
     rng = torch.Generator().manual_seed(1)
@@ -87,15 +91,15 @@ def adam_figures() -> dict[str, float]:
     def ours() -> None:
         adamw_step(state, rates_2, AdamW(max_norm=1.0))
 
-    flat_s, foreach_s, fused_s = in_turns(ours, lambda: torchs("foreach"), lambda: torchs("fused"))
+    flat_s, foreach_s, fused_s = in_turns(num_rounds, ours, lambda: torchs("foreach"), lambda: torchs("fused"))
     for one, other in zip(parameters["flat"], parameters["foreach"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     return {"ratio_adam": foreach_s / flat_s, "ratio_adam_fused": fused_s / flat_s, "seconds_adam": flat_s}
 
 
-def packing_figures() -> dict[str, float]:
+def packing_figures(num_episodes: int) -> dict[str, float]:
     """Tokens of padded batches over those of packed buckets, of rows one by one over those of prefix trees."""
-    episodes = agent_log()
+    episodes = agent_log(num_episodes)
     rows = [row for episode in episodes for row in episode]
     shuffled = random.Random(1).sample(rows, len(rows))
     parts = [shuffled[i : i + BATCH] for i in range(0, len(shuffled), BATCH)]
@@ -112,7 +116,7 @@ def packing_figures() -> dict[str, float]:
     }
 
 
-def fixed_figures() -> dict[str, float]:
+def fixed_figures(num_rounds: int) -> dict[str, float]:
     """What an update of four steps costs beside its computing: rows of two tokens on the shipped base, result saved."""
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
@@ -145,7 +149,7 @@ def fixed_figures() -> dict[str, float]:
         Trainer(wrapped, arguments, train_dataset=data).train()
         wrapped.save_pretrained(folder / "peft")
 
-    ours_s, peft_s = in_turns(ours, trainers)
+    ours_s, peft_s = in_turns(num_rounds, ours, trainers)
     return {"seconds_fixed": ours_s, "seconds_fixed_peft": peft_s}
 
 
@@ -155,19 +159,19 @@ def fresh_model(base: Base) -> Any:
     return AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, local_files_only=True)
 
 
-def random_factors() -> dict[str, tuple[Parameter, Parameter]]:
+def random_factors(num_layers: int) -> dict[str, tuple[Parameter, Parameter]]:
     rng = torch.Generator().manual_seed(0)
     return {
         f"{layer}.{name}": (
             Parameter(torch.randn(RANK, num_in, generator=rng)),
             Parameter(0.01 * torch.randn(num_out, RANK, generator=rng)),
         )
-        for layer in range(NUM_LAYERS)
+        for layer in range(num_layers)
         for name, (num_out, num_in) in SHAPES.items()
     }
 
 
-def agent_log(seed: int = 0) -> list[list[Row]]:
+def agent_log(num_episodes: int, seed: int = 0) -> list[list[Row]]:
     """Rows of each episode; see the top of this file."""
     rng = random.Random(seed)
 
@@ -176,7 +180,7 @@ def agent_log(seed: int = 0) -> list[list[Row]]:
 
     prompts = [text(300, 900) for _ in range(4)]
     episodes = []
-    for _ in range(60):
+    for _ in range(num_episodes):
         so_far = rng.choice(prompts)
         rows = []
         for _ in range(rng.randint(2, 12)):
@@ -188,13 +192,13 @@ def agent_log(seed: int = 0) -> list[list[Row]]:
     return episodes
 
 
-def in_turns(*sides: Callable[[], object]) -> list[float]:
+def in_turns(num_rounds: int, *sides: Callable[[], object]) -> list[float]:
     """Median CPU seconds of each side, run in turns; in its turn each runs twice and the second counts.
 
     The first brings its memory back into reach: what the others' turns let the system page out costs tenfold.
     """
     times: list[list[float]] = [[] for _ in sides]
-    for _ in range(NUM_ROUNDS):
+    for _ in range(num_rounds):
         for side, seen in zip(sides, times, strict=True):
             side()
             begin = time.process_time()
