@@ -11,7 +11,7 @@ import torch
 from cltrain_kernels.adamw import AdamW, adamw_step_reference
 from cltrain_kernels.flat import FlatLoRA
 from cltrain_kernels.grams import trust_region
-from cltrain_kernels.packing import Bucket, Row, Segment, segment
+from cltrain_kernels.packing import Bucket, Row, Segment, pack, segment
 from cltrain_kernels.resident import Resident, copy_into, moved
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,19 +53,15 @@ def resident(base: Base, start: AdapterFile) -> Resident:
     return Resident(model, live, BUCKETS, AdamW(max_norm=1.0))
 
 
-def batches(num: int = 3) -> list[list[Segment]]:
-    """Rows and trees; what a step's rows weigh sums up to one."""
-    made = []
-    for step in range(num):
-        stem = tuple(range(20 + step, 32 + step))
-        rows = [Row((*stem, 40 + i, 50, 60 + i), (0.0,) * 12 + (1 / 9,) * 3) for i in range(3)]
-        made.append([segment(rows[:2]), segment(rows[2:])])
-    return made
-
-
-def flat_rows(step: int) -> list[Row]:
+def rows(step: int) -> list[Row]:
+    """Three rows with a common beginning whose weights sum to one."""
     stem = tuple(range(20 + step, 32 + step))
     return [Row((*stem, 40 + i, 50, 60 + i), (0.0,) * 12 + (1 / 9,) * 3) for i in range(3)]
+
+
+def batches(num: int = 3) -> list[list[Segment]]:
+    """Of each step a tree of two rows, and a row."""
+    return [[segment(rows(step)[:2]), segment(rows(step)[2:])] for step in range(num)]
 
 
 def by_peft(base: Base, start: AdapterFile) -> tuple[Tensor, list[float]]:
@@ -78,7 +74,7 @@ def by_peft(base: Base, start: AdapterFile) -> tuple[Tensor, list[float]]:
     for step in range(3):
         adam.zero_grad()
         total = 0.0
-        for row in flat_rows(step):
+        for row in rows(step):
             logits_TV = model(torch.tensor([row.ids])).logits[0]
             nll_T = F.cross_entropy(logits_TV[:-1], torch.tensor(row.ids[1:]), reduction="none")
             loss = (nll_T * torch.tensor(row.weights[1:])).sum()
@@ -100,9 +96,8 @@ def test_update_equals_peft_and_torchs_optimiser(base: Base, start: AdapterFile)
     expected, losses = by_peft(base, start)
     assert outcome.losses == pytest.approx(losses, rel=1e-5)
     moves, expected_moves = flat(trainer.state.factors()) - flat(start.factors), expected - flat(start.factors)
-    assert (
-        float((moves - expected_moves).norm() / expected_moves.norm()) < 1e-3
-    )  # Adam's first steps divide noise by noise
+    difference = float((moves - expected_moves).norm() / expected_moves.norm())
+    assert difference < 1e-3  # in its first steps Adam divides small numbers by themselves, rounding and all
     assert outcome.losses[-1] < outcome.losses[0]
 
 
@@ -127,19 +122,19 @@ def test_swapped_in_adapter_trains_as_in_a_new_process_byte_for_byte(
     assert torch.equal(flat(read_adapter(tmp_path / "fresh").factors), flat(fresh.state.factors()))
 
 
-class Exhausted:
-    """A head on a device that has no memory left, or whose numbers overflowed."""
+class Third:
+    """A hook on the head: at its third call memory runs out, somebody interrupts, or the numbers overflow."""
 
-    def __init__(self, head: Any, error: Exception | None) -> None:
-        self.head, self.error, self.num_calls = head, error, 0
+    def __init__(self, error: BaseException | None) -> None:
+        self.error, self.num_calls = error, 0
 
-    def __call__(self, hidden_MD: Tensor) -> Tensor:
+    def __call__(self, head: Any, inputs: Any, logits_MV: Tensor) -> Tensor:
         self.num_calls += 1
         if self.num_calls < 3:
-            return self.head(hidden_MD)
+            return logits_MV
         if self.error is not None:
             raise self.error
-        return self.head(hidden_MD) * math.nan
+        return logits_MV * math.nan
 
 
 @pytest.mark.parametrize(
@@ -152,22 +147,21 @@ class Exhausted:
     ],
 )
 def test_an_update_that_fails_midway_changes_nothing(
-    base: Base, start: AdapterFile, error: Exception | None, said: str | None
+    base: Base, start: AdapterFile, error: BaseException | None, said: str | None
 ) -> None:
     trainer, straight = resident(base, start), resident(base, start)
-    head, trainer._head = trainer._head, None
-    trainer._head = head
-    trainer.update(batches(1), RATES[:1])
-    straight.update(batches(1), RATES[:1])
+    for one in (trainer, straight):
+        one.update(batches(1), RATES[:1])
     before = [buffer.clone() for buffer in trainer._kept()]
-    trainer._head = Exhausted(head, error)
+    third = Third(error)
+    hook = trainer._head.register_forward_hook(third)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else RuntimeError, match=said):
         trainer.update(batches(), RATES)
-    assert trainer._head.num_calls >= 3
+    hook.remove()
+    assert third.num_calls >= 3
     assert all(torch.equal(one, other) for one, other in zip(trainer._kept(), before, strict=True))
-    trainer._head = head
-    trainer.update(batches(), RATES)
-    straight.update(batches(), RATES)
+    for one in (trainer, straight):
+        one.update(batches(), RATES)
     assert torch.equal(trainer.state.values, straight.state.values)
 
 
@@ -249,8 +243,6 @@ class NeverWaits(TorchDispatchMode):
 
 def test_what_a_graph_captures_never_waits_for_the_device(base: Base, start: AdapterFile) -> None:
     """The path of a GPU, with the dense mask and the reference optimiser in the place of what only runs there."""
-    from cltrain_kernels.packing import pack
-
     trainer = resident(base, start)
     packed = pack(batches(1)[0], BUCKETS[1])
     assert packed.is_tree
@@ -266,8 +258,6 @@ def test_what_a_graph_captures_never_waits_for_the_device(base: Base, start: Ada
 
 
 def test_a_captured_bucket_reads_the_next_batch_from_the_same_memory() -> None:
-    from cltrain_kernels.packing import pack
-
     one, other = (pack(batches(2)[i], BUCKETS[1]) for i in (0, 1))
     inputs = moved(one, torch.device("cpu"))
     addresses = [inputs.ids_T.data_ptr(), inputs.weights_M.data_ptr()]
