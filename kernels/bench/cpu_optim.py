@@ -55,9 +55,15 @@ def gram_figures(num_layers: int, num_rounds: int) -> dict[str, float]:
     state = FlatLoRA(random_factors(num_layers))
     factors, layout = state.factors(), state.layout
 
+    buffers = {shape: torch.empty(shape) for shape in SHAPES.values()}
+
     def dense() -> torch.Tensor:
-        norms = {module: torch.linalg.vector_norm(b_NR @ a_RK) for module, (a_RK, b_NR) in factors.items()}
-        return torch.stack([norms[module] for module in layout.modules])
+        norms = []
+        for module in layout.modules:
+            a_RK, b_NR = factors[module]
+            buffer_NK = buffers[b_NR.shape[0], a_RK.shape[1]]
+            norms.append(torch.linalg.vector_norm(torch.mm(b_NR.detach(), a_RK.detach(), out=buffer_NK)))
+        return torch.stack(norms)
 
     some = layout.modules[:4]
     true = torch.stack([torch.linalg.vector_norm(factors[m][1].double() @ factors[m][0].double()) for m in some])

@@ -198,7 +198,8 @@ class Resident:
         for buffer, kept in zip(changed, before, strict=True):
             buffer.copy_(kept)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        others = next(iter(self._graphs.values()), None)  # no graph leaves anything in its pool: all may share one
+        with torch.cuda.graph(graph, pool=others.pool() if others is not None else None):
             function()
         return graph
 
