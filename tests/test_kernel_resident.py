@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cltrain_kernels.adamw import AdamW, adamw_step_reference
+from cltrain_kernels.attention import packed_hidden
 from cltrain_kernels.flat import FlatLoRA
 from cltrain_kernels.grams import trust_region
 from cltrain_kernels.packing import Bucket, Row, Segment, pack, segment
@@ -123,18 +124,18 @@ def test_swapped_in_adapter_trains_as_in_a_new_process_byte_for_byte(
 
 
 class Third:
-    """A hook on the head: at its third call memory runs out, somebody interrupts, or the numbers overflow."""
+    """A hook on the last norm: at its third call memory runs out, somebody interrupts, or the numbers overflow."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error, self.num_calls = error, 0
 
-    def __call__(self, head: Any, inputs: Any, logits_MV: Tensor) -> Tensor:
+    def __call__(self, norm: Any, inputs: Any, hidden_BTD: Tensor) -> Tensor:
         self.num_calls += 1
         if self.num_calls < 3:
-            return logits_MV
+            return hidden_BTD
         if self.error is not None:
             raise self.error
-        return logits_MV * math.nan
+        return hidden_BTD * math.nan
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_an_update_that_fails_midway_changes_nothing(
         one.update(batches(1), RATES[:1])
     before = [buffer.clone() for buffer in trainer._kept()]
     third = Third(error)
-    hook = trainer._head.register_forward_hook(third)
+    hook = trainer._backbone.norm.register_forward_hook(third)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else RuntimeError, match=said):
         trainer.update(batches(), RATES)
     hook.remove()
@@ -242,12 +243,13 @@ class NeverWaits(TorchDispatchMode):
 
 
 def test_what_a_graph_captures_never_waits_for_the_device(base: Base, start: AdapterFile) -> None:
-    """The path of a GPU, with the dense mask and the reference optimiser in the place of what only runs there."""
+    """The path of a GPU, with the dense mask and the reference optimiser in the place of what only runs there. That the
+    loss head never waits where labels lie on a device is its own tests' claim."""
     trainer = resident(base, start)
     packed = pack(batches(1)[0], BUCKETS[1])
     assert packed.is_tree
     with NeverWaits():
-        trainer._add_gradients(packed)
+        packed_hidden(trainer._backbone, packed, "mask")[packed.sources_M].square().sum().backward()
         adamw_step_reference(trainer.state, trainer._rates_2, trainer.settings)
         trust_region(
             trainer.state.layout, trainer.state.values, trainer.state.values.clone(),

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn import functional as F
 
 from cltrain_kernels.adamw import AdamW, Corners, adamw_step, refresh
 from cltrain_kernels.attention import attention_for, packed_hidden
 from cltrain_kernels.flat import Factors, FlatLoRA
+from cltrain_kernels.linear_loss import frozen_head, linear_loss
 from cltrain_kernels.packing import Bucket, Packed, Segment, pack, pack_all
 
 NUM_WARMUP = 3  # runs before a capture, so that libraries have chosen their kernels and workspaces
@@ -47,8 +47,8 @@ class Resident:
         settings: AdamW,
         corners: Corners | None = None,
     ) -> None:
-        """Take over the factors. Raises ValueError for a model in training mode, other trainable parameters, no
-        bucket."""
+        """Take over the factors. Raises ValueError for a model in training mode, other trainable parameters, an output
+        layer with an adapter, no bucket."""
         model = model.get_base_model() if hasattr(model, "peft_config") else model
         ours = {id(p) for pair in live.values() for p in pair}
         others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
@@ -61,7 +61,7 @@ class Resident:
         self.buckets = tuple(buckets)
         self.settings, self.corners = settings, corners
         self.state = FlatLoRA(live)
-        self._backbone, self._head = model.model, model.get_output_embeddings()
+        self._backbone, self._head_VD = model.model, frozen_head(model.get_output_embeddings())
         self._dtype, self._device = next(model.parameters()).dtype, self.state.values.device
         self._rates_2 = self.state.values.new_zeros(2)
         self._loss = self.state.values.new_zeros((), dtype=torch.float32)
@@ -168,8 +168,9 @@ class Resident:
     def _add_gradients(self, packed: Packed) -> None:
         attention = attention_for(self._device, self._dtype, is_tree=packed.is_tree)
         hidden_MD = packed_hidden(self._backbone, packed, attention)[packed.sources_M]
-        nll_M = F.cross_entropy(self._head(hidden_MD).float(), packed.targets_M, reduction="none")
-        loss = (nll_M * packed.weights_M).sum()
+        num_rows = len(packed.targets_M) if self._device.type == "cuda" else None  # a graph's shapes are fixed
+        ids_M, weights_M = packed.targets_M, packed.weights_M
+        loss = linear_loss(hidden_MD, self._head_VD, ids_M, weights_M, max_rows=num_rows).loss
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         self._loss += loss.detach()
 
