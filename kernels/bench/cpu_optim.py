@@ -11,6 +11,7 @@ time (a retry), each turn one row that ends with its answer and is supervised th
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import statistics
@@ -207,6 +208,7 @@ def in_turns(num_rounds: int, *sides: Callable[[], object]) -> list[float]:
     for _ in range(num_rounds):
         for side, seen in zip(sides, times, strict=True):
             side()
+            gc.collect()  # each side pays for its own garbage only
             begin = time.process_time()
             side()
             seen.append(time.process_time() - begin)
