@@ -29,7 +29,7 @@ from cltrain.gateway.guard import Guard, check_may_listen, is_loopback
 from cltrain.gateway.intake import answered, list_served, take_feedback, take_trajectories
 from cltrain.gateway.keys import KeyRing
 from cltrain.gateway.messages import take_message
-from cltrain.gateway.metrics import Metrics
+from cltrain.gateway.metrics import Metrics, ReplicaCollector
 from cltrain.gateway.tokens import Route
 from cltrain.gateway.upstream import Upstream
 from cltrain.gateway.upstreams import Upstreams
@@ -62,8 +62,10 @@ def create_gateway(
     recorder = Recorder(store, secret, config.experience.eval_share, capacity=config.gateway.queue)
     timeout_s = config.gateway.record_timeout_s
     episodes = Episodes(store, agent, base_release, timeout_s)
-    metrics = Metrics(StoreCollector(store, agent, clock))
-    upstreams = Upstreams(store, [upstream] if isinstance(upstream, Upstream) else upstream)
+    replicas = [upstream] if isinstance(upstream, Upstream) else list(upstream)
+    upstreams = Upstreams(store, replicas)
+    urls = [replica.url for replica in replicas]
+    metrics = Metrics(StoreCollector(store, agent, clock), ReplicaCollector(store, agent, urls))
     door = Door(agent, episodes, upstreams, recorder, metrics, timeout_s, clock, config.server.api_key)
 
     @contextlib.asynccontextmanager

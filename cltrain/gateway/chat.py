@@ -88,7 +88,11 @@ class Door:
 
     async def _generate(self, asked: Asked, lease: Lease, request: Request, start: float) -> Response:
         path = PATHS[asked.route]
-        body = ask(asked.route, asked.body) if self.upstream.gives_token_ids else asked.body
+        body = (
+            ask(asked.route, asked.body, self.upstream.kind == "sglang")
+            if self.upstream.gives_token_ids
+            else asked.body
+        )
         passed_on = self._passed_on(request)
         wanted = Wanted.by(asked.body)
         if asked.body.get("stream"):

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import httpx
 
 from cltrain.config import Config
+from cltrain.deploy.sglang import is_unknown
 from cltrain.gateway.errors import NotAnswered, NotSent, Refusal, UpstreamFailure
 
-Kind = Literal["embedded", "vllm", "openai"]
+Kind = Literal["embedded", "vllm", "sglang", "openai"]
 MAX_CONNECT_S = 10.0
 KEEPALIVE_S = 4.0  # below uvicorn's 5, so that we rarely meet a connection that is being closed
 
@@ -59,7 +60,7 @@ class Upstream:
 
     @property
     def gives_token_ids(self) -> bool:
-        return self.kind in ("embedded", "vllm")
+        return self.kind != "openai"
 
     async def base_model(self) -> str:
         """The base's name on the server. Raises UpstreamFailure when it must be asked and cannot be."""
@@ -69,6 +70,13 @@ class Upstream:
                 raise UpstreamFailure(502, f"the server at {self.url} lists no base model: set server.model")
             self._base_model = bases[0]
         return self._base_model
+
+    async def name_of(self, release: str | None) -> str:
+        """What the server calls the release; None: the bare base."""
+        if release is not None and self.kind != "sglang":
+            return release
+        base = await self.base_model()
+        return base if release is None else f"{base}:{release}"
 
     async def models(self) -> list[dict[str, Any]]:
         """What GET /v1/models of the server lists; empty when it has no such route."""
@@ -156,6 +164,8 @@ class Upstream:
         said = _said(body) or content[:300].decode(errors="replace")
         if status < 400 or status >= 500:
             return UpstreamFailure(502, f"the inference server at {self.url} answered {status}: {said}")
+        if self.kind == "sglang" and is_unknown(status, said):
+            status = 404
         return Refusal(status, said, body=body if isinstance(body, dict) and "error" in body else None)
 
 
