@@ -6,8 +6,8 @@ python -m tests.sglang_server BASE PORT [MAX_LOADED_LORAS]. What it takes over, 
 
 - any model name without a colon is the base, and every answer repeats the name that was asked; an adapter is
   `base:adapter`, or `lora_path` beside the base's name; an unknown one is 400 in a flat error body, not 404;
-- a load of a name that is there is 400 `already loaded`; one more than --max-loaded-loras forgets the least recently used
-  adapter; both wait for whoever runs on what must go;
+- a load of a name that is there is 400 `already loaded`; one more than --max-loaded-loras forgets the least recently
+  used adapter, and waits for whoever runs on what must go;
 - an unload of an unknown name is 400; one of a name in use takes it from the list at once and answers when the last
   request on it has ended, and every other load and unload waits behind it;
 - what was loaded once and is not listed any more is loaded again, from its old path, by a request that names it;
@@ -66,10 +66,6 @@ class Registry:
 
     async def load(self, name: str, path: str) -> None:
         async with self._update:
-            if name in self.unloading:
-                raise Refused(
-                    f"LoRA adapter '{name}' has an incomplete unload. Retry the unload before loading it again."
-                )
             if name in self.listed:
                 raise Refused(f"Failed to load LoRA adapter {name} because it is already loaded")
             try:

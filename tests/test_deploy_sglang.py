@@ -15,6 +15,7 @@ from cltrain.deploy.engine import Engine
 from cltrain.deploy.proof import prove
 from cltrain.deploy.sglang import SglangClient
 from cltrain.errors import ConfigError, NotHeldError, ServerError
+from cltrain.exposure import look
 from cltrain.gateway.app import create_gateway
 from cltrain.gateway.upstream import Upstream
 from cltrain.models.adapter import attach, read_adapter
@@ -193,6 +194,17 @@ def test_the_configuration_chooses_it():
     assert config.server.health_path == "/ready"
     with pytest.raises(ConfigError, match=r"adapter\.rank \(16\) is above server\.max_rank \(8\)"):
         from_dict({"adapter": {"rank": 16}, "server": {"max_rank": 8}})
+
+
+def test_the_doctor_asks_sglangs_own_doors_and_changes_nothing(base, adapters):
+    with running(base) as (client, url, registry):
+        client.load("a", adapters[0])
+        (inside,) = look(url, "sglang", own=())
+        assert (inside.state, "/load_lora_adapter" in inside.detail) == ("note", True)
+        assert "/v1/load_lora_adapter" not in inside.detail
+        assert list(registry.listed) == ["a"]
+    with running(base, api_key="k") as (_, url, _):
+        assert look(url, "sglang", own=()) == []
 
 
 # ------------------------------------------------------------ through the gateway

@@ -15,7 +15,7 @@ import httpx
 
 from cltrain.config import Config
 from cltrain.deploy.sglang import is_unknown
-from cltrain.gateway.errors import NotAnswered, NotSent, Refusal, UpstreamFailure
+from cltrain.gateway.errors import TRACE, NotAnswered, NotSent, Refusal, UpstreamFailure
 
 Kind = Literal["embedded", "vllm", "sglang", "openai"]
 MAX_CONNECT_S = 10.0
@@ -166,7 +166,11 @@ class Upstream:
             return UpstreamFailure(502, f"the inference server at {self.url} answered {status}: {said}")
         if self.kind == "sglang" and is_unknown(status, said):
             status = 404
-        return Refusal(status, said, body=body if isinstance(body, dict) and "error" in body else None)
+        error = body.get("error") if isinstance(body, dict) else None
+        shown = None
+        if isinstance(error, dict) and TRACE not in said:  # as OpenAI's clients know it
+            shown = {"error": {"message": said, **{name: error.get(name) for name in ("type", "param", "code")}}}
+        return Refusal(status, said, code="upstream_refused", body=shown)
 
 
 def _said(body: Any) -> str | None:
