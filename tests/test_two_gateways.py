@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from subprocess import Popen
+from subprocess import PIPE, Popen
 from typing import Any
 
 import httpx
@@ -33,8 +33,8 @@ SEEN_S = 1.0  # within which a change must be seen at both
 class Gateways:
     """Processes over one state directory, and clients of them."""
 
-    def __init__(self, home: Path, upstream: str, count: int, **settings: Any) -> None:
-        self.home = home
+    def __init__(self, home: Path, fake: FakeServer, upstream: str, count: int, **settings: Any) -> None:
+        self.fake = fake
         self.urls, self.processes, self.logs = [], [], []
         for number in range(count):
             port = free_port()
@@ -77,8 +77,8 @@ def gateways(tmp_path: Path, count: int = 2, **settings: Any) -> Iterator[tuple[
     """With two releases and the alias on the first. The processes are the first to open the store, all at once."""
     home = tmp_path / "home"
     with ExitStack() as stack:
-        upstream = stack.enter_context(served(FakeServer().app))
-        both = Gateways(home, upstream, count, **settings)
+        fake = FakeServer()
+        both = Gateways(home, fake, stack.enter_context(served(fake.app)), count, **settings)
         for number in range(count):
             stack.callback(both.kill, number)
         both.wait_until_up()
@@ -176,14 +176,18 @@ def test_a_key_ends_at_both_and_each_has_its_own_limit(tmp_path: Path) -> None:
     with gateways(tmp_path, **{"gateway.max_in_flight": 1}) as (both, _):
         headers = {"authorization": f"Bearer {secret}"}
         assert [both.chat(n, "hello", **headers).status_code for n in (0, 1)] == [200, 200]
-        busy = threading.Thread(target=both.chat, args=(0, "wait 3"), kwargs=headers)
+        busy = threading.Thread(target=both.chat, args=(0, "hold"), kwargs=headers)
         busy.start()
-        deadline = time.monotonic() + 2
-        while (full := both.chat(0, "hello", **headers)).status_code != 429 and time.monotonic() < deadline:
-            pass
-        assert full.headers["retry-after"] == "1"
-        assert both.chat(1, "hello", **headers).status_code == 200
-        busy.join()
+        try:
+            deadline = time.monotonic() + 20
+            while len(both.fake.bodies) < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            full = both.chat(0, "hello", **headers)
+            assert (full.status_code, full.headers["retry-after"]) == (429, "1")
+            assert both.chat(1, "hello", **headers).status_code == 200
+        finally:
+            both.fake.lets_go.set()
+            busy.join()
         keys.revoke_key(home, key.id, now=2.0)
         assert [both.chat(n, "hello", **headers).status_code for n in (0, 1)] == [401, 401]
 
@@ -223,6 +227,20 @@ def wait_for(load: Load, count: int) -> None:
 
 @pytest.mark.parametrize("count", [6])
 def test_any_number_may_open_a_fresh_store_at_once(tmp_path: Path, count: int) -> None:
-    code = "import sys, pathlib; from cltrain.store.database import open_store; open_store(pathlib.Path(sys.argv[1]))"
-    opened = [Popen([sys.executable, "-c", code, str(tmp_path / "home")]) for _ in range(count)]
+    code = """
+import pathlib, sys
+from cltrain.store.database import open_store
+print("there", flush=True)
+sys.stdin.readline()
+open_store(pathlib.Path(sys.argv[1]))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "home")]
+    opened = [Popen(command, stdin=PIPE, stdout=PIPE) for _ in range(count)]
+    for process in opened:
+        assert process.stdout is not None
+        process.stdout.readline()
+    for process in opened:  # all have imported what they need
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
     assert [process.wait() for process in opened] == [0] * count
