@@ -52,6 +52,7 @@ def conversation(url: str) -> list[dict[str, Any]]:
         asked: dict[str, Any] = {"model": R1, "messages": messages, "logprobs": True, "max_tokens": 8}
         answer = client.chat.completions.create(**asked, extra_body={"return_token_ids": True})
         log.append({"request": asked, "response": answer.model_dump(), "reward": turn})
+        log[-1]["response"]["choices"][0]["finish_reason"] = "stop"  # a random base never ends by itself
         said = answer.choices[0].message.content
         messages = [*messages, {"role": "assistant", "content": said}, {"role": "user", "content": "and the lamp ?"}]
     return log
