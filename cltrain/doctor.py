@@ -88,8 +88,10 @@ def _signed(config: Config) -> str:
             unsigned.append(f"{release} serves, or a rollback would go to it: {error}")
     if unsigned:
         raise DataError("; ".join(unsigned))
+    if not wanted.needed:
+        return "nothing serves but the bare base, which needs no signature"
     return (
-        f"{len(wanted.needed)} releases that serve or may serve next are signed by one of {len(trusted)} trusted keys"
+        f"what serves, and what a rollback would go to, is signed by a trusted key ({', '.join(sorted(wanted.needed))})"
     )
 
 
