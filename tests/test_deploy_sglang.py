@@ -162,7 +162,8 @@ def test_an_unload_that_waits_for_a_request_is_no_outage(base, adapters):
     ("options", "said"),
     [
         ({"enable_lora": False}, "--enable-lora --max-lora-rank 8"),
-        ({"dp_size": 2}, "runs --dp-size 2"),
+        ({"dp_size": 2}, "runs data parallel"),
+        ({"enable_dp_attention": True}, "runs data parallel"),
         ({"max_lora_rank": 4}, "up to rank 4, and adapter.rank is 8"),
         ({"lora_target_modules": ["q_proj", "k_proj"]}, "no LoRA on v_proj, o_proj"),
         ({"max_loaded": 3}, "keeps 3 adapters"),

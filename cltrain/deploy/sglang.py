@@ -39,10 +39,10 @@ class SglangClient(ServerClient):
                 f"{self.url} takes no adapters: start SGLang with --enable-lora --max-lora-rank {rank} "
                 f"--lora-target-modules {' '.join(targets)}"
             )
-        if (flags.get("dp_size") or 1) > 1:
+        if (flags.get("dp_size") or 1) > 1 or flags.get("enable_dp_attention"):
             raise ConfigError(
-                f"{self.url} runs --dp-size {flags['dp_size']}, and SGLang loads no adapters there: start as many "
-                "servers and name them in server.urls"
+                f"{self.url} runs data parallel, and SGLang loads no such adapters there: start as many servers without "
+                "--dp-size and --enable-dp-attention and name them in server.urls"
             )
         if (flags.get("max_lora_rank") or rank) < rank:
             raise ConfigError(
