@@ -41,7 +41,7 @@ class SglangClient(ServerClient):
             )
         if (flags.get("dp_size") or 1) > 1 or flags.get("enable_dp_attention"):
             raise ConfigError(
-                f"{self.url} runs data parallel, and SGLang loads no such adapters there: start as many servers without "
+                f"{self.url} runs data parallel, and SGLang loads no adapters there: start as many servers without "
                 "--dp-size and --enable-dp-attention and name them in server.urls"
             )
         if (flags.get("max_lora_rank") or rank) < rank:
