@@ -110,7 +110,8 @@ class Door:
     async def settle(self, future: Future[T]) -> T:
         """Wait for a commit. Raises Refusal 503 when the store does not make it in time."""
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self.record_timeout_s)
+            async with asyncio.timeout(self.record_timeout_s):
+                return await asyncio.wrap_future(future)
         except TimeoutError:
             self.episodes.watch.failed(f"no commit within {self.record_timeout_s:g} s")
             raise Refusal(503, "the store is busy: nothing was acknowledged, send it again", kind="api_error") from None

@@ -241,7 +241,8 @@ class Episodes:
                 return look(connection, self._agent, wish, in_flight)
 
         try:
-            seen = await asyncio.wait_for(asyncio.to_thread(read), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                seen = await asyncio.to_thread(read)
         except (DataError, SQLAlchemyError, OSError) as error:  # a TimeoutError is an OSError
             self.watch.failed(error or type(error).__name__)
             return None
