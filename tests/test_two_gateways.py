@@ -35,7 +35,9 @@ class Gateways:
 
     def __init__(self, home: Path, fake: FakeServer, upstream: str, count: int, **settings: Any) -> None:
         self.fake = fake
-        self.urls, self.processes, self.logs = [], [], []
+        self.urls: list[str] = []
+        self.processes: list[Popen[bytes]] = []
+        self.logs: list[Path] = []
         for number in range(count):
             port = free_port()
             given = {"home": home, "server.url": upstream, "gateway.port": port, **settings}
@@ -205,8 +207,8 @@ def test_a_swap_and_a_kill_under_load_lose_and_double_nothing(tmp_path: Path) ->
             wait_for(load, alive + 40)  # by the one that is left
         assert load.failures == []
         check(tmp_path / "home", load.acknowledged)
-        releases = defaultdict(set)
-        begun_late = set()
+        releases: dict[str, set[str]] = defaultdict(set)
+        begun_late: set[str] = set()
         for record, (trajectory, text) in load.acknowledged.answers.items():
             releases[trajectory].add(text.split()[0])
             if record not in moved and re.search(r" 0$", text):  # the first turn of an episode

@@ -68,7 +68,7 @@ def _told(answer: dict[str, Any], choice: dict[str, Any]) -> Told:
     ids = _ids(choice.get("token_ids"))
     content = choice["logprobs"].get("content") if isinstance(choice.get("logprobs"), dict) else None
     entries = content if isinstance(content, list) else []
-    scores = [entry.get("logprob") if isinstance(entry, dict) else None for entry in entries]
+    scores: list[Any] = [entry.get("logprob") if isinstance(entry, dict) else None for entry in entries]
     are_whole = ids is not None and len(scores) == len(ids)
     if not are_whole or not all(isinstance(s, int | float) and math.isfinite(s) for s in scores):
         scores = []

@@ -19,7 +19,7 @@ from typing import Any
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.experience.examples import OURS, first_tool
-from cltrain.experience.exchanges import unfold
+from cltrain.experience.exchanges import Told, unfold
 from cltrain.experience.recording import Recorder
 from cltrain.experience.strict_json import is_unicode, loads
 from cltrain.experience.verify import arguments_of, text_of, tool_fault
@@ -229,7 +229,8 @@ def _lines(stream: BufferedReader) -> Iterator[tuple[int, bytes, int]]:
 def _trajectory(
     raw: bytes, agent: str, producer: str | None, principal: str, now: float, releases: Collection[str] = ()
 ) -> Trajectory:
-    line, told = _object(raw), None
+    line = _object(raw)
+    told: Told | None = None
     if "request" in line:
         try:
             line, told = unfold(line)
