@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cltrain.config import GateConfig
-from cltrain.gate.decision import GateScores, ItemScores, Role, decide, moves_high_water
+from cltrain.gate.decision import decide, moves_high_water
 from cltrain.gate.futility import is_futile
 from cltrain.gate.levels import Past
+from cltrain.gate.rows import GateScores, ItemScores, Role
 from cltrain.gate.stats import lower_bound
 from cltrain.gate.triggers import ProbeResult
 from cltrain.records import Code, Decision, SuiteItem, Verdict

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cltrain.config import GateConfig
-from cltrain.gate.decision import GateScores, ItemScores, decide
+from cltrain.gate.decision import decide
 from cltrain.gate.levels import Past
+from cltrain.gate.rows import GateScores, ItemScores
 from cltrain.gate.track import Outcome, expected_gain, mean_and_spread, outcome_of
 from cltrain.records import SuiteItem, Verdict
 
