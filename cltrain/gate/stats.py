@@ -21,6 +21,7 @@ BETS = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)  # fractions of the largest bet that can
 STAKES = (0.05, 0.1, 0.25, 0.3, 0.2, 0.1)  # on each; most where the best bet lies when equals flip 2 to 12 % of answers
 AIM = 0.4  # of alpha: the level of the z-test that planned bets follow; its wealth may end at 1 / (AIM alpha)
 PRIOR_ITEMS, PRIOR_SQUARE = 20, 0.2  # the mean square of (difference - above) before any is known, and its weight
+POWER = 0.8  # of forecasts
 GRID = 32  # candidates for a bound per round; three rounds place it within 6e-5, on the cautious side
 MAX_ITEMS = 1_000_000  # a forecast beyond this says "never" rather than a number
 
@@ -67,7 +68,8 @@ def sign_p(differences: Sequence[float]) -> float:
 
 
 def items_needed(differences: Sequence[float], above: float, alpha: float, effect: float) -> int:
-    """About how many items in all would refute "the mean is at most `above`", if the rest looks like these.
+    """About how many items in all would refute "the mean is at most `above`" in four of five cases, if the rest looks
+    like these.
 
     Where these point nowhere, the count is for a true mean of `above + effect` (> 0) at the share of flips seen here.
     """
@@ -91,10 +93,10 @@ def means(differences: Sequence[float], clusters: Sequence[str | None]) -> list[
 
 
 def items_for_margin(margin: float, alpha: float, discordance: float = 0.0) -> int:
-    """The fewest items on which two equals can be expected to be shown no worse than `margin` (in (0, 1)) apart.
+    """About how many items show four of five equals to be no worse than `margin` (in (0, 1)).
 
-    discordance: the share of items that they answer differently, half of them either way (at least 90 % power needs
-    about twice as many; see research of the gate: n = (z_alpha + z_beta)^2 q / m^2). Plan suites and pools with it.
+    discordance: the share of items that they answer differently, half of them either way; n = (z_alpha + z_beta)^2 q /
+    m^2 where that is not small. Plan suites and pools with it.
     """
     return _items_to_refute(*_like(0.0, discordance, -margin), -margin, alpha)
 
@@ -137,9 +139,9 @@ def _like(mean: float, flips: float, above: float) -> tuple[float, float]:
 
 
 def _items_to_refute(mean: float, square: float, above: float, alpha: float) -> int:
-    """How many items like these the z-test that planned bets follow needs, and no fewer than the largest bets with half
-    of the wealth do (a twentieth more: bets begin lower)."""
+    """How many items like these the z-test that planned bets follow needs for a power of POWER, and no fewer than the
+    largest bets with half of the wealth do (a twentieth more: bets begin lower)."""
     edge = mean - above
-    by_test = ndtri(AIM * alpha) ** 2 * square / edge**2
+    by_test = (ndtri(AIM * alpha) - ndtri(POWER)) ** 2 * square / edge**2
     by_bets = -1.05 * math.log(alpha / 2) / math.log1p(BETS[-1] / (1 + above) * edge)
     return min(MAX_ITEMS, math.ceil(max(by_test, by_bets)))
