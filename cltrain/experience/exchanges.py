@@ -44,7 +44,7 @@ def unfold(line: dict[str, Any]) -> tuple[dict[str, Any], Told]:
         for k, v in choices[0]["message"].items()
         if k in ("role", "content", "tool_calls") and (v or k != "tool_calls")
     }
-    rest = {k: line[k] for k in ("principal", "reward", "score") if k in line}
+    rest: dict[str, Any] = {k: line[k] for k in ("principal", "reward", "score") if k in line}
     unfolded = {
         **rest,
         "id": line.get("id", answer.get("id")),
