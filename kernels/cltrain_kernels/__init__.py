@@ -3,7 +3,41 @@
 Importing this package imports neither triton nor a GPU driver: Triton code loads on its first use.
 """
 
+from cltrain_kernels.apply import Applied, apply, hidden_at
+from cltrain_kernels.decoder import Adapters
 from cltrain_kernels.dispatch import Implementation, implementation_for
+from cltrain_kernels.lora_linear import (
+    Norm,
+    Projection,
+    lora_linear,
+    lora_linear_reference,
+    lora_mlp,
+    lora_mlp_reference,
+)
+from cltrain_kernels.rms_norm import rms_norm, rms_norm_reference
+from cltrain_kernels.rope import rope, rope_reference
+from cltrain_kernels.swiglu import swiglu, swiglu_reference
 from cltrain_kernels.token_logprob import token_logprob, token_logprob_reference
 
-__all__ = ["Implementation", "implementation_for", "token_logprob", "token_logprob_reference"]
+__all__ = [
+    "Adapters",
+    "Applied",
+    "Implementation",
+    "Norm",
+    "Projection",
+    "apply",
+    "hidden_at",
+    "implementation_for",
+    "lora_linear",
+    "lora_linear_reference",
+    "lora_mlp",
+    "lora_mlp_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "rope",
+    "rope_reference",
+    "swiglu",
+    "swiglu_reference",
+    "token_logprob",
+    "token_logprob_reference",
+]
