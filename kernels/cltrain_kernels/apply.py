@@ -180,7 +180,10 @@ def _why_not_call(decoder: Any, past_key_values: Any, use_cache: bool | None, kw
     if decoder.training and getattr(decoder, "gradient_checkpointing", False):
         return "gradient checkpointing is on"
     weight = decoder.embed_tokens.weight
-    if torch.is_autocast_enabled(weight.device.type) and torch.get_autocast_dtype(weight.device.type) is not weight.dtype:
+    if (
+        torch.is_autocast_enabled(weight.device.type)
+        and torch.get_autocast_dtype(weight.device.type) is not weight.dtype
+    ):
         return f"autocast asks for another dtype than the base's {weight.dtype}"
     for name, module in decoder.layers.named_modules():
         if _has_hooks(module):

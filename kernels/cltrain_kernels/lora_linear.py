@@ -262,6 +262,8 @@ def _check(x: Tensor, projections: Sequence[Projection], norm: Norm | None) -> N
         if any(isinstance(t, Tensor) and t.device != x.device for t in tensors):
             raise ValueError(f"x is on {x.device}, but a weight, factor or scale is not")
     if norm is not None and (norm.weight_K.shape != (num_in,) or norm.weight_K.dtype is not x.dtype):
-        raise ValueError(f"a norm of {tuple(norm.weight_K.shape)} {norm.weight_K.dtype} does not fit x {tuple(x.shape)}")
+        raise ValueError(
+            f"a norm of {tuple(norm.weight_K.shape)} {norm.weight_K.dtype} does not fit x {tuple(x.shape)}"
+        )
     if norm is not None and norm.weight_K.requires_grad:
         raise ValueError("the norm's weight requires a gradient: call rms_norm before, which computes it")

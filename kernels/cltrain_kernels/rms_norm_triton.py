@@ -34,7 +34,9 @@ def norm_backward_kernel(dy, x, weight, inverse, dx, num_features, dy_row, x_row
     upstream = tl.load(dy + row * dy_row + columns, mask=mask, other=0.0).to(tl.float32)
     upstream *= tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     share = tl.sum(upstream * normed, axis=0) / num_features
-    tl.store(dx + row * num_features + columns, ((upstream - normed * share) * scale).to(dx.dtype.element_ty), mask=mask)
+    tl.store(
+        dx + row * num_features + columns, ((upstream - normed * share) * scale).to(dx.dtype.element_ty), mask=mask
+    )
 
 
 def forward(x, weight_D, eps):
@@ -86,7 +88,11 @@ def compilations():
     return [
         Compilation(
             kernel,
-            {name: pointers.get(name, "fp32" if name == "eps" else "i32") for name in kernel.arg_names if name != "BLOCK"},
+            {
+                name: pointers.get(name, "fp32" if name == "eps" else "i32")
+                for name in kernel.arg_names
+                if name != "BLOCK"
+            },
             {"BLOCK": block},
             tuple(name for name in kernel.arg_names if name in aligned),
             num_warps=_warps(block),

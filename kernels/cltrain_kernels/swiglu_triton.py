@@ -23,9 +23,7 @@ def swiglu_kernel(gate, up, h, num_columns, gate_row, up_row, BLOCK: tl.constexp
 
 
 @triton.jit
-def swiglu_backward_kernel(
-    dh, gate, up, d_gate, d_up, h, num_columns, dh_row, gate_row, up_row, BLOCK: tl.constexpr
-):
+def swiglu_backward_kernel(dh, gate, up, d_gate, d_up, h, num_columns, dh_row, gate_row, up_row, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < num_columns
