@@ -103,7 +103,7 @@ def _forward(
     """The decoder's forward: the ops', or its own for calls that they do not do."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    why_not = _why_not_call(self, past_key_values, use_cache, kwargs)
+    why_not = _why_not_call(self, position_ids, past_key_values, use_cache, kwargs)
     if why_not is None:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -167,11 +167,16 @@ def _why_not_layers(decoder: Any) -> str | None:
     return None
 
 
-def _why_not_call(decoder: Any, past_key_values: Any, use_cache: bool | None, kwargs: dict[str, Any]) -> str | None:
+def _why_not_call(
+    decoder: Any, position_ids: Tensor | None, past_key_values: Any, use_cache: bool | None, kwargs: dict[str, Any]
+) -> str | None:
     """Why the ops cannot do this call; None where they can."""
-    caches = use_cache or (use_cache is None and decoder.config.use_cache and not torch.is_grad_enabled())
-    if caches or past_key_values is not None:
+    # By default transformers makes a cache in training too. Nobody reads it there, but it also hides packed positions.
+    by_default = use_cache is None and decoder.config.use_cache
+    if use_cache or past_key_values is not None:
         return "it uses a cache"
+    if by_default and (position_ids is not None or not torch.is_grad_enabled()):
+        return "it uses a cache; use_cache=False would not"
     for option in ("output_hidden_states", "output_attentions"):
         if kwargs.get(option) or getattr(decoder.config, option, False):
             return f"it asks for {option}"

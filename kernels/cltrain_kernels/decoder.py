@@ -1,8 +1,8 @@
 """The decoder of Llama, Mistral, Qwen2 and Qwen3 models with LoRA, run by the ops of this package.
 
-It reads the weights from the model's own modules at each call, so names, saving and loading stay as they are; attention
-and its masks stay those of transformers. Caches, returned attentions or hidden states, gradient checkpointing, hooks and
-dropout are not done here: `apply.py` leaves such calls to the model's own forward.
+It reads the weights from the model's own modules at each call, so names, saving and loading stay as they are. Attention
+and its masks stay those of transformers. Caches, returned attentions or hidden states, gradient checkpointing, hooks
+and dropout are not done here: `apply.py` leaves such calls to the model's own forward.
 
 B rows, T tokens, D hidden, M chosen tokens, R rank.
 """
@@ -40,8 +40,8 @@ def decode(
     adapters: Adapters | None = None,
     **attention: Any,
 ) -> Tensor:
-    """Final hidden states (B, T, D), or (M, D) only those at `places_M` of the flattened tokens: for all others the last
-    layer then ends with its attention. `attention` goes to the attention function (packing's cu_seq_lens, for one)."""
+    """Final hidden states (B, T, D), or (M, D) only those at `places_M` of the flattened tokens: for all others the
+    last layer then ends with its attention. `attention` goes to the attention function (cu_seq_lens, for one)."""
     if position_ids is None:
         position_ids = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
     windows = [_window(layer.self_attn) for layer in decoder.layers]

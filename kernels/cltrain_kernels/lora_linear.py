@@ -1,8 +1,8 @@
 """Frozen linear layers with LoRA: projections that share one input, and the gated MLP, as single autograd nodes.
 
-Plain matrix products of cuBLAS or MKL in the two-branch form, forward and backward. What autograd would keep and these
-nodes do not: the normed input and the MLP's activation (made again in the backward), every LoRA branch's output. What it
-would compute and these do not: gradients of the frozen weight, X A^T in the backward. Dropout is not offered.
+Plain matrix products of cuBLAS or MKL, forward and backward. What PEFT's autograd keeps and these nodes do not: the
+normed input, silu(gate) and the MLP's activation (made again in the backward). What it writes to memory and these do
+not: each LoRA branch's output and input gradient, which are added inside the product. Dropout is not offered.
 
 M rows (tokens), K in, N out, R rank, I inner. With U = (X A^T) s:
     Y = X W^T + U B^T         S = (dY B) s         dX = dY W + S A         dA = S^T X         dB = dY^T U
@@ -261,9 +261,9 @@ def _check(x: Tensor, projections: Sequence[Projection], norm: Norm | None) -> N
         tensors = (p.weight_NK, p.bias_N, p.a_RK, p.b_NR, p.scale)
         if any(isinstance(t, Tensor) and t.device != x.device for t in tensors):
             raise ValueError(f"x is on {x.device}, but a weight, factor or scale is not")
-    if norm is not None and (norm.weight_K.shape != (num_in,) or norm.weight_K.dtype is not x.dtype):
-        raise ValueError(
-            f"a norm of {tuple(norm.weight_K.shape)} {norm.weight_K.dtype} does not fit x {tuple(x.shape)}"
-        )
-    if norm is not None and norm.weight_K.requires_grad:
-        raise ValueError("the norm's weight requires a gradient: call rms_norm before, which computes it")
+    if norm is not None:
+        w = norm.weight_K
+        if w.shape != (num_in,) or w.dtype is not x.dtype or w.device != x.device:
+            raise ValueError(f"a norm of {tuple(w.shape)} {w.dtype} on {w.device} does not fit x {tuple(x.shape)}")
+        if w.requires_grad:
+            raise ValueError("the norm's weight requires a gradient: call rms_norm before, which computes it")

@@ -84,15 +84,12 @@ def _warps(block):
 
 def compilations():
     pointers = dict.fromkeys(("x", "weight", "y", "dy", "dx"), "*bf16") | {"inverse": "*fp32"}
+    kinds = pointers | {"eps": "fp32"}
     aligned = {*pointers, "num_features", "x_row", "dy_row"}
     return [
         Compilation(
             kernel,
-            {
-                name: pointers.get(name, "fp32" if name == "eps" else "i32")
-                for name in kernel.arg_names
-                if name != "BLOCK"
-            },
+            {name: kinds.get(name, "i32") for name in kernel.arg_names if name != "BLOCK"},
             {"BLOCK": block},
             tuple(name for name in kernel.arg_names if name in aligned),
             num_warps=_warps(block),
