@@ -8,7 +8,7 @@ import triton.language as tl
 
 from cltrain_kernels.aot import Compilation
 
-MAX_FEATURES = 32768
+MAX_FEATURES = 16384
 
 
 @triton.jit

@@ -58,7 +58,8 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BTHD: Tensor) -> tuple[Tensor, None, None]:
-        return _rotate(dy_BTHD, *ctx.saved_tensors, -1.0), None, None
+        cos_BTD, sin_BTD = ctx.saved_tensors
+        return _rotate(dy_BTHD, cos_BTD, sin_BTD, -1.0), None, None
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
