@@ -2,9 +2,10 @@
 
     python kernels/bench/aot.py [--op OP ...] [--architecture 90 ...] [--write]
 
-Without --write it compares with `aot.json` beside this file and exits with 1 on a regression: a spill, too many registers,
-more shared memory than the architecture has, a dot without tensor-core instructions, or more of anything than the table
-says. The table is only compared with the Triton version that wrote it; the limits hold for every version.
+Without --write it compares with `aot.json` beside this file and exits with 1 on a regression: a spill, too many
+registers, more shared memory than the architecture has, a dot without tensor-core instructions, or more of anything
+than the table says. The table is only compared with the Triton version that wrote it; the limits hold for every
+version.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def measure(ops: Sequence[str], architectures: Sequence[int]) -> dict[str, Resou
 
 
 def compiled(compilation: Any, architecture: int) -> Resources:
-    """What the machine code of one kernel needs. Bytes are bytes; `local` counts instructions that reach spilled memory."""
+    """What the machine code of one kernel needs. Bytes are bytes; `local` counts instructions that reach spilled
+    memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -6,6 +6,8 @@ Importing this package imports neither triton nor a GPU driver: Triton code load
 from cltrain_kernels.apply import Applied, apply, hidden_at
 from cltrain_kernels.decoder import Adapters
 from cltrain_kernels.dispatch import Implementation, implementation_for
+from cltrain_kernels.linear_loss import frozen_head, linear_loss, linear_loss_reference
+from cltrain_kernels.linear_loss_types import LinearLoss, Reference
 from cltrain_kernels.lora_linear import (
     Norm,
     Projection,
@@ -23,11 +25,16 @@ __all__ = [
     "Adapters",
     "Applied",
     "Implementation",
+    "LinearLoss",
     "Norm",
     "Projection",
+    "Reference",
     "apply",
+    "frozen_head",
     "hidden_at",
     "implementation_for",
+    "linear_loss",
+    "linear_loss_reference",
     "lora_linear",
     "lora_linear_reference",
     "lora_mlp",

@@ -1,7 +1,8 @@
 """How a kernel is compiled ahead of time, on a machine without a GPU: `kernels/bench/aot.py` reads the resources.
 
-Each `<op>_triton.py` has `def compilations() -> list[Compilation]` with one entry for each form of a kernel that training
-really launches: its dtypes, block sizes, warps and stages, at the sizes that use the most registers and memory.
+Each `<op>_triton.py` has `def compilations() -> list[Compilation]` with one entry for each form of a kernel that
+training really launches: its dtypes, block sizes, warps and stages, at the sizes that use the most registers and
+memory.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 class Compilation:
     """One form of a kernel: `signature` names the type of each run-time argument ("*bf16", "*i64", "fp32", "i32").
 
-    `divisible` are the arguments (pointers, sizes, strides) that are multiples of 16 in every launch that matters: without
-    them loads become scalar and the table lies. `has_dot` asks for tensor-core instructions in the machine code.
+    `divisible` are the arguments (pointers, sizes, strides) that are multiples of 16 in every launch that matters:
+    without them loads become scalar and the table lies. `has_dot` asks for tensor-core instructions in the machine
+    code.
     """
 
     kernel: Any
