@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run every kernels/bench/cpu_*.py, print its figures and the promises; 1 if a promise is broken or unmeasured."""
     names = [path.stem.removeprefix("cpu_") for path in sorted(BENCHES.glob("cpu_*.py"))]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help="a GPU: python kernels/bench/gpu.py --out DIR")
+    parser.add_argument(
+        "--device", choices=("cpu",), default="cpu", help="a GPU: python kernels/bench/gpu.py --out DIR"
+    )
     parser.add_argument("--json", type=Path, help="write all figures here, as one object")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="some benchmarks; judges only these")
     parser.add_argument("--tiny", action="store_true", help="shapes that only show that it runs; judges nothing")

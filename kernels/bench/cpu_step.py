@@ -1,8 +1,9 @@
 """One training step on one CPU thread: PEFT under the Hugging Face Trainer against the ops of this package.
 
 Same model, tokens, labels, optimiser and clipping, in float32; 30 % of the tokens are supervised. Steps alternate and
-CPU seconds are counted, so that other processes matter little; memory is the rise of the peak over one step, in a process
-of its own for each side. Gradients are compared before anything is timed. Shapes have Qwen2.5-0.5B's proportions.
+CPU seconds are counted, so that other processes matter little; memory is the rise of the peak over one step, in a
+process of its own for each side. Gradients are compared before anything is timed. Shapes have Qwen2.5-0.5B's
+proportions.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ def make_our_step(shape: Shape) -> Callable[[dict[str, Tensor]], None]:
     return step
 
 
-def run_trainer(shape: Shape, batches: list[dict[str, Tensor]], before: Callable[[], None], after: Callable[[], None]) -> None:
+def run_trainer(
+    shape: Shape, batches: list[dict[str, Tensor]], before: Callable[[], None], after: Callable[[], None]
+) -> None:
     """Train with PEFT and the Trainer on these batches, calling `before` and `after` at each step."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.utils import logging as transformers_logging
