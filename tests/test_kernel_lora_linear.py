@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cltrain_kernels import Norm, Projection, lora_linear, lora_linear_reference, lora_mlp, lora_mlp_reference
+from cltrain_kernels.lora_concat import concatenate, lora_concat
 from cltrain_kernels.testing import assert_as_accurate_as_eager, nan_filled
 from torch import Tensor
 
@@ -231,3 +232,44 @@ def test_what_does_not_fit_is_named() -> None:
     gate, up, _ = mlp()
     with pytest.raises(ValueError, match=r"weight \(11, 6\)"):
         lora_mlp(x, gate, up, up)
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_the_concatenated_form_gives_the_same_numbers_and_gradients(has_norm: bool) -> None:
+    projections, after = group(), norm() if has_norm else None
+    made = concatenate([replace(projections[0], scale=0.25), *projections[1:]])
+    projections[0] = replace(projections[0], scale=0.25)
+    made.buffer[made.num_out :, made.num_in :] = torch.nan  # never read
+    assert all(torch.equal(w, p.weight_NK) for w, p in zip(made.weights(), projections, strict=True))
+    results = []
+    for is_concatenated in (True, False):
+        x, *factors = (t.requires_grad_() for t in (random(2, 3, K, seed=1), *factors_of(projections)))
+        if is_concatenated:
+            y = torch.cat(lora_concat(x, made, factors, after), dim=-1)
+        else:
+            y = of_factors(lora_linear_reference, projections, after)(x, *factors)
+        y.square().sum().backward()
+        results.append([y.detach(), *(t.grad for t in (x, *factors))])
+    assert len(results[0]) == 8
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_concatenated_form_follows_its_factors_only_when_refreshed_and_never_under_a_backward() -> None:
+    (p, *_) = group()
+    made, x = concatenate([p]), random(5, K, seed=1)
+    factors = [f.clone().requires_grad_() for f in factors_of([p])]
+    before = lora_concat(x, made, factors)[0]
+    with torch.no_grad():
+        factors[1] *= 2
+    assert torch.equal(lora_concat(x, made, factors)[0], before)
+    made.refresh(factors)
+    torch.testing.assert_close(lora_concat(x, made, factors), lora_linear_reference(x, [replace(p, b_NR=factors[1])]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.sum().backward()
+    with pytest.raises(ValueError, match="6 inputs"):
+        lora_concat(x[:, :5], made, factors)
+    with pytest.raises(ValueError, match="1 factors for 1"):
+        lora_concat(x, made, factors[:1])
+    with pytest.raises(ValueError, match="one scale"):
+        concatenate([replace(p, scale=torch.ones(5, 4))])

@@ -100,7 +100,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x_MK: Tensor, projections: Sequence[Projection], norm: Norm | None, *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        n_MK, inverse = _normed(x_MK, norm)
+        n_MK, inverse = normed(x_MK, norm)
         made = [_forward(n_MK, p, *ab) for p, ab in zip(projections, _pairs(factors), strict=True)]
         ctx.projections, ctx.norm = projections, norm
         ctx.save_for_backward(x_MK, inverse, *(u for _, u in made), *factors)
@@ -111,9 +111,9 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         count = len(ctx.projections)
         x_MK, inverse, *rest = ctx.saved_tensors
-        n_MK = _normed_again(x_MK, inverse, ctx.norm)
+        n_MK = normed(x_MK, ctx.norm)[0]
         dn_MK, gradients = _backward(dys, n_MK, ctx.projections, rest[:count], rest[count:], ctx.needs_input_grad[0])
-        return _through_norm(dn_MK, x_MK, inverse, ctx.norm), None, None, *gradients
+        return through_norm(dn_MK, x_MK, inverse, ctx.norm), None, None, *gradients
 
 
 class _LoraMlp(torch.autograd.Function):
@@ -121,7 +121,7 @@ class _LoraMlp(torch.autograd.Function):
     def forward(
         ctx: Any, x_MK: Tensor, projections: Sequence[Projection], norm: Norm | None, *factors: Tensor | None
     ) -> Tensor:
-        n_MK, inverse = _normed(x_MK, norm)
+        n_MK, inverse = normed(x_MK, norm)
         of_gate, of_up, of_down = _pairs(factors)
         gate_MI, u_gate = _forward(n_MK, projections[0], *of_gate)
         up_MI, u_up = _forward(n_MK, projections[1], *of_up)
@@ -141,11 +141,11 @@ class _LoraMlp(torch.autograd.Function):
         del dh_MI
         of_down = _factor_gradients(dy_MK, h_MI, u_down, s_down[0])
         del h_MI
-        n_MK = _normed_again(x_MK, inverse, ctx.norm)
+        n_MK = normed(x_MK, ctx.norm)[0]
         dn_MK, gradients = _backward(
             (d_gate_MI, d_up_MI), n_MK, (gate, up), (u_gate, u_up), factors[:4], ctx.needs_input_grad[0]
         )
-        return _through_norm(dn_MK, x_MK, inverse, ctx.norm), None, None, *gradients, *of_down
+        return through_norm(dn_MK, x_MK, inverse, ctx.norm), None, None, *gradients, *of_down
 
 
 def _forward(x_MK: Tensor, p: Projection, a_RK: Tensor | None, b_NR: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -198,17 +198,13 @@ def _factor_gradients(
     return (None, None) if u_MR is None or s_MR is None else (s_MR.t() @ x_MK, dy_MN.t() @ u_MR)
 
 
-def _normed(x_MK: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+def normed(x_MK: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+    """x after the norm in front, if there is one, and what that norm saves."""
     return (x_MK, None) if norm is None else rms_norm_forward(x_MK, norm.weight_K, norm.eps)
 
 
-def _normed_again(x_MK: Tensor, inverse: Tensor | None, norm: Norm | None) -> Tensor:
-    if norm is None or inverse is None:
-        return x_MK
-    return rms_norm_forward(x_MK, norm.weight_K, norm.eps)[0]
-
-
-def _through_norm(dn_MK: Tensor | None, x_MK: Tensor, inverse: Tensor | None, norm: Norm | None) -> Tensor | None:
+def through_norm(dn_MK: Tensor | None, x_MK: Tensor, inverse: Tensor | None, norm: Norm | None) -> Tensor | None:
+    """The gradient before the norm in front, from the one after it."""
     if dn_MK is None or norm is None or inverse is None:
         return dn_MK
     return rms_norm_backward(dn_MK, x_MK, norm.weight_K, inverse)
