@@ -3,9 +3,9 @@
     Y = [X | U] [W | B]^T   with U = X (s A)^T          dX = [dY | S] [[W], [s A]]   with S = dY B
 
 Two products forward and two for dX; the two branches of `lora_linear` have one more for each projection, which reads
-and writes Y or dX again. On one CPU thread (float32, r = 16, 1024 tokens, all linears of a layer) the sum of forward and
-backward took 236 ms against 250 of the two branches at width 384, and 677 against 658 for gate and up at width 896: no
-reason for a second form, so `apply` uses `lora_linear` everywhere. A GPU may differ: kernels/bench/gpu.py measures it.
+and writes Y or dX again. On one CPU thread (float32, r = 16, 1024 tokens, all linears of a layer) the sum of forward
+and backward took 236 ms against 250 of the two branches at width 384, and 677 against 658 for gate and up at width 896:
+no reason for a second form, so `apply` uses `lora_linear` everywhere. A GPU may differ: kernels/bench/gpu.py measures.
 
 M rows (tokens), K in, N out of all projections, R rank of all adapters.
 """
