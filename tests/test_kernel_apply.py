@@ -380,3 +380,19 @@ def test_ops_run_in_triton_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLTRAIN_KERNELS", "triton")
     applied(model)
     assert_same(step(model, ids), theirs)
+
+
+def test_an_adapter_that_comes_later_and_does_not_fit_ends_the_ops_until_it_goes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, ids = make("llama"), batch()
+    applied(model)
+    ours = step(model, ids)
+    model.add_adapter("late", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    with caplog.at_level(logging.INFO):
+        assert step(model, ids)[0] == pytest.approx(ours[0], rel=1e-6)
+    assert "'late' is a variant of LoRA" in caplog.text
+    model.delete_adapter("late")
+    again = step(model, ids)
+    assert again[0] == ours[0]
+    assert all(torch.equal(again[1][name], gradient) for name, gradient in ours[1].items())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +51,7 @@ def apply(peft_model: Any) -> Applied:
     decoder = decoder_of(peft_model)
     why_not = _why_not(peft_model, decoder)
     if why_not is None:
-        decoder.forward = types.MethodType(_forward, decoder)
+        decoder.forward = _Forward(decoder)
         device = decoder.embed_tokens.weight.device
         which = implementation_for(device)
         _say_once(logging.INFO, f"LoRA by fused ops on {device}; rms_norm, rope and swiglu: {which}")
@@ -85,42 +84,69 @@ def decoder_of(model: Any) -> Any:
 
 def is_applied(decoder: Any) -> bool:
     """Whether the ops run this decoder."""
-    return getattr(decoder.__dict__.get("forward"), "__func__", None) is _forward
+    return isinstance(decoder.__dict__.get("forward"), _Forward)
 
 
-def _forward(
-    self: Any,
-    input_ids: Tensor | None = None,
-    attention_mask: Any = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    inputs_embeds: Tensor | None = None,
-    use_cache: bool | None = None,
-    places_M: Tensor | None = None,
-    adapters: Adapters | None = None,
-    **kwargs: Any,
-) -> Any:
-    """The decoder's forward: the ops', or its own for calls that they do not do."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast
+class _Forward:
+    """The decoder's forward: the ops', or its own for calls that they do not do.
 
-    why_not = _why_not_call(self, position_ids, past_key_values, use_cache, kwargs)
-    if why_not is None:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        with torch.autocast(hidden_BTD.device.type, enabled=False):  # it would cast what is in one dtype already
-            hidden = decode(self, hidden_BTD, attention_mask, position_ids, places_M, adapters, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
-    _say_once(logging.INFO, f"a call is left to the model's own forward: {why_not}")
-    if adapters is not None:
-        raise ValueError(f"several adapters in one batch need the fused ops, which cannot run: {why_not}")
-    output = type(self).forward(
-        self, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-        past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
-    )  # fmt: skip
-    if places_M is not None:
-        output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, places_M)
-    return output
+    It remembers the decoder's modules and looks again when an adapter came or went: to walk them at each call would
+    take longer than a small step.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+        self._linears = [module for _, module in _linears(decoder)]
+        self._look()
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        places_M: Tensor | None = None,
+        adapters: Adapters | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        decoder = self.decoder
+        why_not = _why_not_call(decoder, position_ids, past_key_values, use_cache, kwargs) or self._why_not_now()
+        if why_not is None:
+            if (input_ids is None) == (inputs_embeds is None):
+                raise ValueError("give either input_ids or inputs_embeds")
+            hidden_BTD = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            with torch.autocast(hidden_BTD.device.type, enabled=False):  # it would cast what is in one dtype already
+                hidden = decode(decoder, hidden_BTD, attention_mask, position_ids, places_M, adapters, **kwargs)
+            return BaseModelOutputWithPast(last_hidden_state=hidden)
+        _say_once(logging.INFO, f"a call is left to the model's own forward: {why_not}")
+        if adapters is not None:
+            raise ValueError(f"several adapters in one batch need the fused ops, which cannot run: {why_not}")
+        output = type(decoder).forward(
+            decoder, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
+        if places_M is not None:
+            output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, places_M)
+        return output
+
+    def _look(self) -> None:
+        self._modules = list(self.decoder.layers.modules())
+        self._factors = self._ids_of_factors()
+        self._why_not_layers = _why_not_layers(self.decoder)
+
+    def _why_not_now(self) -> str | None:
+        if self._ids_of_factors() != self._factors:
+            self._look()
+        if any(_has_hooks(module) for module in self._modules):
+            return "a module of the layers has hooks"
+        return self._why_not_layers
+
+    def _ids_of_factors(self) -> list[int]:
+        return [id(a) for m in self._linears if "lora_A" in m._modules for a in m._modules["lora_A"]._modules.values()]
 
 
 def _why_not(peft_model: Any, decoder: Any) -> str | None:
@@ -190,18 +216,15 @@ def _why_not_call(
         and torch.get_autocast_dtype(weight.device.type) is not weight.dtype
     ):
         return f"autocast asks for another dtype than the base's {weight.dtype}"
-    for name, module in decoder.layers.named_modules():
-        if _has_hooks(module):
-            return f"layers.{name} has hooks"
-    return _why_not_layers(decoder)
+    return None
 
 
 def _has_hooks(module: Any) -> bool:
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+        return "_hf_hook" in module.__dict__  # accelerate's, which replace the forward
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values())
     # transformers leaves its own behind, which do nothing unless a call asks for outputs
-    return hasattr(module, "_hf_hook") or any(
-        getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks
-    )
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
 
 
 def _linears(decoder: Any) -> Iterator[tuple[str, Any]]:
