@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -29,8 +30,9 @@ def registry() -> Iterator[ModuleType]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-def test_without_a_gpu_nothing_is_measured_or_written(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCH / "gpu.py"), "--out", str(tmp_path / "out"), "--quick"]
+@pytest.mark.parametrize("script", ["gpu.py", "peers.py"])
+def test_without_a_gpu_nothing_is_measured_or_written(tmp_path: Path, script: str) -> None:
+    command = [sys.executable, str(BENCH / script), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "no GPU here: nothing was measured" in done.stderr
@@ -73,3 +75,21 @@ def test_cosine_sees_a_gradient_that_points_elsewhere(registry: ModuleType) -> N
     one = torch.tensor([1.0, 2.0, 2.0])
     assert registry.cosine(one, 7 * one) == pytest.approx(1.0)
     assert registry.cosine(one, torch.tensor([2.0, -1.0, 0.0])) == pytest.approx(0.0)
+
+
+@pytest.mark.slow
+def test_peers_that_are_here_see_the_same_losses_and_the_others_are_absent(tmp_path: Path) -> None:
+    peers = ["ours", "peft_trainer", "peft_trainer_bf16_adapters", "liger", "trl", "unsloth"]  # compiling takes minutes
+    command = [sys.executable, str(BENCH / "peers.py"), "--tiny", "--out", str(tmp_path), "--peer", *peers]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
+    rows = {row["peer"]: row for row in json.loads((tmp_path / "peers.json").read_text())["rows"]}
+    plain = rows["peft_trainer"]["losses"]
+    assert len(plain) == 3
+    assert "ms" not in rows["peft_trainer"], "a CPU says nothing about a GPU's speed"
+    for name, row in rows.items():
+        package = {"liger": "liger_kernel", "trl": "trl", "unsloth": "unsloth"}.get(name.split("_")[0])
+        if package and importlib.util.find_spec(package) is None:
+            assert row["absent"] == f"{package} is not installed"
+        elif "losses" in row:
+            assert row["losses"] == pytest.approx(plain, rel=1e-4), name
+    assert "losses" in rows["peft_trainer_bf16_adapters"]
