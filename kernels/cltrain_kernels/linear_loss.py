@@ -44,6 +44,8 @@ def linear_loss(
     fit, and for a batch without a supervised token where that can be seen without waiting for a GPU.
     """
     _check(hidden_MD, head_VD, ids_M, weights_M, reference)
+    if not len(hidden_MD):
+        raise ValueError("no supervised token: the batch has no rows")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows = {max_rows}: at least one row is needed; leave it out to size it by the batch")
     has_triton = hidden_MD.dtype is not torch.float64 and implementation_for(hidden_MD.device) == "triton"

@@ -33,6 +33,7 @@ class Rows:
     weights_R: Tensor
     divergence_weights_R: Tensor
     index_R: Tensor | None
+    has_masked: bool
     num_supervised: Tensor
     poison: Tensor | None
 
@@ -52,6 +53,7 @@ class Chunk:
     divergence: Divergence | None
     reference_NV: Tensor | None
     reference_logprob_N: Tensor | None
+    has_masked: bool
     has_gradient: bool
 
 
@@ -78,7 +80,7 @@ def rows_on_host(
                 f"{num_supervised} supervised rows, but max_rows = {max_rows}: raise it or split the batch"
             )
         index = torch.cat([index, (~is_supervised_M).nonzero()[:, 0]])[:max_rows]
-    return _rows(hidden_MD, is_supervised_M, ids_M, weights_M, other_M, index, None)
+    return _rows(hidden_MD, is_supervised_M, ids_M, weights_M, other_M, index, len(index) > num_supervised, None)
 
 
 def rows_on_device(
@@ -93,24 +95,25 @@ def rows_on_device(
         is_wrong |= is_supervised_M.sum() > max_rows
         index = torch.argsort(is_supervised_M, descending=True, stable=True)[:max_rows]
     poison = torch.where(is_wrong, torch.nan, 0.0)
-    return _rows(hidden_MD, is_supervised_M, ids_M, weights_M, other_M, index, poison)
+    return _rows(hidden_MD, is_supervised_M, ids_M, weights_M, other_M, index, True, poison)
 
 
 def _rows(
     hidden_MD: Tensor, is_supervised_M: Tensor, ids_M: Tensor, weights_M: Tensor, other_M: Tensor,
-    index: Tensor | None, poison: Tensor | None,
+    index: Tensor | None, has_masked: bool, poison: Tensor | None,
 ) -> Rows:  # fmt: skip
     def picked(values_M: Tensor, masked: float, dtype: torch.dtype) -> Tensor:
         values_M = torch.where(is_supervised_M, values_M, masked)
-        return (values_M if index is None else values_M[index]).to(hidden_MD.device, dtype)
+        return (values_M if index is None else values_M[index]).to(device, dtype, non_blocking=True)
 
-    sums = _sums_dtype(hidden_MD)
+    device, sums = hidden_MD.device, _sums_dtype(hidden_MD)
     return Rows(
         picked(ids_M, -1, torch.int64),
         picked(weights_M, 0, sums),
         picked(other_M, 0, sums),
-        None if index is None else index.to(hidden_MD.device),
-        is_supervised_M.sum().to(hidden_MD.device),
+        None if index is None else index.to(device, non_blocking=True),
+        has_masked,
+        is_supervised_M.sum().to(device, non_blocking=True),
         poison,
     )
 
@@ -128,7 +131,7 @@ def chunked(
     num_chunks = -(-len(rows.ids_R) * head_VD.shape[0] * bytes_per_logit // max_chunk_bytes)
     size = -(-len(rows.ids_R) // max(1, num_chunks))  # chunks of the same size: no small one at the end
     has_gradient = torch.is_grad_enabled() and hidden_MD.requires_grad
-    loss, *figures = _LinearLoss.apply(hidden_MD, head_VD, rows, reference, step, size, has_gradient)  # type: ignore[no-untyped-call]
+    loss, *figures = _LinearLoss.apply(hidden_MD, head_VD, rows, reference, step, size, has_gradient)
     return LinearLoss(loss, rows.num_supervised, *figures, *([None] * (4 - len(figures))))
 
 
@@ -142,6 +145,7 @@ class _LinearLoss(torch.autograd.Function):
         reference_RD = None if reference is None or reference.hidden_MD is None else rows.of(reference.hidden_MD)
         scale_R = torch.maximum(rows.weights_R.abs(), rows.divergence_weights_R.abs())
         safe_R = torch.where(scale_R == 0, 1.0, scale_R)
+        weights_R, divergence_weights_R = rows.weights_R / safe_R, rows.divergence_weights_R / safe_R
         gradient_RD = torch.empty_like(hidden_RD, memory_format=torch.contiguous_format) if has_gradient else None
         buffer = head_VD.new_empty((size, head_VD.shape[0]))
         reference_buffer = None if reference_RD is None else torch.empty_like(buffer)
@@ -149,14 +153,13 @@ class _LinearLoss(torch.autograd.Function):
         for start in range(0, len(hidden_RD), size):
             part = slice(start, start + size)
             logits_NV = _multiply(hidden_RD[part], head_VD, buffer)
+            reference_NV, reference_N = _given(reference, rows, part)
             if reference_RD is not None and reference_buffer is not None:
-                reference_NV, reference_N = _multiply(reference_RD[part], head_VD, reference_buffer), None
-            else:
-                reference_NV, reference_N = _given(reference, rows, part)
+                reference_NV = _multiply(reference_RD[part], head_VD, reference_buffer)
             chunk = Chunk(
-                logits_NV, rows.ids_R[part], (rows.weights_R / safe_R)[part],
-                (rows.divergence_weights_R / safe_R)[part], None if reference is None else reference.divergence,
-                reference_NV, reference_N, has_gradient,
+                logits_NV, rows.ids_R[part], weights_R[part],
+                divergence_weights_R[part], None if reference is None else reference.divergence,
+                reference_NV, reference_N, rows.has_masked, has_gradient,
             )  # fmt: skip
             parts.append(step(chunk))
             if gradient_RD is not None:
@@ -214,7 +217,8 @@ def torch_step(chunk: Chunk) -> Figures:
         gradient_NV.scatter_(1, ids_N1, gradient_NV.gather(1, ids_N1) - weights_N1)
         if slope_NV is not None:
             gradient_NV.addcmul_(slope_NV, chunk.divergence_weights_N[:, None])
-        gradient_NV.masked_fill_(chunk.ids_N[:, None] < 0, 0.0)
+        if chunk.has_masked:
+            gradient_NV.masked_fill_(chunk.ids_N[:, None] < 0, 0.0)  # 0 times what a padded row holds may be NaN
         if gradient_NV is not chunk.logits_NV:
             chunk.logits_NV.copy_(gradient_NV)
     return figures
@@ -222,10 +226,9 @@ def torch_step(chunk: Chunk) -> Figures:
 
 def _given(reference: Reference | None, rows: Rows, part: slice) -> tuple[Tensor | None, Tensor | None]:
     """The caller's logits or log-probs of a reference for the rows of one chunk."""
-    if reference is None:
+    values = None if reference is None else reference.logprob_M if reference.logits_MV is None else reference.logits_MV
+    if reference is None or values is None:
         return None, None
-    values = reference.logprob_M if reference.logits_MV is None else reference.logits_MV
-    assert values is not None
     values = values[part] if rows.index_R is None else values[rows.index_R[part]]
     return (None, values) if reference.logits_MV is None else (values, None)
 
