@@ -19,7 +19,7 @@ from typing import Any
 
 from sqlalchemy import Row, select, update
 
-from cltrain import audit, launch, plans, reporting, tending, unfinished
+from cltrain import audit, launch, plans, reporting, rollout, tending, unfinished
 from cltrain.config import Config
 from cltrain.deploy.client import clients_of
 from cltrain.deploy.preflight import check_adapter
@@ -36,7 +36,7 @@ from cltrain.models.base import load_base
 from cltrain.models.chat import render_rows
 from cltrain.monitoring.outbox import Pump
 from cltrain.records import Example, LearningMode, TokenRow, Trajectory
-from cltrain.registry import aliases, releases
+from cltrain.registry import aliases, releases, rollouts
 from cltrain.registry.lease import LeaseKeeper
 from cltrain.registry.reserve import remake_reserve
 from cltrain.rooms import Rooms, adapter_of, collect_garbage
@@ -129,6 +129,11 @@ class Worker:
             raise ConflictError(f"{self.config.agent.name} is frozen ({reason}): cltrain unfreeze lets it learn again")
         if self.config.agent.mode is LearningMode.OFF:
             raise ConflictError(f"{self.config.agent.name} has learning mode off: choose observe, approve or auto")
+        if (tried := rollouts.read_open(self.store, self.config.agent.name)) is not None:
+            raise ConflictError(
+                f"{tried.release} is tried as {tried.kind} at {tried.weight:g} of the traffic: it serves or goes back "
+                "before the next update begins (`cltrain rollback` takes it back, `cltrain promote` lets it serve)"
+            )
         self._check_anchors()
         self.finish_interrupted()
         if request is not None and (made := plans.answer_to(self.store, request)) is not None:
@@ -325,6 +330,8 @@ class Worker:
         if agent.updates == "on_request" or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + TEND_S
+        if rollouts.read_open(self.store, agent.name) is not None:
+            return
         if self._has_news() and self.rooms.server.health():  # training for a server that is away ends in an error
             self.update()
 
@@ -363,14 +370,21 @@ class Worker:
             time.sleep(0.2)
 
     def _tend(self) -> None:
-        """Look after the servers. One that is away is looked at again next time."""
+        """Look after the servers, and after what is tried on them. What is away is looked at again next time."""
         while not self._stop.wait(TEND_S):
             try:
                 tending.tend(self.rooms)
             except (ServerError, DataError):
-                continue
+                pass
             except Exception:  # whatever a server answers, the next look may find it well
                 log.warning("the server could not be looked after", exc_info=True)
+            try:
+                if (decided := rollout.look(self.rooms)) is not None:
+                    self._on_progress(decided)
+            except ConflictError as error:  # somebody was first: a person, or the next worker
+                log.info("%s", error)
+            except Exception:  # the next look goes on from what the store holds
+                log.warning("what is tried on live traffic could not be judged", exc_info=True)
 
 
 def count_fitting(config: Config, store: Store, agent: str, *, after_seq: int = 0) -> dict[str, Any]:

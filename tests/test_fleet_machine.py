@@ -179,7 +179,7 @@ class Fleet(RuleBasedStateMachine):
     def somebody_wants_what_was_rejected(self) -> None:
         """By name, or by a person's promotion."""
         for rejected in releases.list_releases(self.store, AGENT, status="rejected"):
-            episodes = Episodes(self.store, AGENT, self.base, 5.0)
+            episodes = Episodes(self.store, AGENT, self.base, 5.0, b"k")
             with pytest.raises(Refusal, match="may not serve"):
                 asyncio.run(episodes.begin(rejected.name, None, "q", []))
             alias = aliases.read_alias(self.store, AGENT)
@@ -195,7 +195,7 @@ class Fleet(RuleBasedStateMachine):
 
     async def ask(self, session: str) -> None:
         """One request through the gateway's own parts; an answer's text says whose weights gave it."""
-        episodes = Episodes(self.store, AGENT, self.base, 5.0)
+        episodes = Episodes(self.store, AGENT, self.base, 5.0, b"k")
         upstreams = Upstreams(
             self.store,
             [Upstream(s.url, base_model="base", transport=httpx.MockTransport(s.answer)) for s in self.shelves],

@@ -128,7 +128,7 @@ class Replica:
         order = sorted(rows, key=lambda name: (name == wanted.serving, name not in wanted.needed))
         for name in (name for name in order if name in wanted.directories):
             is_serving = name == wanted.serving
-            if not self._is_due(rows[name], again_s, is_serving):
+            if not self._is_due(rows[name], again_s, is_serving or name == wanted.tried):
                 continue
             if is_serving and any(self.held()[one].state != "proved" for one in wanted.needed - {name}):
                 continue
@@ -145,10 +145,10 @@ class Replica:
                 log.warning("%s could not be asked to prove %s: %s", self.url, name, error)
         return tuple(failures)
 
-    def _is_due(self, row: Row, again_s: float, is_serving: bool) -> bool:
+    def _is_due(self, row: Row, again_s: float, is_answering: bool) -> bool:
         is_old = self._clock() - row.seen_at >= again_s
         if row.state == "proved":
-            return is_serving and is_old
+            return is_answering and is_old
         return row.state != "failed" or is_old
 
     def held(self) -> dict[str, Row]:
@@ -202,6 +202,26 @@ class Replicas:
     def load(self, name: str, path: Path) -> None:
         """On every replica that answers. Raises ServerError when one refuses, or too few answer."""
         self._on_each(lambda member: member.load(name, path), self._answering())
+
+    def load_on_first(self, name: str, path: Path) -> None:
+        """On one replica that answers: what is not judged yet touches no other."""
+        away = UnavailableError(f"none of {len(self.members)} replicas answers")
+        for member in self._answering():
+            try:
+                return member.load(name, path)
+            except UnavailableError as error:
+                away = error
+        raise away
+
+    def roll(self, name: str, path: Path, kept: Probes) -> None:
+        """From replica to replica: the next is touched when the one before holds it and proved it. Raises what one
+        refuses, or fails to prove; one that is away gets it when it is back."""
+        for member in self._answering():
+            try:
+                member.load(name, path)
+                member.prove(name, kept)
+            except UnavailableError as error:
+                log.warning("%s is left out of the roll: %s", member.url, error)
 
     def unload(self, name: str) -> None:
         self._on_each(lambda member: member.unload(name), self._answering())
