@@ -1,7 +1,7 @@
 """Every knob but the gate's (config_gate.py) and the rollout's (config_rollout.py), and the strict TOML loader.
 
-Imports no torch. Files merge left to right, `--set section.key=value` last. An unknown key is an error with a suggestion, a setting that
-cannot be honoured is an error, and the resolved config's hash travels with every update.
+Imports no torch. Files merge left to right, `--set section.key=value` last. An unknown key is an error with a
+suggestion, a setting that cannot be honoured is an error, and the resolved config's hash travels with every update.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ def move_alias_in(
     Give the Alias that the update started from as `expected`: its version also catches an alias that went away and came
     back, and a freeze that was lifted meanwhile. `fence` is the worker's lease; only a human may pass None. A human
     move makes `to` the new anchor, `raises_high_water` the new high-water mark. What is being tried on live traffic
-    ends with the move. Raises ConflictError when the alias or the lease moved, learning is frozen (not for a human), or `to`
-    may not serve: rejected, held, deleted and any verdict but promote never, rolled back only by a human.
+    ends with the move. Raises ConflictError when the alias or the lease moved, learning is frozen (not for a human), or
+    `to` may not serve: rejected, held, deleted and any verdict but promote never, rolled back only by a human.
     """
     if fence is None and not is_human:
         raise ConflictError(f"{agent}: a move without a lease is a human's; pass the fence of the lease")
@@ -153,8 +153,8 @@ def rollback(
     What is being tried on live traffic is the newest: without `to` and `expected` it alone is undone, and what serves
     goes on. Else undone are the current release and its ancestors up to `to`: they become rolled_back, the records that
     their updates learned or could newly rehearse are quarantined, and an update that is under way loses its
-    compare-and-swap. Learning is frozen unless `freeze` is False. Raises ConflictError when the bare base serves already,
-    `to` may not serve, or another release serves than the one `expected` (None: whichever).
+    compare-and-swap. Learning is frozen unless `freeze` is False. Raises ConflictError when the bare base serves
+    already, `to` may not serve, or another release serves than the one `expected` (None: whichever).
     """
     with store.write() as connection:
         row = _row(connection, agent)
