@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 
 from cltrain.config import from_dict
 from cltrain.deploy import probes, readiness
 from cltrain.deploy.replicas import Replicas
-from cltrain.experience.recording import Recorder
+from cltrain.experience.rows import write_trajectory
 from cltrain.gate.sequential import Arm
 from cltrain.records import Alias, Feedback, Generation, Trajectory
 from cltrain.registry import aliases, lease, rollouts
 from cltrain.registry.decisions import read_decisions
 from cltrain.rooms import Rooms
 from cltrain.store.database import Store
-from cltrain.store.schema import records, rollouts as table, screenings, updates
+from cltrain.store.schema import records, screenings, updates
+from cltrain.store.schema import rollouts as table
 from tests.fleet_parts import Shelf, probes_of
 from tests.registry_parts import new_store, promoted, sealed
 
 AGENT = "support"
 BEGAN = 100.0
+
+
+def rooms_of(
+    home: Path, store: Store, shelves: Sequence[Shelf], fence: int, clock: Callable[[], float], rollout: dict[str, Any]
+) -> Rooms:
+    config = from_dict({"home": str(home / "state"), "agent": {"name": AGENT, "mode": "auto"}, "rollout": rollout})
+    servers = Replicas(store, shelves, len(shelves), clock=clock)
+    nothing: Any = None  # what only a training and the gate need
+    return Rooms(config, store, nothing, servers, nothing, b"", (), "", (), nothing, fence, clock=clock)
 
 
 class Trial:
@@ -36,19 +45,24 @@ class Trial:
         self.home = home
         self.store = new_store(home)
         self.now = BEGAN
+        self.num_episodes = 0
         self.fence = lease.acquire(self.store, AGENT, "worker", 1e9, 1.0)
         self.incumbent = promoted(self.store, home, "good", self.fence)
         self.candidate = sealed(self.store, home, self.incumbent, "new")
         self.alias = aliases.read_alias(self.store, AGENT)
-        values = {"kind": "canary", "weights": [0.5], "step_episodes": 20, "settle_s": 10.0, **rollout}
-        config = from_dict({"home": str(home / "state"), "agent": {"name": AGENT, "mode": "auto"}, "rollout": values})
-        self.settings = config.rollout.model_dump(mode="json")
         self.shelves = [Shelf(url) for url in urls]
-        servers = Replicas(self.store, self.shelves, len(urls), clock=lambda: self.now)
-        nothing: Any = None  # what only a training and the gate need
-        self.rooms = Rooms(
-            config, self.store, nothing, servers, nothing, b"", (), "", (), nothing, self.fence, clock=lambda: self.now
-        )
+        values = {"kind": "canary", "weights": [0.5], "step_episodes": 20, "settle_s": 10.0, **rollout}
+        self.rooms = rooms_of(home, self.store, self.shelves, self.fence, lambda: self.now, values)
+        self.settings = self.rooms.config.rollout.model_dump(mode="json")
+        self._judged()
+        for name in (self.incumbent, self.candidate):
+            directory = self.directory(name)
+            probes.keep(self.store, name, probes_of(directory), self.now)
+            self.rooms.server.load(name, directory)
+            self.rooms.server.prove(name, probes_of(directory))
+
+    def _judged(self) -> None:
+        """The gate said promote, and the record that the candidate learned from waits."""
         with self.store.write() as connection:
             connection.execute(
                 insert(updates).values(
@@ -63,11 +77,6 @@ class Trial:
                     changed_at=2.0,
                 )
             )  # fmt: skip
-        for name in (self.incumbent, self.candidate):
-            directory = self.directory(name)
-            probes.keep(self.store, name, probes_of(directory), self.now)
-            servers.load(name, directory)
-            servers.prove(name, probes_of(directory))
 
     def directory(self, name: str) -> Path:
         return (self.home / "state" / "releases" / AGENT / name).resolve()
@@ -97,28 +106,44 @@ class Trial:
         """What the log of decisions says of it."""
         return [entry.payload["outcome"] for entry in read_decisions(self.store, AGENT, kind="rollout")]
 
-    def records(self) -> str:
+    def standing(self) -> str:
         """What became of the record that its update learned."""
         with self.store.read() as connection:
-            return str(connection.scalar(screenings.select().with_only_columns(screenings.c.status).where(
-                screenings.c.record == "learned")))
+            of_learned = select(screenings.c.status).where(screenings.c.record == "learned")
+            return str(connection.scalar(of_learned))
 
-    def episode(self, arm: Arm, *, calls: str = '{"item": "lamp"}', score: float | None = None, end: str = "ok") -> None:
-        """One that the gateway recorded now: a call with these arguments, as `arm` answered it, and what was said."""
-        number = random.randrange(10**9)
+    def episode(
+        self, arm: Arm, *, calls: str = '{"item": "lamp"}', score: float | None = None, end: str = "ok"
+    ) -> Trajectory:
+        """One that begins now: a call with these arguments, as `arm` answered it, and what was said."""
+        self.num_episodes += 1
+        name = f"traj-{self.num_episodes}"
         release = self.candidate if arm == "candidate" else self.incumbent
         call = {"id": "c", "type": "function", "function": {"name": "find", "arguments": calls}}
         messages = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": None, "tool_calls": [call]})
-        said = () if score is None else (Feedback(f"f{number}", f"traj-{number}", score, created_at=self.now),)
-        made = (Generation(f"gen-{number}", f"traj-{number}", 1, release),)
-        one = Trajectory(
-            f"traj-{number}", AGENT, f"s{number}", "ann", messages, ("user", "agent"), (FIND,), made, said,
-            release=release, end=end, created_at=self.now,
+        said = () if score is None else (Feedback(f"{name}-said", name, score, created_at=self.now),)
+        made = (Generation(f"{name}-1", name, 1, release),)
+        return Trajectory(
+            name, AGENT, name, "ann", messages, ("user", "agent"), (FIND,), made, said, release=release, end=end,
+            created_at=self.now,
         )  # fmt: skip
-        with Recorder(self.store, b"k" * 32, 0.0) as recorder:
-            assert recorder.add_trajectory(one)
+
+    def recorded(self, *episodes: Trajectory) -> None:
+        """As the gateway records what it saw."""
         with self.store.write() as connection:
-            connection.execute(records.update().where(records.c.id == one.id).values(prefix="seen by the gateway"))
+            for episode in episodes:
+                assert write_trajectory(connection, episode)
+                seen = records.update().where(records.c.id == episode.id).values(prefix="seen")
+                connection.execute(seen)
+
+    def pairs(self, count: int, *, calls: str = '{"item": "lamp"}', score: float | None = 1.0) -> None:
+        """So many episodes of either arm, in turn and settled; `calls` and `score` are the candidate's."""
+        made = []
+        for _ in range(count):
+            self.now += 1.0
+            made += [self.episode("incumbent", score=1.0), self.episode("candidate", calls=calls, score=score)]
+        self.recorded(*made)
+        self.now += 10.0
 
 
 FIND = {

@@ -68,7 +68,7 @@ def test_no_data_never_passes() -> None:
 
 
 def traffic(rng: random.Random, weight: float, worse: float) -> Iterator[Outcome]:
-    """Episodes as they come: 15 % faults, 70 % good scores by a quarter of the users; `worse`: the candidate's excess."""
+    """Episodes as they come: 15 % faults, a quarter rated, 70 % of those well; `worse`: the candidate's excess."""
     while True:
         arm: Arm = "candidate" if rng.random() < weight else "incumbent"
         excess = worse if arm == "candidate" else 0.0
@@ -101,4 +101,3 @@ def test_an_equal_is_seldom_stopped_however_often_one_looks() -> None:
 def test_a_harmful_one_is_stopped_within_a_few_hundred_episodes() -> None:
     found = [stopped(seed, 0.3, 0.05, 800, 10) for seed in range(30)]
     assert found.count(Verdict.REJECT) >= 29
-

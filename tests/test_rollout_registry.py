@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cltrain.errors import ConflictError
+from cltrain.records import Alias
 from cltrain.registry import aliases, lease, releases, rollouts
 from cltrain.registry.decisions import read_decisions, verify_chain
-from cltrain.records import Alias
 from tests.registry_parts import promoted, sealed
 from tests.rollout_parts import AGENT, trial
 
@@ -54,7 +54,7 @@ def test_a_freeze_takes_it_back_and_its_records_wait(tmp_path: Path) -> None:
         assert made.state == ("back", "frozen: holidays")
         assert made.serving == made.incumbent
         assert releases.get(made.store, made.candidate).status == "rejected"
-        assert made.records() == "waiting"
+        assert made.standing() == "waiting"
         assert made.log() == ["begun", "back"]
 
 
@@ -66,7 +66,7 @@ def test_a_rollback_takes_back_what_is_tried_and_leaves_what_serves(tmp_path: Pa
         assert made.state == ("back", "rollback: it is rude")
         assert releases.get(made.store, made.candidate).status == "rejected"
         assert releases.get(made.store, made.incumbent).status == "released"
-        assert made.records() == "quarantined"
+        assert made.standing() == "quarantined"
         assert done.alias.version == made.alias.version + 1  # an update that is under way is discarded
         entry = read_decisions(made.store, AGENT, kind="rollback")[-1]
         assert (entry.payload["undone"], entry.payload["to"]) == ([made.candidate], made.incumbent)
