@@ -101,7 +101,7 @@ def prove(
     made = probes_for(rooms, after, before, rows, was)
     if after is not None:
         probes.keep(rooms.store, name, made, rooms.clock())
-    return rooms.server.prove(name, made)
+    return rooms.server.prove(name, made, 1 if rooms.config.rollout.kind == "rolling" else None)
 
 
 def probes_for(

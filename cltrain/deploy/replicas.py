@@ -226,12 +226,13 @@ class Replicas:
     def unload(self, name: str) -> None:
         self._on_each(lambda member: member.unload(name), self._answering())
 
-    def prove(self, name: str, kept: Probes) -> Proof:
-        """The weakest of the proofs of every replica that answers; NotProvedError when one fails it."""
+    def prove(self, name: str, kept: Probes, num_needed: int | None = None) -> Proof:
+        """The weakest of the proofs of every replica that answers; NotProvedError when one fails it. `num_needed`: how
+        many must hold it; None: `min_ready`."""
         members = self._answering()
         if len(self.members) > 1 and name != self.model:
             members = [member for member in members if name in member.held()]
-        proofs = self._on_each(lambda member: member.prove(name, kept), members)
+        proofs = self._on_each(lambda member: member.prove(name, kept), members, num_needed)
         return max(proofs, key=lambda proof: (proof.verdict == "indistinguishable", proof.max_error))
 
     def tidy(self, wanted: residents.Wanted, *, agent: str, now: float, drain_s: float, max_adapters: int) -> None:
@@ -308,7 +309,9 @@ class Replicas:
                     away[member] = error
         return [found[i] for i in range(len(asked))]
 
-    def _on_each(self, call: Callable[[Replica], FoundT], members: Sequence[Replica]) -> Sequence[FoundT]:
+    def _on_each(
+        self, call: Callable[[Replica], FoundT], members: Sequence[Replica], num_needed: int | None = None
+    ) -> Sequence[FoundT]:
         """The call's results on those that answer. Raises what one refuses; UnavailableError when too few answer."""
         with ThreadPoolExecutor(max(1, len(members))) as pool:
             tasks = [pool.submit(call, member) for member in members]
@@ -319,7 +322,7 @@ class Replicas:
                 found.append(task.result())
             except UnavailableError as error:
                 away = error
-        if len(found) >= self.min_ready:
+        if len(found) >= (num_needed or self.min_ready):
             return found
         if away is not None and len(self.members) == 1:
             raise away
