@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import pytest
 from fastapi import Request
 from fastapi.responses import Response
 from scipy.stats import binom
+from sqlalchemy.exc import IntegrityError
 
 from cltrain.config_rollout import RolloutConfig
 from cltrain.deploy import readiness
 from cltrain.experience.recording import read_trajectories
 from cltrain.gateway.split import Tried, takes
 from cltrain.registry import aliases, lease, rollouts
-from tests.gateway_parts import BASE, R1, R2, FakeServer, Gateway, add_release, point_alias, running
+from tests.gateway_parts import BASE, R1, R2, FakeServer, Gateway, add_release, point_alias, running, set_release
 from tests.rollout_parts import FIND, say_ready, until
+from tests.test_gateway_replicas import fleet_of
 
 SHADOW = {"kind": "shadow", "weights": [0.999999]}
 
@@ -48,7 +51,8 @@ def serve_r1(gateway: Gateway) -> None:
 
 def try_r2(gateway: Gateway, **settings: Any) -> None:
     """Beside R1, on the only server, which holds and proved both."""
-    add_release(gateway.store, R2, "candidate")
+    with contextlib.suppress(IntegrityError):
+        add_release(gateway.store, R2, "candidate")
     say_ready(gateway.store, "http://one", R1, R2)
     fence = lease.acquire(gateway.store, "support", "worker", 1e9, 0.0)
     config = RolloutConfig(**{"kind": "canary", **settings}).model_dump(mode="json")
@@ -144,6 +148,18 @@ def test_new_episodes_get_the_incumbent_while_no_replica_is_ready_for_the_canary
         assert adapter(gateway.chat("hello")) == R1
         say_ready(gateway.store, "http://one", R1)
         assert adapter(gateway.chat("hello")) == R1
+
+
+def test_a_replica_that_is_cut_off_in_the_middle_fails_no_request_of_either_arm(tmp_path: Path) -> None:
+    with fleet_of(tmp_path, 1, num_dead=1) as fleet:
+        set_release(fleet.store, R2, "candidate")
+        try_r2(fleet, weights=[0.5])
+        for url in fleet.urls:  # as the worker saw it before one was cut off
+            say_ready(fleet.store, url, R1, R2)
+        answers = [fleet.chat(f"hello {i}") for i in range(16)]
+        assert {adapter(answer) for answer in answers} == {R1, R2}
+        assert all(answer.json()["model"] == adapter(answer) for answer in answers)
+        assert {answer.headers["x-cltrain-replica"] for answer in answers} == {fleet.urls[0]}
 
 
 def test_what_was_taken_back_answers_nobody_from_the_next_turn_on(tmp_path: Path) -> None:
