@@ -68,7 +68,11 @@ def look(rooms: Rooms) -> str | None:
             rollouts.add_outcome_in(connection, tried.id, unit, {outcome.arm: (outcome.fault, outcome.score)})
         rollouts.note_evidence_in(connection, tried, found)
         _act(connection, rooms, tried, action, reason, now)
-    return None if action == "go on" else f"{tried.release} ({tried.kind}): {action}: {reason}"
+    if action == "go on":
+        return None
+    said = f"{tried.release} ({tried.kind}): {action}: {reason}"
+    rooms.on_progress(said)
+    return said
 
 
 def next_action(

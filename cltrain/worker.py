@@ -129,11 +129,7 @@ class Worker:
             raise ConflictError(f"{self.config.agent.name} is frozen ({reason}): cltrain unfreeze lets it learn again")
         if self.config.agent.mode is LearningMode.OFF:
             raise ConflictError(f"{self.config.agent.name} has learning mode off: choose observe, approve or auto")
-        if (tried := rollouts.read_open(self.store, self.config.agent.name)) is not None:
-            raise ConflictError(
-                f"{tried.release} is tried as {tried.kind} at {tried.weight:g} of the traffic: it serves or goes back "
-                "before the next update begins (`cltrain rollback` takes it back, `cltrain promote` lets it serve)"
-            )
+        rollouts.require_none(self.store, self.config.agent.name)
         self._check_anchors()
         self.finish_interrupted()
         if request is not None and (made := plans.answer_to(self.store, request)) is not None:
@@ -372,19 +368,13 @@ class Worker:
     def _tend(self) -> None:
         """Look after the servers, and after what is tried on them. What is away is looked at again next time."""
         while not self._stop.wait(TEND_S):
-            try:
-                tending.tend(self.rooms)
-            except (ServerError, DataError):
-                pass
-            except Exception:  # whatever a server answers, the next look may find it well
-                log.warning("the server could not be looked after", exc_info=True)
-            try:
-                if (decided := rollout.look(self.rooms)) is not None:
-                    self._on_progress(decided)
-            except ConflictError as error:  # somebody was first: a person, or the next worker
-                log.info("%s", error)
-            except Exception:  # the next look goes on from what the store holds
-                log.warning("what is tried on live traffic could not be judged", exc_info=True)
+            for look in (tending.tend, rollout.look):
+                try:
+                    look(self.rooms)
+                except (ServerError, DataError, ConflictError):  # a conflict: a person or the next worker was first
+                    continue
+                except Exception:  # whatever a server answers, the next look may find it well
+                    log.warning("the servers could not be looked after", exc_info=True)
 
 
 def count_fitting(config: Config, store: Store, agent: str, *, after_seq: int = 0) -> dict[str, Any]:

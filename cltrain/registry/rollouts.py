@@ -47,6 +47,15 @@ def read_open(store: Store, agent: str) -> Rollout | None:
         return open_in(connection, agent)
 
 
+def require_none(store: Store, agent: str) -> None:
+    """Raise ConflictError while something is being tried."""
+    if (found := read_open(store, agent)) is not None:
+        raise ConflictError(
+            f"{found.release} is tried as {found.kind} at {found.weight:g} of the traffic: it serves or goes back "
+            "before the next update begins (`cltrain rollback` takes it back, `cltrain promote` lets it serve)"
+        )
+
+
 def open_in(connection: Connection, agent: str) -> Rollout | None:
     """The agent's open rollout, None where there is none."""
     is_open = (rollouts.c.agent == agent) & (rollouts.c.state == "open")
