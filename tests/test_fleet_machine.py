@@ -28,13 +28,14 @@ from cltrain.gateway.errors import Refusal
 from cltrain.gateway.upstream import Upstream
 from cltrain.gateway.upstreams import Upstreams
 from cltrain.records import Verdict
-from cltrain.registry import aliases, lease, releases
+from cltrain.registry import aliases, lease, releases, rollouts
 from cltrain.registry.decisions import read_decisions, verify_chain
 from cltrain.rooms import Rooms, collect_garbage, tidy_server
 from cltrain.store.database import open_store
 from cltrain.store.schema import records, updates
 from cltrain.tending import tend
 from tests.fleet_parts import Shelf, probes_of
+from tests.fleet_trials import CANARY, Trials
 
 AGENT = "support"
 SOME_REPLICAS = st.sets(st.integers(0, 2), min_size=1)
@@ -42,7 +43,7 @@ LASTING = ("is_down", "is_full", "times_out_after_load", "mounts_wrong")
 FAULTS = (*LASTING, "restarts", "loads_late")  # whoever mounts what is wrong restarted first
 
 
-class Fleet(RuleBasedStateMachine):
+class Fleet(Trials, RuleBasedStateMachine):
     """Three replicas in memory; everything else is what runs in production, but the training and the gate."""
 
     def __init__(self) -> None:
@@ -80,7 +81,7 @@ class Fleet(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ the worker and a person
 
-    @precondition(lambda self: self.under_way is None)
+    @precondition(lambda self: self.under_way is None and self.tried() is None)
     @rule()
     def a_candidate_is_sealed_loaded_and_proved(self) -> None:
         alias = aliases.read_alias(self.store, AGENT)
@@ -109,8 +110,8 @@ class Fleet(RuleBasedStateMachine):
         self.looked()
 
     @precondition(lambda self: self.under_way is not None)
-    @rule(is_good=st.booleans())
-    def the_gate_has_spoken(self, is_good: bool) -> None:
+    @rule(is_good=st.booleans(), is_tried=st.booleans())
+    def the_gate_has_spoken(self, is_good: bool, is_tried: bool = False) -> None:
         assert self.under_way is not None
         name, alias = self.under_way
         servers = self.rooms.server
@@ -119,9 +120,15 @@ class Fleet(RuleBasedStateMachine):
             with self.store.write() as connection:
                 verdict = Verdict.PROMOTE if is_good else Verdict.REJECT
                 done = update(updates).where(updates.c.candidate == name)
-                connection.execute(done.values(state="done", verdict=verdict))
+                connection.execute(done.values(state="done", verdict=verdict, summary={}))
                 if is_good:
                     readiness.require_ready(connection, servers.urls, name, servers.min_ready)
+                if is_good and is_tried:
+                    rollouts.start_in(
+                        connection, alias, release=name, update_id=name, settings=CANARY, raises_high_water=False,
+                        fence=self.rooms.fence, now=self.now,
+                    )  # fmt: skip
+                elif is_good:
                     aliases.move_alias_in(
                         connection, AGENT, expected=alias, to=name, fence=self.rooms.fence, now=self.now
                     )
@@ -203,7 +210,8 @@ class Fleet(RuleBasedStateMachine):
         lease_of = await episodes.begin(AGENT, session, "p", [{"role": "user", "content": "hello"}])
         name = lease_of.release
         status = releases.get(self.store, name).status
-        assert status == "released", f"{name} is {status} and serves"
+        tried = self.tried()
+        assert status == "released" or (tried is not None and name == tried.release), f"{name} is {status} and serves"
         could = [s for s in self.ready(name) if not s.is_down and (lease_of.is_base or name in s.held)]
         refusal, answer = None, {}
         try:

@@ -129,7 +129,7 @@ class Door:
         return {} if given is None or is_ours else {"authorization": given}
 
     def _mirror(self, asked: Asked, lease: Lease, answer: Answer, passed_on: dict[str, str]) -> None:
-        if asked.route == "chat":
+        if asked.route == "chat" and asked.why_unrecordable is None:
             said = (*asked.messages, answer.message)
             self.shadow.mirror(lease, Copied(asked.record, PATHS["chat"], asked.body, said, passed_on))
 
