@@ -134,7 +134,7 @@ def _settled(rooms: Rooms, tried: Rollout, by: float) -> tuple[list[tuple[str, O
         .order_by(records.c.seq)
         .limit(MAX_READ)
     )
-    rows: list[Row[Any]] = []
+    rows: list[Any] = []
     with rooms.store.read() as connection:
         for row in connection.execute(query):
             if row.created_at > by:

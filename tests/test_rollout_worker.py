@@ -6,19 +6,78 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select
 
+from cltrain import plans
 from cltrain.deploy import readiness
 from cltrain.errors import ConflictError
+from cltrain.loop import Attempt, conclude
+from cltrain.records import Check, Code, Decision, Verdict
 from cltrain.registry import aliases, lease, releases, rollouts
 from cltrain.registry.decisions import verify_chain
 from cltrain.rollout import look
-from cltrain.store.schema import rollout_outcomes, updates
+from cltrain.store.schema import rollout_outcomes, screenings, updates
+from tests.registry_parts import sealed
 from tests.rollout_parts import AGENT, Trial, trial
 
+CHECK = Check("gain in suite", Code.GAIN, Verdict.PROMOTE, "+0.2", 0.9, 0.7, 0.2, 0.1, 0.3, 40)
 BROKEN = '{"item": '
+
+
+def concluded(made: Trial, verdict: Verdict) -> dict[str, Any]:
+    """What the loop makes of the gate's verdict on one more candidate."""
+    name = sealed(made.store, made.home, made.incumbent, "judged")
+    work_dir = made.home / "work"
+    work_dir.mkdir()
+    plan = plans.Plan(
+        id="judged", agent=AGENT, number=8, parent=made.incumbent, alias=made.alias, is_trial=False, seed=0,
+        work_dir=work_dir, window=(("fresh", "find/good", "ann"),), fresh=(), replay=(), set_aside=(), notes=(),
+        suspicious=(), refusal=None, manifest={"config": "c", "base": "b", "anchors": "a", "settings": {}},
+    )  # fmt: skip
+    with made.store.write() as connection:
+        row = {"id": "judged", "agent": AGENT, "number": 8, "state": "judging", "parent": made.incumbent}
+        row |= {"candidate": name, "mode": "auto", "fence": made.fence, "manifest": {}, "started_at": 3.0}
+        connection.execute(updates.insert().values(**row))
+    decision = Decision(verdict, ("gain in suite: +0.2",), (CHECK,))
+    return conclude(made.rooms, plan, Attempt((), decision, release=releases.get(made.store, name)))
+
+
+@pytest.mark.parametrize("kind", ["canary", "shadow"])
+def test_the_gates_yes_starts_it_and_nothing_that_serves_moves(tmp_path: Path, kind: str) -> None:
+    with trial(tmp_path, kind=kind) as made:
+        summary = concluded(made, Verdict.PROMOTE)
+        assert (summary["verdict"], summary["is_served"], summary["serving"]) == ("promote", False, made.incumbent)
+        assert summary["reasons"] == [f"gain in suite: +0.2 (tried as {kind} at 0.5 first)"]
+        found = rollouts.read_open(made.store, AGENT)
+        assert found is not None
+        assert (found.release, found.update, found.kind, found.raises_high_water) == (
+            summary["candidate"], "judged", kind, False,
+        )  # fmt: skip
+        assert made.serving == made.incumbent
+        with made.store.read() as connection:
+            status = connection.scalar(select(screenings.c.status).where(screenings.c.record == "fresh"))
+        assert status == "waiting"
+        with pytest.raises(ConflictError, match=f"{found.release} is tried as {kind} at 0.5 of the traffic"):
+            rollouts.require_none(made.store, AGENT)
+
+
+def test_a_verdict_that_comes_too_late_starts_nothing(tmp_path: Path) -> None:
+    with trial(tmp_path) as made:
+        aliases.freeze(made.store, AGENT, now=made.now, reason="holidays")
+        summary = concluded(made, Verdict.PROMOTE)
+        assert summary["verdict"] == "error"
+        assert summary["reasons"][0].startswith("discarded: support is frozen (holidays)")
+        assert rollouts.read_open(made.store, AGENT) is None
+        assert releases.get(made.store, summary["candidate"]).status == "rejected"
+
+
+def test_the_gates_no_starts_nothing(tmp_path: Path) -> None:
+    with trial(tmp_path) as made:
+        assert concluded(made, Verdict.HOLD)["verdict"] == "hold"
+        assert rollouts.read_open(made.store, AGENT) is None
 
 
 def test_one_that_breaks_tool_calls_goes_back_after_a_few_episodes(tmp_path: Path) -> None:
