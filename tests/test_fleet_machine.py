@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import insert, select, update
 
 from cltrain.config import from_dict
+from cltrain.config_rollout import RolloutConfig
 from cltrain.deploy import probes, readiness
 from cltrain.deploy.replicas import Replicas
 from cltrain.errors import ConflictError, ServerError
@@ -35,15 +36,15 @@ from cltrain.store.database import open_store
 from cltrain.store.schema import records, updates
 from cltrain.tending import tend
 from tests.fleet_parts import Shelf, probes_of
-from tests.fleet_trials import CANARY, Trials
 
 AGENT = "support"
+CANARY = RolloutConfig(kind="canary", weights=(0.5,), step_episodes=1, metrics=("faults",), margin=0.9).model_dump()
 SOME_REPLICAS = st.sets(st.integers(0, 2), min_size=1)
 LASTING = ("is_down", "is_full", "times_out_after_load", "mounts_wrong")
 FAULTS = (*LASTING, "restarts", "loads_late")  # whoever mounts what is wrong restarted first
 
 
-class Fleet(Trials, RuleBasedStateMachine):
+class Fleet(RuleBasedStateMachine):
     """Three replicas in memory; everything else is what runs in production, but the training and the gate."""
 
     def __init__(self) -> None:
@@ -110,7 +111,7 @@ class Fleet(Trials, RuleBasedStateMachine):
         self.looked()
 
     @precondition(lambda self: self.under_way is not None)
-    @rule(is_good=st.booleans(), is_tried=st.booleans())
+    @rule(is_good=st.booleans())
     def the_gate_has_spoken(self, is_good: bool, is_tried: bool = False) -> None:
         assert self.under_way is not None
         name, alias = self.under_way
@@ -302,6 +303,10 @@ class Fleet(Trials, RuleBasedStateMachine):
 
     # ------------------------------------------------------------ inside
 
+    def tried(self) -> rollouts.Rollout | None:
+        """What is tried on live traffic; see test_fleet_trials.py."""
+        return rollouts.read_open(self.store, AGENT)
+
     def looked(self) -> None:
         self.unseen.clear()
         self.is_rolled_back = False
@@ -321,9 +326,9 @@ class Fleet(Trials, RuleBasedStateMachine):
         return {shelf for shelf in self.shelves if readiness.is_ready(places[shelf.url], name)}
 
 
-def explore(num_examples: int, num_steps: int) -> None:
+def explore(num_examples: int, num_steps: int, machine: type[Fleet] = Fleet) -> None:
     run_state_machine_as_test(
-        Fleet,
+        machine,
         settings=settings(
             max_examples=num_examples,
             stateful_step_count=num_steps,

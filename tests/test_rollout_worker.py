@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,19 @@ def test_an_episode_is_not_judged_before_it_settled_and_later_ones_wait_for_it(t
         look(made.rooms)
         assert evidence(made)["episodes"] == {"incumbent": 1}
         made.now += 5.0
+        look(made.rooms)
+        assert evidence(made)["episodes"] == {"incumbent": 1, "candidate": 1}
+
+
+def test_an_episode_waits_for_one_that_began_before_it_by_another_clock(tmp_path: Path) -> None:
+    with trial(tmp_path) as made:
+        made.start()
+        made.now += 9.0
+        made.recorded(made.episode("incumbent"), replace(made.episode("candidate"), created_at=made.now - 8.0))
+        made.now += 3.0  # the second has settled, the first has not
+        look(made.rooms)
+        assert evidence(made)["episodes"] == {}
+        made.now += 8.0
         look(made.rooms)
         assert evidence(made)["episodes"] == {"incumbent": 1, "candidate": 1}
 

@@ -1,36 +1,25 @@
-"""The part of the fleet's state machine that tries candidates on live traffic; see test_fleet_machine.py."""
+"""The fleet's state machine, with candidates that are tried on live traffic: beside an alias that does not move, on
+replicas that fail, until they serve or go back.
+"""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
-from cltrain.config_rollout import RolloutConfig
 from cltrain.registry import aliases, releases, rollouts
 from cltrain.rollout import look
-from cltrain.rooms import Rooms
-from cltrain.store.database import Store
-from tests.fleet_parts import Shelf
-
-CANARY = RolloutConfig(kind="canary", weights=(0.5,), step_episodes=1, metrics=("faults",), margin=0.9).model_dump(
-    mode="json"
-)
+from tests.test_fleet_machine import Fleet, explore
 
 
-class Trials:
-    """What a machine with a store, replicas and a worker's rooms can do with a candidate that the gate let through."""
+class Trials(Fleet):
+    """Whatever the fleet does, and candidates on live traffic."""
 
-    store: Store
-    rooms: Rooms
-    now: float
-    shelves: list[Shelf]
-    unseen: set[int]
-
-    def ready(self, name: str) -> set[Shelf]:
-        raise NotImplementedError
-
-    def tried(self) -> rollouts.Rollout | None:
-        return rollouts.read_open(self.store, self.rooms.agent)
+    @precondition(lambda self: self.under_way is not None)
+    @rule()
+    def the_gate_lets_it_be_tried(self) -> None:
+        self.the_gate_has_spoken(True, is_tried=True)
 
     @precondition(lambda self: self.tried() is not None)
     @rule(is_good=st.booleans(), num_episodes=st.sampled_from([0, 10]))
@@ -62,3 +51,13 @@ class Trials:
         for shelf in self.ready(tried.release):
             if self.shelves.index(shelf) not in self.unseen:
                 assert tried.release in shelf.held, f"{shelf.url} lost what is tried and is ready for it"
+
+
+def test_in_some_orders_what_is_tried_serves_or_goes_back() -> None:
+    explore(3, 30, Trials)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_in_many_orders_what_is_tried_serves_or_goes_back() -> None:
+    explore(30, 50, Trials)
