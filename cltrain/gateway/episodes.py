@@ -48,6 +48,7 @@ class Lease:
     release: str
     is_base: bool
     is_alias: bool  # the client named the agent, not a release
+    prefix: str  # hash of the request's messages
     after: str | None = None
     producers: tuple[str | None, ...] = ()  # of the request's messages
     is_mixed: bool = False
@@ -68,13 +69,15 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a request says about where it belongs. `hashes` as from `prefix_hashes`; empty: never a continuation."""
+    """What a request says about where it belongs. `hashes` as from `prefix_hashes`, of those that it may go on from;
+    empty: never a continuation. `prefix`: of all its messages."""
 
     model: str
     session: str | None
     principal: str
     messages: Sequence[Message]
     hashes: Sequence[str]
+    prefix: str
 
 
 class StoreWatch:
@@ -126,10 +129,15 @@ def prefix_hashes(messages: Sequence[Message]) -> list[str]:
     hashes: list[str] = []
     previous = ""
     for message in messages:
-        text = json.dumps(canonical(message), separators=(",", ":"), sort_keys=True)
-        previous = hashlib.sha256(f"{previous}\n{text}".encode()).hexdigest()
+        previous = next_hash(previous, message)
         hashes.append(previous)
     return hashes
+
+
+def next_hash(previous: str, message: Message) -> str:
+    """The hash of a conversation that goes on with `message`, from the hash of what came before."""
+    text = json.dumps(canonical(message), separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(f"{previous}\n{text}".encode()).hexdigest()
 
 
 def producer_of(message: Message) -> str | None:
@@ -200,7 +208,8 @@ class Episodes:
         self, model: str, session: str | None, principal: str, messages: Sequence[Message], *, is_chat: bool = True
     ) -> Lease:
         """Raises Refusal: 404 for a model that may not serve, 503 when it was never read and the store is down."""
-        wish = Wish(model, session, principal, messages, prefix_hashes(messages) if is_chat else [])
+        hashes = prefix_hashes(messages)
+        wish = Wish(model, session, principal, messages, hashes if is_chat else [], hashes[-1])
         async with self._lock:
             seen = None if self.watch.is_down else await self._look(wish)
             if seen is None:
@@ -236,7 +245,8 @@ class Episodes:
                 return look(connection, self._agent, wish, in_flight)
 
         try:
-            seen = await asyncio.wait_for(asyncio.to_thread(read), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                seen = await asyncio.to_thread(read)
         except (DataError, SQLAlchemyError, OSError) as error:  # a TimeoutError is an OSError
             self.watch.failed(error or type(error).__name__)
             return None
@@ -279,6 +289,7 @@ class Episodes:
             release=release,
             is_base=is_base,
             is_alias=is_alias,
+            prefix=wish.prefix,
             after=None if match is None else match.prefix,
             producers=known + tuple(producer_of(m) for m in wish.messages[len(known) :]),
             is_mixed=match is not None and (match.is_mixed or release != match.release),
@@ -342,5 +353,6 @@ class Episodes:
             release=release,
             is_base=self._is_base[release],
             is_alias=is_alias,
+            prefix=wish.prefix,
             is_recordable=False,
         )
