@@ -1,7 +1,7 @@
-"""Every knob but the gate's (config_gate.py), and the strict TOML loader. Imports no torch.
+"""Every knob but the gate's (config_gate.py) and the rollout's (config_rollout.py), and the strict TOML loader.
 
-Files merge left to right, `--set section.key=value` last. An unknown key is an error with a suggestion, a setting that
-cannot be honoured is an error, and the resolved config's hash travels with every update.
+Imports no torch. Files merge left to right, `--set section.key=value` last. An unknown key is an error with a
+suggestion, a setting that cannot be honoured is an error, and the resolved config's hash travels with every update.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from cltrain import settings
 from cltrain.config_gate import GateConfig
+from cltrain.config_rollout import RolloutConfig
 from cltrain.errors import ConfigError
 from cltrain.records import LearningMode, Objective
 from cltrain.settings import Section
@@ -250,6 +251,7 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     server: ServerConfig = ServerConfig()
     gateway: GatewayConfig = GatewayConfig()
+    rollout: RolloutConfig = RolloutConfig()
     signing: SigningConfig = SigningConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     _files: tuple[Path, ...] = ()  # what `load` read it from
@@ -270,6 +272,18 @@ class Config(Section):
             raise ValueError(f"server.kind = {self.server.kind!r} needs server.url")
         if self.server.max_rank is not None and self.adapter.rank > self.server.max_rank:
             raise ValueError(f"adapter.rank ({self.adapter.rank}) is above server.max_rank ({self.server.max_rank})")
+        return self
+
+    @model_validator(mode="after")
+    def _servers_can_roll_out(self) -> Config:
+        kind, server = self.rollout.kind, self.server
+        if self.rollout.is_tried and server.max_adapters < 3:
+            raise ValueError(
+                f"rollout.kind = {kind!r} keeps the candidate loaded beside what serves and what a rollback would go "
+                f"to: server.max_adapters = {server.max_adapters}, and it needs 3"
+            )
+        if kind in ("rolling", "blue_green") and len(server.replicas) < 2:
+            raise ValueError(f"rollout.kind = {kind!r} needs two replicas or more: server.urls names one at most")
         return self
 
     @property
