@@ -111,7 +111,7 @@ def _non_inferior(
         numbers["reference"] = mean(reference_of(row, role) for row in rows)
         numbers["difference"] = mean(differences)
     about = f"between {low:+.3f} and {high:+.3f} of it on {len(differences)} items, margin {margin:g}{note}"
-    if low > -margin:
+    if e_value(differences, -margin, Plan(num_planned, alpha)) >= 1 / alpha:
         return Check(name, Code.RETENTION, Verdict.PROMOTE, about, **numbers)
     # an older reference may be out of reach already; the candidate is to blame only for what it lost itself
     is_to_blame = role == "incumbent" or (bool(rows) and mean(differences_of(rows, "incumbent")) < 0)
