@@ -215,7 +215,7 @@ def _taught(store: Store, config: Config, update: dict[str, Any]) -> dict[str, A
         return None
     agent = config.agent
     lessons: list[tuple[Trajectory, Example]] = []
-    found = read_trajectories(store, agent.name, records_in=ids)
+    found = read_trajectories(store, agent.name, records_in=ids, with_tenants=True)
     for trajectory in found:
         as_then = tuple(f for f in trajectory.feedback if f.created_at <= update["started_at"])
         example = lane_of(

@@ -61,10 +61,11 @@ def create_gateway(
     secret = load_secret(config.state_dir)
     recorder = Recorder(store, secret, config.experience.eval_share, capacity=config.gateway.queue)
     timeout_s = config.gateway.record_timeout_s
-    episodes = Episodes(store, agent, base_release, timeout_s)
+    given = [upstream] if isinstance(upstream, Upstream) else upstream
+    episodes = Episodes(store, agent, base_release, timeout_s, [one.url for one in given])
     metrics = Metrics(StoreCollector(store, agent, clock))
-    upstreams = Upstreams(store, [upstream] if isinstance(upstream, Upstream) else upstream)
-    door = Door(agent, episodes, upstreams, recorder, metrics, timeout_s, clock, config.server.api_key)
+    upstreams = Upstreams(store, given)
+    door = Door(agent, episodes, upstreams, recorder, metrics, timeout_s, clock, config, config.server.api_key)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -111,7 +112,7 @@ def create_gateway(
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> Response:
-        return await answered(door, request, list_served(door, store))
+        return await answered(door, request, list_served(door, store, request))
 
     @app.get("/health")
     async def health() -> Response:
