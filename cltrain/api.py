@@ -94,6 +94,11 @@ class Deployment:
             one.store = self.store
         return found
 
+    def require_shared(self) -> None:
+        """Raise ConfigError where this is about a tenant alone, which has no processes and shares nothing itself."""
+        if is_tenants(self.agent):
+            raise ConfigError(f"agent.name = {self.agent!r} is a tenant's: this takes {shared_of(self.agent)!r}")
+
     # ------------------------------------------------------------ switches
 
     def freeze(self, reason: str = "asked for by the owner") -> dict[str, Any]:
@@ -224,8 +229,7 @@ class Deployment:
     ) -> dict[str, Any]:
         """Propose to the shared agent what at least `tenants.min_contributors` tenants learned, in these strata (none:
         in all); as `update`. Too few contributors: a hold whose reasons say how many are missing."""
-        if is_tenants(self.agent):
-            raise ConfigError(f"{self.agent} is a tenant's: share with --agent {shared_of(self.agent)}")
+        self.require_shared()
         self._existing()
         return self._by_worker(
             "share", lambda worker: worker.update(share=strata), wait_s, on_progress, {"strata": list(strata)}

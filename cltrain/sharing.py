@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,7 +70,8 @@ def propose(store: Store, config: Config, serving: str, strata: Sequence[str] = 
         ids = [record for record in _learned_by(store, tenant) if record not in known]
         for example in _examples(store, config, tenant, ids):
             found[example.stratum].setdefault(tenant, []).append(replace(example, principal=tenant))
-    return chosen(found, config.tenants.min_contributors, strata)
+    proposal = chosen(found, config.tenants.min_contributors, strata)
+    return replace(proposal, examples=tuple(in_turn(proposal.examples)[: config.experience.max_window]))
 
 
 def chosen(found: Mapping[str, Mapping[str, Sequence[Example]]], k: int, strata: Sequence[str] = ()) -> Proposal:
@@ -94,6 +95,17 @@ def chosen(found: Mapping[str, Mapping[str, Sequence[Example]]], k: int, strata:
     return Proposal(
         tuple(examples), contributors, tuple(aside), tuple(refused), min(num_missing, default=0) if not examples else 0
     )
+
+
+def in_turn(examples: Sequence[Example]) -> list[Example]:
+    """One of each stratum and tenant after the other, as long as each has any: whatever it is cut to is as even as it
+    can be."""
+    nth: Counter[tuple[str, str]] = Counter()
+    order: list[tuple[int, int]] = []
+    for index, example in enumerate(examples):
+        nth[example.stratum, example.principal] += 1
+        order.append((nth[example.stratum, example.principal], index))
+    return [examples[index] for _, index in sorted(order)]
 
 
 def in_common(had: Mapping[str, Sequence[Example]], k: int) -> tuple[dict[str, list[Example]], list[Example]]:

@@ -53,7 +53,7 @@ def learned(store: Store, tmp_path: Path, agent: str, weights: str, *, step: flo
                 candidate=name,
                 started_at=2.0,
                 **row,
-            )  # fmt: skip
+            )
         )
     move_alias(store, agent, expected=alias, to=name, fence=fence, now=3.0)
     return name

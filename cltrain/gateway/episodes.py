@@ -209,8 +209,8 @@ class Episodes:
         *,
         is_chat: bool = True,
     ) -> Lease:
-        """`agent`: whose record it makes, the shared agent's or a tenant's. Raises Refusal: 404 for a model that may not
-        serve, 503 when it was never read and the store is down."""
+        """`agent`: whose record it makes, the shared agent's or a tenant's. Raises Refusal: 404 for a model that may
+        not serve, 503 when it was never read and the store is down."""
         wish = Wish(model, agent, session, principal, messages, prefix_hashes(messages) if is_chat else [])
         async with self._lock:
             seen = None if self.watch.is_down else await self._look(wish)
