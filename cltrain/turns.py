@@ -11,13 +11,13 @@ from collections import deque
 from sqlalchemy import exists, select
 
 from cltrain import audit
-from cltrain.errors import ConflictError
+from cltrain.errors import ConflictError, DataError
 from cltrain.gateway.tenants import entitled
 from cltrain.records import LearningMode
 from cltrain.registry import aliases, releases
 from cltrain.registry.lease import LeaseKeeper
 from cltrain.rooms import under
-from cltrain.store.schema import requests, updates
+from cltrain.store.schema import replicas, requests, updates
 from cltrain.worker import RETRY_S, TEND_S, Worker
 
 log = logging.getLogger(__name__)
@@ -70,10 +70,12 @@ class TenantWorker(Worker):
             super().audit_when_due()
 
     def _is_audit_due(self) -> bool:
-        due = audit.due(self.store, self.config, time.time())
-        return (
-            due is not None and releases.get(self.store, aliases.read_alias(self.store, self.agent).release).number > 0
-        )
+        if audit.due(self.store, self.config, time.time()) is None:
+            return False
+        serving = aliases.read_alias(self.store, self.agent).release
+        is_there = replicas.c.release == serving, replicas.c.state == "proved"  # else when it is asked for again
+        with self.store.read() as connection:
+            return bool(connection.scalar(select(exists().where(*is_there))))
 
 
 class Turns:
@@ -90,7 +92,12 @@ class Turns:
         and nobody else waits for it."""
         if time.monotonic() < self._next_look:
             return None
-        self._queue = deque(name for name in self._in_order(entitled(self._worker.config)))
+        try:
+            self._queue = deque(self._in_order(entitled(self._worker.config)))
+        except DataError as error:  # the keys: the shared agent learns all the same
+            log.warning("no tenant has a turn: %s", error)
+            self._next_look = time.monotonic() + RETRY_S
+            return None
         for _ in range(len(self._queue)):
             agent = self._queue.popleft()
             self._queue.append(agent)

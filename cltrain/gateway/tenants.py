@@ -34,6 +34,8 @@ def agent_for(config: Config, key: Key | None) -> str:
 def entitled(config: Config) -> list[str]:
     """The agents of all who may have an adapter of their own. A principal whose name cannot be one has none. Raises
     DataError when the keys cannot be read."""
+    if config.tenants.mode == "off":
+        return []
     holders = {key.principal for key in read_keys(config.state_dir) if key.revoked_at is None}
     return [agent_of_tenant(config.agent.name, name) for name in sorted(holders) if _has_own(config, name)]
 
