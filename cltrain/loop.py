@@ -107,12 +107,10 @@ def run_share(rooms: Rooms, *, strata: Sequence[str] = (), request: int | None =
     """Propose to the shared agent what enough of its tenants learned alike (see sharing.py); as `run_update`."""
     alias = aliases.read_alias(rooms.store, rooms.agent)
     check_continues(adapter_of(rooms, alias.release), rooms.config.adapter)
-    proposal, min_window = (
-        sharing.propose(rooms.store, rooms.config, alias.release, strata),
-        rooms.config.experience.min_window,
-    )
-    if (num_found := len(proposal.examples)) < min_window:
-        return sharing.not_proposed(rooms.agent, alias.release, proposal, num_found=num_found, min_window=min_window)
+    proposal = sharing.propose(rooms.store, rooms.config, alias.release, strata)
+    min_window = rooms.config.experience.min_window
+    if len(proposal.examples) < min_window:
+        return sharing.not_proposed(rooms.agent, alias.release, proposal, min_window)
     for reason in proposal.refused:
         rooms.on_progress(f"not proposed: {reason}")
     strict = under(rooms, sharing.stricter(rooms.config))

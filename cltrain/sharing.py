@@ -148,15 +148,17 @@ def rehearsed(store: Store, config: Config, serving: str, secret: bytes) -> list
     return [found[record] for _, records in sorted(kept.items()) for record in records]
 
 
-def not_proposed(agent: str, serving: str, proposal: Proposal, *, num_found: int, min_window: int) -> dict[str, Any]:
-    """The answer where nothing can be proposed: a hold without a number."""
+def not_proposed(agent: str, serving: str, proposal: Proposal, min_window: int) -> dict[str, Any]:
+    """The answer where fewer than `min_window` records can be proposed: a hold without a number."""
+    num_found = len(proposal.examples)
     reasons = list(proposal.refused)
     if num_found:
-        reasons.append(f"{num_found} records may be shared, {min_window - num_found} are missing (min_window)")
+        missing = f"{min_window - num_found} are missing (experience.min_window)"
+        reasons.append(f"{num_found} records may be shared, {missing}")
     return {
         "agent": agent, "number": None, "verdict": str(Verdict.HOLD), "candidate": None, "serving": serving,
         "reasons": reasons or ["no tenant has learned anything that it was served"],
-        "num_missing": proposal.num_missing or max(0, min_window - num_found), "forecast_s": None,
+        "num_missing": proposal.num_missing or min_window - num_found, "forecast_s": None,
     }  # fmt: skip
 
 

@@ -24,9 +24,11 @@ from cltrain.registry.lease import acquire
 from cltrain.sharing import rehearsed
 from cltrain.store.schema import screenings, update_reads, updates
 from cltrain.turns import Turns
+from cltrain.worker import Worker
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
 from tests.gateway_parts import served
 from tests.serving import random_adapter
+from tests.test_unfinished import Killed, killed_at
 
 CANARY = "zebrafish"
 ACME, BOND, CORP = (f"support@{name}" for name in ("acme", "bond", "corp"))
@@ -104,6 +106,26 @@ def test_two_tenants_with_contradictory_wishes_each_get_their_own(tmp_path: Path
     assert (state[ACME]["release"], state[ACME]["frozen"]) == (None, True)
     assert (state[BOND]["is_loaded"], state[BOND]["frozen"], state[BOND]["verdict"]) == (True, False, "promote")
     assert state[CORP]["release"] is None
+
+
+@pytest.mark.slow
+def test_a_turn_that_a_kill_cut_off_is_carried_on_by_the_next(tmp_path: Path, server: str) -> None:
+    config = config_for(
+        tmp_path / "demo", server, tenants=TENANTS, agent={"updates": "when_ready"},
+        trainer={"num_steps": 2, "num_anchors": 4, "checkpoint_every": 1}, gate={"items_per_gate": 30},
+    )  # fmt: skip
+    deployment = Deployment(config)
+    for name in ("acme", "bond"):
+        add_key(config.state_dir, name, ["infer"], now=1.0)
+    record(deployment.store, config, episodes_of(ACME, tickets("repair", 8)))
+    with pytest.raises(Killed), Worker(config, deployment.store, on_progress=killed_at("trained 1 steps")) as learner:
+        Turns(learner).take()
+    with worker(config, deployment.store) as learner:
+        assert Turns(learner).take() == ACME
+    with deployment.store.read() as connection:
+        rows = connection.execute(select(updates.c.agent, updates.c.number, updates.c.state)).all()
+    assert list(map(tuple, rows)) == [(ACME, 1, "done")]
+    assert not list((config.state_dir / "updates").iterdir())
 
 
 def of_few_words(agent: str, place: int, num_words: int = 8) -> list[world.Ticket]:
