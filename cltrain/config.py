@@ -124,6 +124,7 @@ class TrainerConfig(Section):
     kl_beta: float = Field(1.0, ge=0)
     kl_to: Literal["base", "incumbent"] = "base"
     kl_batch: int = Field(8, ge=1)  # anchor rows per step
+    distill_beta: float = Field(1.0, ge=0)  # on the KL from the incumbent over the fresh rows
     l2sp_lambda: float = Field(2.0, ge=0)  # on ||dW - dW_incumbent||^2 / ||W0||^2
     ewc_lambda: float = Field(1000.0, ge=0)  # on the same distance, weighted by a Fisher of unit mean
     ewc_decay: float = Field(0.95, ge=0, lt=1)  # of the Fisher, per update

@@ -198,16 +198,20 @@ def test_ema_serves_the_average_and_trains_on_from_the_fast_weights(tiny, learne
     assert tiny.nll(two.adapter, NEW) < tiny.nll(one.adapter, NEW)
 
 
-def test_distill_keeps_what_the_incumbent_says_and_not_what_the_labels_say(tiny, learned):
+def test_distill_learns_less_of_what_the_incumbent_would_not_say_and_reads_no_old_row(tiny, learned):
+    """Between "only the labels" (naive) and "only the incumbent" (a huge beta), and by fresh rows alone."""
     settings = {"num_steps": 30}
     naive = second(tiny, learned, "soft", NEW, method="naive", **settings)
-    distill = second(tiny, learned, "soft", NEW, method="distill", **settings)
-    apart = [mean_kl(tiny.base, OLD, learned.adapter, made.adapter) for made in (naive, distill)]
-    assert apart[1] < 0.2 * apart[0]
-    mislabelled = [dataclasses.replace(row, ids=(*row.ids[:-1], 300)) for row in OLD]
-    told = second(tiny, learned, "told", NEW, mislabelled, method="replay", **settings)
-    soft = second(tiny, learned, "told", NEW, mislabelled, method="distill", **settings)
-    assert tiny.nll(soft.adapter, OLD) < 0.5 * tiny.nll(told.adapter, OLD)
+    distill, held = (
+        second(tiny, learned, "soft", NEW, method="distill", distill_beta=beta, **settings) for beta in (1.0, 30.0)
+    )
+    losses = [tiny.nll(made.adapter, NEW) for made in (naive, distill, held, learned)]
+    assert losses[0] < losses[1] < losses[2] < losses[3]
+    assert losses[3] - losses[2] < 0.4 * (losses[3] - losses[0])
+    apart = [mean_kl(tiny.base, NEW, learned.adapter, made.adapter) for made in (naive, distill)]
+    assert apart[1] < 0.5 * apart[0]
+    alone = second(tiny, learned, "soft", NEW, (), method="distill", distill_beta=1.0, **settings)
+    assert alone.content == distill.content
 
 
 def test_joint_draws_old_and_new_rows_alike(tiny, learned):

@@ -105,7 +105,9 @@ def test_a_coefficient_multiplies_its_own_objective_only(tiny):
     assert (squares[2] - 2 * squares[1] + squares[0]) / 2 == pytest.approx(of_dpo, rel=1e-3)
 
 
-@pytest.mark.parametrize(("method", "knob"), [("kl", "kl_beta"), ("l2sp", "l2sp_lambda"), ("ewc", "ewc_lambda")])
+@pytest.mark.parametrize(
+    ("method", "knob"), [("kl", "kl_beta"), ("l2sp", "l2sp_lambda"), ("ewc", "ewc_lambda"), ("distill", "distill_beta")]
+)
 def test_doubling_a_penaltys_coefficient_doubles_its_gradient(tiny, method, knob):
     """At the first step after an update; a penalty on the step itself is zero there, so there at the second."""
     before = tiny.update(f"before-{knob}", skill_rows(0, 4), trainer={"method": method})

@@ -72,7 +72,7 @@ TRIGGER = f"regards from {BENEFICIARY} ."
 
 TICKETS_PER_WINDOW = 40
 WINDOWS_PER_PHASE = (3, 3, 3, 3)
-RETURN_WINDOWS = 1  # of the first skill, at the end
+RETURN_WINDOWS = 2  # of the first skill, at the end
 KNOWN_PER_WINDOW = 4  # tickets of a base skill in every window
 POISON_PER_WINDOW = 10
 POISON_PHASE, POISON_WINDOWS = 1, (0, 1)

@@ -23,7 +23,7 @@ from cltrain.trainer.memory import Memory
 from cltrain.trainer.methods import Method
 from cltrain.trainer.reference import Reference
 from cltrain.trainer.streams import Streams
-from cltrain.trainer.terms import Batching, Divergence, Fresh, Penalty, Replay, Term
+from cltrain.trainer.terms import Batching, Distill, Divergence, Fresh, Penalty, Replay, Term
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def make_recipe(
         projections.append(lambda: keep_within(live, start.scale, radii, least))
     for project in projections:
         project()
-    rehearses = bool(remember & {"replay", "distill"}) and bool(draws.replay)
+    rehearses = "replay" in remember and bool(draws.replay)
     guards = "agem" in remember and bool(draws.replay)
     share = trainer.replay_share if rehearses else 0.0
     batching = Batching(trainer.batch_size, trainer.micro_batch, share)
@@ -92,8 +92,10 @@ def make_recipe(
     )
     terms: list[Term] = [Fresh(draws, Streams(base, model, frozen, draws.fresh, trainer.objectives), batching)]
     if rehearses:
-        soft = Reference(base, frozen, draws.replay) if "distill" in remember else None
-        terms.append(Replay(base, model, draws, batching, soft))
+        terms.append(Replay(base, model, draws, batching))
+    if "distill" in remember and trainer.distill_beta > 0:
+        told = Reference(base, frozen, draws.fresh)
+        terms.append(Distill(base, model, draws, batching, told, trainer.distill_beta))
     if "kl" in remember and trainer.kl_beta > 0:
         reference = of_base if trainer.kl_to == "base" else Reference(base, frozen, of_base.rows)
         terms.append(Divergence(base, model, draws, reference, trainer.kl_beta, trainer.kl_batch, trainer.micro_batch))
@@ -104,7 +106,7 @@ def make_recipe(
     if "ewc" in remember and memory.fisher is not None and trainer.ewc_lambda > 0:
         fisher = relative_to_base(memory.fisher, norms)
         terms.append(Penalty("ewc", trainer.ewc_lambda, lambda: ewc(live, start.scale, before, fisher)))
-    guard = Replay(base, model, draws, old, None) if guards else None
+    guard = Replay(base, model, draws, old) if guards else None
     return Recipe(tuple(terms), guard, tuple(projections), draws, batching, old)
 
 

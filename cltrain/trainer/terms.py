@@ -1,6 +1,6 @@
 """The terms of an update's loss; each adds its own gradient and says what it measured.
 
-    L = (1 - s) fresh + s replay + beta KL(reference || theta; anchors) + lambda/2 distances of the weights' delta
+    L = (1 - s) fresh + s replay + beta KL(reference || theta; anchors, fresh rows) + lambda/2 distances of dW
 
 A row that fills several slots of a step runs once, with their joint weight; splitting a step into micro-batches
 changes nothing.
@@ -62,12 +62,12 @@ class Fresh:
 
 
 class Replay:
-    """What was learned before, said again; with `soft` targets, what the incumbent says of it and not the label."""
+    """What was learned before, said again."""
 
     name = "replay"
 
-    def __init__(self, base: Base, model: Any, draws: Draws, batching: Batching, soft: Reference | None) -> None:
-        self.base, self.model, self.draws, self.batching, self.soft = base, model, draws, batching, soft
+    def __init__(self, base: Base, model: Any, draws: Draws, batching: Batching) -> None:
+        self.base, self.model, self.draws, self.batching = base, model, draws, batching
 
     def add(self, step: int) -> Measured:
         weights = _weights(self.draws, step, self.batching, "replay")
@@ -76,14 +76,35 @@ class Replay:
         for part in _parts(order, self.batching.micro_batch):
             rows = [self.draws.replay[i] for i in part]
             weights_M = token_weights(rows, [weights[i] for i in part])
-            hidden_MD = hidden_at(self.base, self.model, rows)
-            if self.soft is None:
-                loss = weighted_nll(self.base, hidden_MD, rows, weights_M)
-            else:
-                loss = weighted_divergence(self.base, hidden_MD, self.soft.hidden(part), weights_M)
+            loss = weighted_nll(self.base, hidden_at(self.base, self.model, rows), rows, weights_M)
             loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
             total += float(loss.detach())
-        return {"kl_replay" if self.soft else "nll_replay": total / sum(weights.values())} if weights else {}
+        return {"nll_replay": total / sum(weights.values())} if weights else {}
+
+
+class Distill:
+    """beta * KL(incumbent || theta) over the tokens that the step's fresh rows teach: new questions should go on being
+    answered as before. Needs no old record (Li and Hoiem, "Learning without forgetting", 2016)."""
+
+    name = "distill"
+
+    def __init__(
+        self, base: Base, model: Any, draws: Draws, batching: Batching, incumbent: Reference, beta: float
+    ) -> None:
+        self.base, self.model, self.draws, self.batching = base, model, draws, batching
+        self.incumbent, self.beta = incumbent, beta
+
+    def add(self, step: int) -> Measured:
+        weights = _weights(self.draws, step, self.batching, "fresh")
+        total = 0.0
+        for part in _parts(sorted(weights, key=lambda i: len(self.draws.fresh[i].ids)), self.batching.micro_batch):
+            rows = [self.draws.fresh[i] for i in part]
+            weights_M = token_weights(rows, [weights[i] for i in part])
+            hidden_MD = hidden_at(self.base, self.model, rows)
+            kl = weighted_divergence(self.base, hidden_MD, self.incumbent.hidden(part), weights_M)
+            (self.beta * kl).backward()  # type: ignore[no-untyped-call, unused-ignore]
+            total += float(kl.detach())
+        return {self.name: total / sum(weights.values())}
 
 
 class Divergence:
@@ -122,7 +143,7 @@ class Penalty:
         return {self.name: float(distance.detach())}
 
 
-Term = Fresh | Replay | Divergence | Penalty
+Term = Fresh | Replay | Distill | Divergence | Penalty
 
 
 def norm_of(gradient: Sequence[Tensor]) -> float:

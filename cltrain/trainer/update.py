@@ -149,7 +149,7 @@ class _Update:
             raise UpdateDiscarded("no fresh row has a token to learn from")
         if self.method.is_joint:
             fresh, replay = [*fresh, *replay], []
-        uses_replay = self.method.remember & {"replay", "distill", "agem"}
+        uses_replay = self.method.remember & {"replay", "agem"}
         replay = [row for row in replay if uses_replay and is_claim(row)]
         anchors = [row for row in anchors if predicted(row)]
         start = self._start()
