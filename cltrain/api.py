@@ -19,7 +19,7 @@ from cltrain.config import BoundsConfig, Config, load
 from cltrain.config_tenants import is_tenants, shared_of
 from cltrain.errors import CltrainError, ConfigError, ConflictError, DataError, ServerError
 from cltrain.models.digest import base_path
-from cltrain.registry import aliases, decisions, lease, releases, requests
+from cltrain.registry import aliases, approvals, decisions, lease, releases, requests
 from cltrain.registry.reserve import make_reserve, reserve_freed
 from cltrain.registry.tenants import incumbent, tenants_in
 from cltrain.store.database import STORE_FILE, Store, open_store
@@ -160,7 +160,7 @@ class Deployment:
         directory = releases.release_dir(self.config.state_dir, found)
         if directory is not None:
             check_adapter(directory, base_dir=base_path(self.config.base.path))  # who signed it: see loading.py
-        aliases.require_judged(self.store, self.agent, release, incumbent(self.store, self.agent, alias.release))
+        approvals.require_judged(self.store, self.agent, release, incumbent(self.store, self.agent, alias.release))
         if directory is not None:
             load_and_prove(self.config, self.store, release, directory)
         now = time.time()
@@ -175,7 +175,7 @@ class Deployment:
 
         Raises ConflictError when none waits, or those that do were compared with what serves no more.
         """
-        waiting = aliases.waiting_for_yes(self._existing(), self.agent)
+        waiting = approvals.waiting_for_yes(self._existing(), self.agent)
         if release is not None:
             release = releases.find(self.store, self.agent, release).name
             if release not in waiting:

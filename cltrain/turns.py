@@ -72,7 +72,7 @@ class TenantWorker(Worker):
     def _is_audit_due(self) -> bool:
         if audit.due(self.store, self.config, time.time()) is None:
             return False
-        serving = aliases.read_alias(self.store, self.agent).release
+        serving = aliases.read_alias(self.store, self.config.agent.name).release
         is_there = replicas.c.release == serving, replicas.c.state == "proved"  # else when it is asked for again
         with self.store.read() as connection:
             return bool(connection.scalar(select(exists().where(*is_there))))

@@ -120,10 +120,6 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    @property
-    def agent(self) -> str:
-        return self.config.agent.name
-
     # ------------------------------------------------------------ what it does
 
     def update(

@@ -246,49 +246,6 @@ def _refuse_verdict(connection: Connection, agent: str, name: str) -> None:
             raise ConflictError(f"the gate said {verdict} to {name}: only promote ever serves")
 
 
-def require_judged(store: Store, agent: str, name: str, serving: str) -> None:
-    """Raise ConflictError unless `name` served before, or the gate said promote to it against `serving`.
-
-    A candidate that is still being judged, was a trial, or grew from a release that no longer serves may not.
-    """
-    with store.read() as connection:
-        release = get_in(connection, name)
-        if release.status != "candidate":
-            return
-        judged = select(updates.c.id).where(
-            updates.c.agent == agent,
-            updates.c.candidate == name,
-            updates.c.state == "done",
-            updates.c.verdict == Verdict.PROMOTE,
-            updates.c.mode != "trial",
-        )
-        if connection.execute(judged).first() is None:
-            raise ConflictError(f"the gate has not said promote to {name}: only promote ever serves")
-    if release.parent != serving:
-        raise ConflictError(
-            f"{name} was compared with {release.parent}, but {serving} serves now: let the gate judge a newer candidate"
-        )
-
-
-def waiting_for_yes(store: Store, agent: str) -> list[str]:
-    """Candidates to which the gate said promote in mode approve and nobody said anything yet, oldest first. Whether one
-    is stale is for `require_judged` to say."""
-    query = (
-        select(updates.c.candidate)
-        .join(releases, releases.c.name == updates.c.candidate)
-        .where(
-            updates.c.agent == agent,
-            updates.c.state == "done",
-            updates.c.verdict == Verdict.PROMOTE,
-            updates.c.mode == "approve",
-            releases.c.status == "candidate",
-        )
-        .order_by(updates.c.number)
-    )
-    with store.read() as connection:
-        return list(connection.scalars(query))
-
-
 def file_approved(store: Store, agent: str, name: str, now: float) -> None:
     """The records behind a release that a human promoted are rehearsed from now on, and not read again; those that only
     show what was wrong (stratum `<tool>/bad`), or that the release was not sure of, are not even rehearsed."""
