@@ -46,11 +46,15 @@ def _at_work(connection: Connection, shared: str) -> set[str]:
 def _serving(connection: Connection, shared: str) -> list[str]:
     """Tenants' own serving releases; whoever asked last comes first."""
     own = (
-        select(aliases.c.release, func.coalesce(func.max(records.c.seq), 0).label("last"))
+        select(aliases.c.agent, aliases.c.release)
         .join(releases, releases.c.name == aliases.c.release)
-        .outerjoin(records, records.c.agent == aliases.c.agent)
         .where(of_tenants(aliases.c.agent, shared), releases.c.path.is_not(None))
-        .group_by(aliases.c.release)
     )
-    rows = connection.execute(own).all()
-    return [row.release for row in sorted(rows, key=lambda row: (-row.last, row.release))]
+    last = {row.release: _last_asked(connection, row.agent) for row in connection.execute(own).all()}
+    return sorted(last, key=lambda release: (-last[release], release))
+
+
+def _last_asked(connection: Connection, agent: str) -> int:
+    """The newest record's seq, 0 where there is none; of each status by the index."""
+    newest = select(func.max(records.c.seq)).where(records.c.agent == agent)
+    return max(connection.scalar(newest.where(records.c.status == status)) or 0 for status in ("open", "ended"))
