@@ -37,7 +37,9 @@ def _at_work(connection: Connection, shared: str) -> set[str]:
         of_tenants(updates.c.agent, shared), updates.c.state.in_(UNDER_WAY)
     )
     found = {
-        name for row in connection.execute(running) for name in (row.parent, *wanted_releases(connection, row.agent))
+        name
+        for row in connection.execute(running).all()
+        for name in (row.parent, *wanted_releases(connection, row.agent))
     }
     bare = select(releases.c.name).where(releases.c.name.in_(found), releases.c.path.is_(None))
     return found - set(connection.scalars(bare))
