@@ -82,8 +82,8 @@ class Door:
         if not MODEL_NAME.fullmatch(asked.body["model"]):
             raise unknown_model(asked.body["model"], self.agent)
         lease = await self.episodes.begin(
-            asked.body["model"], self.agent_of(request), asked.session, asked.principal, asked.messages,
-            is_chat=route == "chat",
+            asked.body["model"], asked.session, asked.principal, asked.messages, is_chat=route == "chat",
+            agent=self.agent_of(request),
         )  # fmt: skip
         try:
             return await self._generate(asked, lease, request, start)

@@ -202,16 +202,17 @@ class Episodes:
     async def begin(
         self,
         model: str,
-        agent: str,
         session: str | None,
         principal: str,
         messages: Sequence[Message],
         *,
         is_chat: bool = True,
+        agent: str | None = None,
     ) -> Lease:
-        """`agent`: whose record it makes, the shared agent's or a tenant's. Raises Refusal: 404 for a model that may
-        not serve, 503 when it was never read and the store is down."""
-        wish = Wish(model, agent, session, principal, messages, prefix_hashes(messages) if is_chat else [])
+        """`agent`: whose record it makes, a tenant's, or the shared agent's (None). Raises Refusal: 404 for a model that
+        may not serve, 503 when it was never read and the store is down."""
+        hashes = prefix_hashes(messages) if is_chat else []
+        wish = Wish(model, agent or self._agent, session, principal, messages, hashes)
         async with self._lock:
             seen = None if self.watch.is_down else await self._look(wish)
             if seen is None:
