@@ -209,8 +209,8 @@ class Episodes:
         is_chat: bool = True,
         agent: str | None = None,
     ) -> Lease:
-        """`agent`: whose record it makes, a tenant's, or the shared agent's (None). Raises Refusal: 404 for a model that
-        may not serve, 503 when it was never read and the store is down."""
+        """`agent`: whose record it makes, a tenant's, or the shared agent's (None). Raises Refusal: 404 for a model
+        that may not serve, 503 when it was never read and the store is down."""
         hashes = prefix_hashes(messages) if is_chat else []
         wish = Wish(model, agent or self._agent, session, principal, messages, hashes)
         async with self._lock:
