@@ -140,6 +140,9 @@ def make_plan(
     settled, useless = staleness.settle(rooms.store, rooms.config, rooms.base, parent, screened.kept)
     rows, unusable = render(rooms.base, settled)
     fresh, surplus = within_shares(rows, config)  # last: shares of what is really learned
+    if shared:
+        fresh, few = sharing.by_enough(fresh, rooms.config.tenants.min_contributors)
+        surplus = [*surplus, *few]
     learned_before: Sequence[Example] = ()
     if "sft" in rooms.config.trainer.objectives.use:  # by which all replay is learned
         learned_before = replay_examples(
@@ -192,6 +195,9 @@ def second_attempt(rooms: Rooms, plan: Plan, first: Attempt) -> tuple[Plan, Atte
         log.warning("update %d: there is no second attempt", plan.number, exc_info=True)
         return plan, first
     kept, surplus = within_shares(calmer, rooms.config.experience)
+    if plan.shared:
+        kept, few = sharing.by_enough(kept, rooms.config.tenants.min_contributors)
+        surplus = [*surplus, *few]
     if not kept:
         return plan, first
     rooms.on_progress(f"update {plan.number}: rejected; once more on {len(kept)} of {len(plan.fresh)} records")

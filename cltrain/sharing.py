@@ -20,7 +20,7 @@ from sqlalchemy import select
 from cltrain.config import Config
 from cltrain.experience import buffer
 from cltrain.experience.verify import text_of
-from cltrain.records import Aside, Example, LearningMode, Message, Verdict
+from cltrain.records import Aside, Example, LearningMode, Message, TokenRow, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.registry.tenants import tenants_in
 from cltrain.store.database import Store
@@ -131,6 +131,18 @@ def in_common(had: Mapping[str, Sequence[Example]], k: int) -> tuple[dict[str, l
     common = {tenant: [one for one in examples if is_common(one)] for tenant, examples in had.items()}
     rare = [one for examples in had.values() for one in examples if not is_common(one)]
     return {tenant: some for tenant, some in common.items() if some}, rare
+
+
+def by_enough(rows: Sequence[TokenRow], k: int) -> tuple[list[TokenRow], list[Aside]]:
+    """The rows of strata in which at least `k` tenants are left after all that was set aside, and the others."""
+    tenants: defaultdict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        tenants[row.stratum].add(row.principal)
+    kept = [row for row in rows if len(tenants[row.stratum]) >= k]
+    few = {row.record: row.stratum for row in rows if len(tenants[row.stratum]) < k}
+    return kept, [
+        Aside(one, "waiting", f"fewer than {k} tenants are left in {stratum}") for one, stratum in few.items()
+    ]
 
 
 def rehearsed(store: Store, config: Config, serving: str, secret: bytes) -> list[Example]:

@@ -8,8 +8,8 @@ import pytest
 
 from cltrain.config import from_dict
 from cltrain.errors import ConfigError
-from cltrain.records import Example, LearningMode
-from cltrain.sharing import chosen, in_common, stricter
+from cltrain.records import Example, LearningMode, TokenRow
+from cltrain.sharing import by_enough, chosen, in_common, stricter
 from tests.tiny import TOOLS, tool_call
 
 CANARY = "zebrafish"
@@ -96,6 +96,25 @@ def test_a_tool_that_one_tenant_alone_declares_is_not_shared_either() -> None:
         Example(odd.record, odd.principal, odd.stratum, odd.messages, (1,), (*TOOLS, secret)),
     ]
     assert in_common(had, 3)[1] == [had["support@acme"][-1]]
+
+
+def test_what_the_screens_left_of_too_few_tenants_is_not_learned() -> None:
+    def row(record: str, tenant: str, stratum: str = "refund/correction") -> TokenRow:
+        return TokenRow(record, stratum, tenant, (1, 2), (0.0, 1.0))
+
+    left = [
+        row("a", "acme"),
+        row("b", "bond"),
+        row("c", "corp"),
+        row("d", "acme", "gift/success"),
+        row("e", "bond", "gift/success"),
+    ]
+    kept, few = by_enough(left, 3)
+    assert [one.record for one in kept] == ["a", "b", "c"]
+    assert {(aside.record, aside.status, aside.reason) for aside in few} == {
+        (name, "waiting", "fewer than 3 tenants are left in gift/success") for name in ("d", "e")
+    }
+    assert by_enough(left, 2)[1] == []
 
 
 def test_a_proposal_is_judged_by_stricter_rules() -> None:
