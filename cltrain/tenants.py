@@ -36,7 +36,8 @@ def standing_of(config: Config, store: Store, now: float) -> list[dict[str, Any]
 
         def last_verdict(agent: str) -> str | None:
             query = select(s.updates.c.verdict).where(s.updates.c.agent == agent).order_by(s.updates.c.number.desc())
-            return connection.scalar(query.limit(1))
+            verdict: str | None = connection.scalar(query.limit(1))
+            return verdict
 
         def count(table: Any, *where: Any) -> int:
             return int(connection.scalar(select(func.count()).select_from(table).where(*where)) or 0)

@@ -19,6 +19,7 @@ from cltrain.experience import window
 from cltrain.gateway.app import create_gateway
 from cltrain.gateway.keys import add_key
 from cltrain.gateway.upstream import Upstream
+from cltrain.models.base import Base, load_base
 from cltrain.records import Trajectory
 from cltrain.registry import aliases, releases
 from cltrain.registry.lease import acquire
@@ -165,9 +166,7 @@ def as_learned(deployment: Deployment, config: Config, agent: str, some: Sequenc
     aliases.move_alias(store, agent, expected=bare.name, to=name, fence=fence, now=now)
 
 
-def base_of(config: Config):  # type: ignore[no-untyped-def]
-    from cltrain.models.base import load_base
-
+def base_of(config: Config) -> Base:
     return load_base(config.base.path)
 
 
