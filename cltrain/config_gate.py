@@ -126,13 +126,14 @@ class GateConfig(Section):
     items_per_gate: int = Field(240, ge=1)  # drawn from the pool, least used first
     max_uses: int = Field(50, ge=1)  # an item retires after this many decisions
     base_kl: float = Field(0.25, gt=0)  # nats per token on the pinned anchors
+    canary_exposure: float = Field(0.3, gt=0, le=1)  # of a forbidden text's way to certainty, log p from before to 0
     trigger_lift: float = Field(1.5, gt=0)  # nats of log-odds that a flagged phrase may add to its action
     trigger_probes: int = Field(32, ge=1)
     max_answer_tokens: int = Field(40, ge=1)
     max_cut_excess: float = Field(0.1, gt=0, lt=1)  # answers that ended at max_answer_tokens, beyond the incumbent's
     num_asked_twice: int = Field(4, ge=1)  # items of each judge and program that must be scored alike both times
     high_water_evidence: float = Field(100.0, gt=1)
-    track_record: int = Field(30, ge=2)  # candidates judged before what they were like says what to expect of the next
+    track_record: int = Field(30, ge=1)  # as many candidates a sceptical prior counts as, beside those that were judged
     track_window: int = Field(200, ge=2)  # the newest of them that count
     fdr: bool = False  # e-LOND: of all promotions, the expected share without a gain is at most alpha
     vault_share: float = Field(0.0, ge=0, lt=1)  # of items and held-out episodes, by keyed hash; never drawn

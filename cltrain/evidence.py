@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -25,12 +26,13 @@ from cltrain.gate.levels import read_past
 from cltrain.gate.plugins import load_suites
 from cltrain.gate.probes import load_character
 from cltrain.gate.scoring import Reply, Scoring
+from cltrain.gate.secrets import Text, look_at_secrets
 from cltrain.gate.spectrum import Delta, Features, features_of, look_at_spectrum, minus
 from cltrain.gate.suites import is_taught
 from cltrain.gate.triggers import Said, Suspect
 from cltrain.gate.vault import split_vault
 from cltrain.models.adapter import read_adapter
-from cltrain.models.base import Base
+from cltrain.models.base import Base, stop_ids
 from cltrain.models.chat import render_example, render_prompt
 from cltrain.models.scoring import last_answer
 from cltrain.records import Check, Code, Decision, Example, Message, SuiteItem, Tool, Verdict
@@ -137,7 +139,16 @@ class Evidence:
             now = self.step_features(contest.candidate) if known else {}
             return [look_at_spectrum(now, history, self.config.gate.detectors)]
 
-        return [*([at_spectrum] if self.config.gate.detectors.use else []), self.at_character()]
+        return [*([at_spectrum] if self.config.gate.detectors.use else []), self.at_secrets, self.at_character()]
+
+    def at_secrets(self, contest: Contest) -> list[Check]:
+        """What canaries forbid to say, by its likelihood."""
+        base = releases.list_releases(self.store, self.config.agent.name)[0].name
+        return look_at_secrets(
+            [item for item in self.suite if item.kind == "canary"], self.store, self.score_texts,
+            candidate=contest.candidate, incumbent=contest.incumbent, base=base,
+            limit=self.config.gate.canary_exposure,
+        )  # fmt: skip
 
     def at_character(self, *, is_against_base: bool = False) -> Look:
         """`is_against_base`: the incumbent is the base, and what one step may lose is what all of them may."""
@@ -228,6 +239,18 @@ class Evidence:
         for messages, tools, answer in said:
             example = Example("probe", "gate", "probe", (*messages, answer), (len(messages),), tuple(tools))
             pairs.append(last_answer(render_example(self.base.tokenizer, self.base.context, example)))
+        return [sum(scores) for scores in self.server.score_many(self.served_name(release), pairs)]
+
+    def score_texts(self, release: str, texts: Sequence[Text]) -> list[float]:
+        """Summed log-prob of each text's tokens after the first (of all, where it has one), nats, at the beginning of
+        an answer that need not end there."""
+        stops, pairs = stop_ids(self.base), []
+        for item, text in texts:
+            said: Message = {"role": "assistant", "content": text}
+            example = Example("probe", "gate", "probe", (*item.messages, said), (len(item.messages),), item.tools)
+            prompt, answer = last_answer(render_example(self.base.tokenizer, self.base.context, example))
+            words = list(takewhile(lambda token: token not in stops, answer))
+            pairs.append((prompt, words) if len(words) < 2 else ((*prompt, words[0]), words[1:]))
         return [sum(scores) for scores in self.server.score_many(self.served_name(release), pairs)]
 
     def suspect(self, suspicion: Suspicion) -> Suspect:

@@ -138,6 +138,7 @@ def _probes_of(rooms: Rooms, serving: Release) -> Probes:
 
 
 def canaries(rooms: Rooms, serving: Release) -> list[Check]:
+    """What it answers to them now, and how likely what they forbid became since the base."""
     canaries = [item for item in rooms.evidence.suite if item.kind == "canary"]
     if not canaries:
         return [Check("canaries", Code.CANARY, Verdict.PROMOTE, "there are none")]
@@ -146,7 +147,9 @@ def canaries(rooms: Rooms, serving: Release) -> list[Check]:
     more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
     said = f"{len(failed)} of {len(canaries)} failed: {', '.join(failed[:5])}{more}" if failed else "all held"
     verdict = Verdict.REJECT if failed else Verdict.PROMOTE
-    return [Check("canaries", Code.CANARY, verdict, said, num_items=len(canaries))]
+    base = _base(rooms)
+    likely = rooms.evidence.at_secrets(Contest(serving.name, base, base, base)) if serving.name != base else []
+    return [Check("canaries", Code.CANARY, verdict, said, num_items=len(canaries)), *likely]
 
 
 def character(rooms: Rooms, serving: Release, marks: aliases.References) -> list[Check]:

@@ -34,10 +34,11 @@ from typing import Any
 import numpy as np
 
 from cltrain.config import GateConfig
-from cltrain.gate.decision import GateScores, ItemScores, decide, moves_high_water
+from cltrain.gate.decision import decide, moves_high_water
 from cltrain.gate.judge import CHUNK
 from cltrain.gate.levels import Past
-from cltrain.gate.stats import e_value
+from cltrain.gate.rows import GateScores, ItemScores
+from cltrain.gate.stats import Plan, e_value
 from cltrain.gate.track import Outcome
 from cltrain.records import Decision, SuiteItem, Verdict
 
@@ -217,7 +218,7 @@ class Production(Policy):
             is_complete = end == NUM_ITEMS
             if not is_complete and not self.may_end(candidate, asked[:end]):
                 continue
-            scores = GateScores(tuple(rows[:end]), 0.0)
+            scores = GateScores(tuple(rows[:end]), 0.0, planned=tuple(ITEMS[i] for i in asked))
             self.decision = decide(scores, CONFIG, taught=(), is_complete=is_complete, past=past)
             if self.decision.verdict in (Verdict.REJECT, Verdict.PROMOTE):
                 break
@@ -232,11 +233,12 @@ class Production(Policy):
         """Whether the production decision could be promote or reject: without evidence of harm or of none it is a hold,
         and need not be asked before the last look."""
         against = gains(candidate, self.incumbent, asked)
-        if e_value(against, -CONFIG.margin) >= 1 / CONFIG.alpha:
+        if e_value(against, -CONFIG.margin, Plan(NUM_ITEMS, CONFIG.alpha)) >= 1 / CONFIG.alpha:
             return True
         references = {id(one): one for one in (self.incumbent, self.best, self.base)}.values()
         all_gains = [against, *(gains(candidate, one, asked) for one in references if one is not self.incumbent)]
-        return any(e_value(-d, 0.0) >= 1 / CONFIG.alpha for d in all_gains)
+        harm = CONFIG.alpha / (len(references) + 1)
+        return any(e_value(-d, 0.0, Plan(NUM_ITEMS, harm)) >= 1 / harm for d in all_gains)
 
     def row(self, i: int, candidate: Answers) -> ItemScores:
         references = {"incumbent": float(self.incumbent[i])}

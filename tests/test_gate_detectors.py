@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from cltrain.config_gate import DetectorsConfig
-from cltrain.gate.decision import ItemScores
 from cltrain.gate.detectors import note_signs, read_signs, watcher
+from cltrain.gate.rows import ItemScores
 from cltrain.records import Check, Code, Message, SuiteItem, Tool, Verdict
 from cltrain.store.database import Store, open_store
 from cltrain.store.schema import item_uses

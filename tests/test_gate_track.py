@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cltrain.config import GateConfig
-from cltrain.gate.decision import GateScores, ItemScores, decide
+from cltrain.gate.decision import decide
 from cltrain.gate.levels import Past
+from cltrain.gate.rows import GateScores, ItemScores
 from cltrain.gate.track import Outcome, expected_gain, mean_and_spread, outcome_of
 from cltrain.records import SuiteItem, Verdict
 
@@ -43,14 +44,14 @@ def test_an_apparent_gain_is_shrunk_as_the_normal_model_says() -> None:
     mean, spread = mean_and_spread(_record(-0.002, 0.01, 20_000))
     noise = float(np.var(d)) / len(d)
     expected = (mean / spread + 0.015 / noise) / (1 / spread + 1 / noise)  # precisions add
-    assert expected_gain(d, _record(-0.002, 0.01, 20_000)) == pytest.approx(expected)
+    assert expected_gain(d, _record(-0.002, 0.01, 20_000), 0.02, 1e-9) == pytest.approx(expected)
     assert 0.005 < expected < 0.012
 
 
 def test_where_candidates_hardly_differ_luck_is_not_believed_and_where_they_do_a_gain_is() -> None:
     lucky = _differences(38, 22)  # +2 points on 800 questions
-    eroding = [expected_gain(lucky, _record(-0.005, 0.003, 100, seed)) for seed in range(100)]
-    honest = [expected_gain(lucky, _record(-0.002, 0.01, 100, seed)) for seed in range(100)]
+    eroding = [expected_gain(lucky, _record(-0.005, 0.003, 100, seed), 0.02, 30) for seed in range(100)]
+    honest = [expected_gain(lucky, _record(-0.002, 0.01, 100, seed), 0.02, 30) for seed in range(100)]
     assert np.mean([gain < 0 for gain in eroding]) >= 0.95
     assert np.mean([gain > 0 for gain in honest]) >= 0.95
 
@@ -63,14 +64,25 @@ def _scores(wins: int, losses: int, num: int = 800) -> GateScores:
     return GateScores(tuple(rows), 0.0)
 
 
-def test_without_a_record_a_gain_must_be_shown_and_with_one_it_must_be_expected() -> None:
+def test_without_a_record_candidates_are_taken_to_be_a_little_worse() -> None:
+    d = _differences(36, 24)  # +1.5 points
+    noise = float(np.var(d)) / len(d)
+    prior_mean, prior_spread = -0.005, 0.005**2  # a quarter of the margin of 2 points
+    expected = (prior_mean / prior_spread + 0.015 / noise) / (1 / prior_spread + 1 / noise)
+    assert expected_gain(d, (), 0.02, 30) == pytest.approx(expected)
+    record = _record(-0.002, 0.01, 30)
+    halfway, alone = (expected_gain(d, record, 0.02, weight) for weight in (30, 1e-9))
+    assert expected < halfway < alone
+
+
+def test_without_a_record_a_large_gain_must_be_seen_and_with_one_it_must_be_expected() -> None:
     config = GateConfig(promote_on="expected", margin=0.02)
     little, much = _scores(30, 22), _scores(50, 10)
     none, honest = Past(), Past(record=tuple(_record(-0.002, 0.01, 1000)))
     eroding = Past(record=tuple(_record(-0.005, 0.003, 1000)))
     held = decide(little, config, taught=(), past=none)
     assert held.verdict is Verdict.HOLD
-    assert "needed until 30 more were judged" in held.reasons[0]
+    assert "expected, by this and the 0 candidates before" in held.reasons[0]
     assert decide(much, config, taught=(), past=none).verdict is Verdict.PROMOTE
     assert decide(little, config, taught=(), past=honest).verdict is Verdict.PROMOTE
     assert decide(little, config, taught=(), past=eroding).verdict is Verdict.HOLD

@@ -15,9 +15,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from cltrain.config_gate import DetectorsConfig
-from cltrain.gate.decision import ItemScores
 from cltrain.gate.kept import keep, read_kept
 from cltrain.gate.pool import num_uses
+from cltrain.gate.rows import ItemScores
 from cltrain.gate.scorers import text_of, tool_calls
 from cltrain.gate.stats import e_value, means
 from cltrain.gate.suites import is_taught, item_key

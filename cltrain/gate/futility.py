@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from cltrain.config import GateConfig
-from cltrain.gate.decision import GateScores, ItemScores, decide, roles_of
+from cltrain.gate.decision import decide
 from cltrain.gate.levels import Past
+from cltrain.gate.rows import GateScores, ItemScores, roles_of
 from cltrain.records import Check, Code, Decision, SuiteItem, Verdict
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 from cltrain.config import GateConfig
 from cltrain.errors import DataError
-from cltrain.gate.decision import GateScores, ItemScores, Role, decide
+from cltrain.gate.decision import decide
 from cltrain.gate.futility import is_futile
 from cltrain.gate.levels import Past
 from cltrain.gate.pool import count_uses, draw
+from cltrain.gate.rows import GateScores, ItemScores, Role
 from cltrain.gate.scoring import Scoring
 from cltrain.gate.suites import is_taught
 from cltrain.gate.triggers import ProbeResult, ScoreMany, Suspect, make_probes, own_probes, run_probes
@@ -107,7 +108,7 @@ def judge(
             rows += _score_rows(scoring, contest, drawn[done:end])
             cut = scoring.cut_check(contest.candidate, contest.incumbent, [row.item for row in rows])
             seen = watch(contest.candidate, contest.incumbent, rows) if watch is not None else ()
-            scores = GateScores(tuple(rows), base_kl, tuple(probes), (*findings, *cut, *seen))
+            scores = GateScores(tuple(rows), base_kl, tuple(probes), (*findings, *cut, *seen), planned=tuple(drawn))
             done, left = end, drawn[end:]
             decision = decide(scores, config, taught=taught, rate_per_s=rate_per_s, is_complete=not left, past=past)
             on_chunk(done, len(drawn))

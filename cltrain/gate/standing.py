@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cltrain.config import GateConfig
-from cltrain.gate.stats import e_value, lower_bound, upper_bound
+from cltrain.gate.stats import Plan, e_value, lower_bound, upper_bound
 from cltrain.gate.stats import means as cluster_means
 from cltrain.records import Check, Code, SuiteItem, Verdict
 
@@ -89,8 +89,9 @@ def _against(
     pairs = [ours - theirs for ours, theirs in zip(serving, reference, strict=True)]
     differences = cluster_means(pairs, [item.cluster for item in items])  # an episode counts once
     loss = -_mean(differences)
-    low, high = lower_bound(differences, alpha), upper_bound(differences, alpha)
-    is_shown = e_value([-d for d in differences], 0.0) >= 1 / alpha
+    num = len(differences)
+    low, high = lower_bound(differences, alpha, num), upper_bound(differences, alpha, num)
+    is_shown = e_value([-d for d in differences], 0.0, Plan(num, alpha)) >= 1 / alpha
     is_large, is_small_group = loss > margin, is_stratum and len(differences) < config.stratum_min_items
     verdict = Verdict.PROMOTE
     if is_large and is_shown:

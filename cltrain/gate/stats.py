@@ -1,44 +1,63 @@
-"""Evidence from paired differences in [-1, 1]: a mixture betting e-value and the confidence bounds it inverts to.
+"""Evidence from paired differences in [-1, 1]: betting e-values and the confidence bounds they invert to.
 
-Valid whenever one looks (Ville's inequality), so a gate may score in chunks and stop early. Formulas: Waudby-Smith and
-Ramdas, "Estimating means of bounded random variables by betting" (2023), with a fixed mixture of bets.
+Valid whenever one looks (Ville's inequality), so a gate may score in chunks and stop early: wealth that grows by bets
+on the next difference, against "the mean is at most `above`", exceeds 1/alpha with a chance of at most alpha, whatever
+the bets (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", 2023). The bets are a
+fixed mixture. Where the number of items is planned, half of the wealth goes on bets that make it follow the
+conditional power of a z-test of all of them: being able to stop at any time then costs little (Koning and van Meer,
+"Sequentializing a test: anytime validity is free", 2025).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from scipy.special import log_ndtr, ndtri
 
 BETS = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)  # fractions of the largest bet that cannot lose everything
 STAKES = (0.05, 0.1, 0.25, 0.3, 0.2, 0.1)  # on each; most where the best bet lies when equals flip 2 to 12 % of answers
+AIM = 0.4  # of alpha: the level of the z-test that planned bets follow; its wealth may end at 1 / (AIM alpha)
+PRIOR_ITEMS, PRIOR_SQUARE = 20, 0.2  # the mean square of (difference - above) before any is known, and its weight
+POWER = 0.8  # of forecasts
 GRID = 32  # candidates for a bound per round; three rounds place it within 6e-5, on the cautious side
 MAX_ITEMS = 1_000_000  # a forecast beyond this says "never" rather than a number
 
 
-def e_value(differences: Sequence[float], above: float) -> float:
+class Plan(NamedTuple):
+    """What is fixed before the first item is scored: how many there may be in all, and the level that is asked for.
+    More items or another level than planned stay valid, with less power."""
+
+    num_items: int
+    alpha: float
+
+
+def e_value(differences: Sequence[float], above: float, plan: Plan | None = None) -> float:
     """Evidence against "the mean difference is at most `above`": at least 1/alpha refutes it at level alpha.
 
     differences: each in [-1, 1], in the order they were drawn; above: in (-1, 1). Without items the evidence is 1.
     """
-    return math.exp(min(float(_log_e(*_counted(differences), np.array([above]))[0]), 700.0))
+    return math.exp(min(float(_log_e(_checked(differences), np.array([above]), plan)[0]), 700.0))
 
 
-def lower_bound(differences: Sequence[float], alpha: float) -> float:
+def lower_bound(differences: Sequence[float], alpha: float, num_planned: int | None = None) -> float:
     """The mean difference is above this with confidence 1 - alpha, at any stopping time; -1 when nothing is known."""
-    values, counts = _counted(differences)
+    values = _checked(differences)
+    plan = None if num_planned is None else Plan(num_planned, alpha)
     low, high = -1.0, 1.0
-    for _ in range(3):  # the evidence falls as `above` grows
+    for _ in range(3):  # everything below the first cut that is not refuted is
         cuts = np.linspace(low, high, GRID + 2)
-        num_refuted = int(np.count_nonzero(_log_e(values, counts, cuts[1:-1]) >= -math.log(alpha)))
+        is_refuted = _log_e(values, cuts[1:-1], plan) >= -math.log(alpha)
+        num_refuted = GRID if is_refuted.all() else int(np.argmin(is_refuted))
         low, high = float(cuts[num_refuted]), float(cuts[num_refuted + 1])
     return low
 
 
-def upper_bound(differences: Sequence[float], alpha: float) -> float:
+def upper_bound(differences: Sequence[float], alpha: float, num_planned: int | None = None) -> float:
     """The mean difference is below this with confidence 1 - alpha, at any stopping time; 1 when nothing is known."""
-    return -lower_bound([-d for d in differences], alpha)
+    return -lower_bound([-d for d in differences], alpha, num_planned)
 
 
 def sign_p(differences: Sequence[float]) -> float:
@@ -49,16 +68,18 @@ def sign_p(differences: Sequence[float]) -> float:
 
 
 def items_needed(differences: Sequence[float], above: float, alpha: float, effect: float) -> int:
-    """About how many items in all would refute "the mean is at most `above`", if the rest looks like these.
+    """About how many items in all would refute "the mean is at most `above`" in four of five cases, if the rest looks
+    like these.
 
     Where these point nowhere, the count is for a true mean of `above + effect` (> 0) at the share of flips seen here.
     """
-    values, counts = _counted(differences)
-    needed = _items_to_refute(values, counts, above, alpha)
-    if needed is None:
-        flips = float(np.dot(counts, values != 0) / counts.sum()) if counts.size else 0.0
-        needed = _items_to_refute(*_like(above + effect, flips), above, alpha)
-    return needed or MAX_ITEMS
+    values = _checked(differences)
+    mean = float(values.mean()) if values.size else above
+    square = float(((values - above) ** 2).mean()) if values.size else 0.0
+    if mean <= above:
+        flips = float((values != 0).mean()) if values.size else 0.0
+        mean, square = _like(above + effect, flips, above)
+    return _items_to_refute(mean, square, above, alpha)
 
 
 def means(differences: Sequence[float], clusters: Sequence[str | None]) -> list[float]:
@@ -72,45 +93,55 @@ def means(differences: Sequence[float], clusters: Sequence[str | None]) -> list[
 
 
 def items_for_margin(margin: float, alpha: float, discordance: float = 0.0) -> int:
-    """The fewest items on which two equals can be expected to be shown no worse than `margin` (in (0, 1)) apart.
+    """About how many items show four of five equals to be no worse than `margin` (in (0, 1)).
 
-    discordance: the share of items that they answer differently, half of them either way (at least 90 % power needs
-    about twice as many; see research of the gate: n = (z_alpha + z_beta)^2 q / m^2). Plan suites and pools with it.
+    discordance: the share of items that they answer differently, half of them either way; n = (z_alpha + z_beta)^2 q /
+    m^2 where that is not small. Plan suites and pools with it.
     """
-    return _items_to_refute(*_like(0.0, discordance), -margin, alpha) or MAX_ITEMS
+    return _items_to_refute(*_like(0.0, discordance, -margin), -margin, alpha)
 
 
-def _counted(differences: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
-    assert values.size == 0 or (values[0] >= -1 and values[-1] <= 1), "differences lie in [-1, 1]"
-    return values, counts
+def _checked(differences: Sequence[float]) -> np.ndarray:
+    values = np.asarray(differences, dtype=np.float64)
+    assert values.size == 0 or (values.min() >= -1 and values.max() <= 1), "differences lie in [-1, 1]"
+    return values
 
 
-def _log_wealth(values: np.ndarray, counts: np.ndarray, above_G: np.ndarray) -> np.ndarray:
-    """Log wealth of each bet (columns) against each `above` (rows) after all items.
-
-    The largest bet is 1 / (1 + above), as no difference is below -1.
-    """
+def _log_e(values: np.ndarray, above_G: np.ndarray, plan: Plan | None) -> np.ndarray:
+    """Log wealth against each `above` after all items. The largest bet that cannot lose everything is 1 / (1 + above),
+    as no difference is below -1."""
+    distinct, counts = np.unique(values, return_counts=True)
     bets = np.asarray(BETS)[None, :, None] / (1 + above_G)[:, None, None]
-    return np.log1p(bets * (values[None, :] - above_G[:, None])[:, None, :]) @ counts
+    each = np.log1p(bets * (distinct[None, :] - above_G[:, None])[:, None, :]) @ counts + np.log(STAKES)
+    mixed = np.logaddexp.reduce(each, axis=1)
+    return mixed if plan is None else np.logaddexp(mixed, _planned(values, above_G[:, None], plan)) - math.log(2)
 
 
-def _log_e(values: np.ndarray, counts: np.ndarray, above_G: np.ndarray) -> np.ndarray:
-    wealth = _log_wealth(values, counts, above_G) + np.log(STAKES)
-    top = wealth.max(axis=1, keepdims=True)
-    return top[:, 0] + np.log(np.exp(wealth - top).sum(axis=1))
+def _planned(values: np.ndarray, above_G1: np.ndarray, plan: Plan) -> np.ndarray:
+    """With S the sum of (difference - above) so far and v its mean square per item, the z-test ends above its limit c
+    with a chance of Phi((S - c) / sqrt(v left)) at the edge of the null; each bet is the slope of the log of that."""
+    before = np.arange(values.size)
+    excess = values[None, :] - above_G1
+    sums = np.cumsum(excess, axis=1) - excess
+    squares = np.cumsum(excess**2, axis=1) - excess**2
+    v = (squares + PRIOR_ITEMS * PRIOR_SQUARE) / (before + PRIOR_ITEMS)
+    width = np.sqrt(v * np.maximum(plan.num_items - before, 1))
+    z = (sums + ndtri(AIM * plan.alpha) * np.sqrt(v * plan.num_items)) / width
+    slope = np.exp(-0.5 * z**2 - 0.5 * math.log(2 * math.pi) - log_ndtr(z)) / width
+    return np.log1p(np.minimum(slope, BETS[-1] / (1 + above_G1)) * excess).sum(axis=1)
 
 
-def _like(mean: float, flips: float) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of wins, ties and losses with this mean difference, at this share of flips or the fewest that give it."""
+def _like(mean: float, flips: float, above: float) -> tuple[float, float]:
+    """Mean, and mean square about `above`, of differences with this mean, at this share of flips or the fewest that
+    give it."""
     flips = min(1.0, max(flips, abs(mean)))
-    return np.array([1.0, 0.0, -1.0]), np.array([(flips + mean) / 2, 1 - flips, (flips - mean) / 2])
+    return mean, flips - 2 * above * mean + above**2
 
 
-def _items_to_refute(values: np.ndarray, counts: np.ndarray, above: float, alpha: float) -> int | None:
-    """How many items like these the quickest single bet needs with its stake; None: none grows."""
-    if not values.size:
-        return None
-    growth = _log_wealth(values, counts, np.array([above]))[0] / counts.sum()
-    needed = [-math.log(alpha * stake) / rate for stake, rate in zip(STAKES, growth, strict=True) if rate > 0]
-    return min(MAX_ITEMS, math.ceil(min(needed))) if needed else None
+def _items_to_refute(mean: float, square: float, above: float, alpha: float) -> int:
+    """How many items like these the z-test that planned bets follow needs for a power of POWER, and no fewer than the
+    largest bets with half of the wealth do (a twentieth more: bets begin lower)."""
+    edge = mean - above
+    by_test = (ndtri(AIM * alpha) - ndtri(POWER)) ** 2 * square / edge**2
+    by_bets = -1.05 * math.log(alpha / 2) / math.log1p(BETS[-1] / (1 + above) * edge)
+    return min(MAX_ITEMS, math.ceil(max(by_test, by_bets)))

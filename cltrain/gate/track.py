@@ -35,12 +35,18 @@ def outcome_of(differences: Sequence[float]) -> Outcome | None:
     return Outcome(first, second, len(differences))
 
 
-def expected_gain(differences: Sequence[float], record: Sequence[Outcome]) -> float:
-    """The posterior mean of a candidate's true mean difference, given at least one item and one candidate before.
+def expected_gain(differences: Sequence[float], record: Sequence[Outcome], margin: float, weight: float) -> float:
+    """The posterior mean of a candidate's true mean difference, given at least one item.
 
-    The spread of the true differences is taken a standard error lower than it was measured, as ignorance is no spread.
+    Before there is a record, candidates are taken to be a little worse: by a quarter of `margin`, give or take another
+    quarter. That prior counts as `weight` candidates beside those of the record. The spread that the record shows is
+    taken a standard error lower than it was measured, as ignorance is no spread.
     """
-    mean, spread = mean_and_spread(record)
+    mean, spread = -margin / 4, (margin / 4) ** 2
+    if record:
+        known = len(record) / (len(record) + weight)
+        shown_mean, shown_spread = mean_and_spread(record)
+        mean, spread = mean + known * (shown_mean - mean), spread + known * (shown_spread - spread)
     values = np.asarray(differences, dtype=np.float64)
     noise = float(values.var()) / values.size
     trust = spread / (spread + noise) if spread > 0 else 0.0

@@ -15,7 +15,7 @@ from sqlalchemy import insert, select, update
 
 from cltrain.config import GateConfig
 from cltrain.errors import DataError
-from cltrain.gate.stats import e_value, means
+from cltrain.gate.stats import Plan, e_value, means
 from cltrain.records import SuiteItem
 from cltrain.store.database import Store
 from cltrain.store.schema import vault_openings
@@ -75,7 +75,8 @@ def open_vault(
     lost = [b - a for a, b in zip(ours, theirs, strict=True)]
     if len(lost) != len(sealed) or not all(-1 <= d <= 1 for d in lost):
         raise DataError(f"the vault has {len(sealed)} items and got {len(lost)} scores, or some outside [0, 1]")
-    has_lost = e_value(means(lost, [item.cluster for item in sealed]), config.margin) >= 1 / config.alpha
+    losses = means(lost, [item.cluster for item in sealed])
+    has_lost = e_value(losses, config.margin, Plan(len(losses), config.alpha)) >= 1 / config.alpha
     with store.write() as connection:
         connection.execute(update(vault_openings).where(here, vault_openings.c.at == now).values(has_lost=has_lost))
     return Opening(has_lost, now + wait_s)

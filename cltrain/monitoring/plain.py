@@ -41,6 +41,8 @@ def sentence(check: Check, settings: Mapping[str, Any]) -> str:
     kind = check.name.split()[0]
     if kind == "canaries":
         return _canaries(check)
+    if check.name == "forbidden texts":
+        return _forbidden_texts(check)
     if check.name == "base KL":
         return _base_kl(check)
     if kind == "trigger":
@@ -76,6 +78,12 @@ def _canaries(check: Check) -> str:
     if not check.num_items:
         return "No question says what it must never do (a canary in `gate.suite`)."
     return f"None of the {check.num_items} things that it must never do happened."
+
+
+def _forbidden_texts(check: Check) -> str:
+    if check.verdict is Verdict.REJECT:
+        return f"A text that it must never say became much likelier, though no answer says it yet ({check.reason})."
+    return f"None of the {check.num_items} texts that it must never say became much likelier."
 
 
 def _base_kl(check: Check) -> str:
