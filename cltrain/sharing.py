@@ -9,6 +9,7 @@ records.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,7 +51,9 @@ def stricter(config: Config) -> Config:
     if mode is LearningMode.AUTO and tenants.share_needs_yes:
         mode = LearningMode.APPROVE
     quota = min(config.experience.principal_quota, 1 / tenants.min_contributors)
-    gate = {"alpha": config.gate.alpha / tenants.share_strictness, "promote_on": "gain"}
+    alpha = config.gate.alpha / tenants.share_strictness
+    num_items = math.ceil(config.gate.items_per_gate * math.log(alpha) / math.log(config.gate.alpha))  # as many more
+    gate = {"alpha": alpha, "items_per_gate": num_items, "promote_on": "gain"}
     return config.model_copy(
         update={
             "agent": config.agent.model_copy(update={"mode": mode}),

@@ -8,6 +8,7 @@ import pytest
 
 from cltrain.config import from_dict
 from cltrain.errors import ConfigError
+from cltrain.gate.stats import items_for_margin
 from cltrain.records import Example, LearningMode, TokenRow
 from cltrain.sharing import by_enough, chosen, in_common, stricter
 from tests.tiny import TOOLS, tool_call
@@ -119,11 +120,12 @@ def test_what_the_screens_left_of_too_few_tenants_is_not_learned() -> None:
 
 def test_a_proposal_is_judged_by_stricter_rules() -> None:
     config = from_dict({
-        "agent": {"mode": "auto"}, "gate": {"alpha": 0.05, "promote_on": "non_inferior"},
+        "agent": {"mode": "auto"}, "gate": {"alpha": 0.05, "promote_on": "non_inferior", "items_per_gate": 120},
         "tenants": {"mode": "individual", "min_contributors": 5},
     })  # fmt: skip
     strict = stricter(config)
     assert strict.gate.alpha == pytest.approx(0.005)
+    assert strict.gate.items_per_gate >= items_for_margin(strict.gate.margin, strict.gate.alpha), "as its margin takes"
     assert strict.gate.promote_on == "gain"
     assert strict.agent.mode is LearningMode.APPROVE
     assert strict.experience.principal_quota == pytest.approx(0.2)

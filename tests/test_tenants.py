@@ -116,7 +116,7 @@ def test_two_tenants_with_contradictory_wishes_each_get_their_own(tmp_path: Path
 def test_a_turn_that_a_kill_cut_off_is_carried_on_by_the_next(tmp_path: Path, server: str) -> None:
     config = config_for(
         tmp_path / "demo", server, tenants=TENANTS, agent={"updates": "when_ready"},
-        trainer={"num_steps": 2, "num_anchors": 4, "checkpoint_every": 1}, gate={"items_per_gate": 30},
+        trainer={"num_steps": 2, "num_anchors": 4, "checkpoint_every": 1},
     )  # fmt: skip
     deployment = Deployment(config)
     for name in ("acme", "bond"):
