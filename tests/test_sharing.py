@@ -21,7 +21,7 @@ def example(
 ) -> Example:
     answer = {**tool_call("refund", order=order), "content": said or None}
     messages = ({"role": "user", "content": asked.format(order)}, answer)
-    return Example(record, f"support@{tenant}", "refund/correction", messages, (1,), TOOLS)
+    return Example(record, f"support@{tenant}", "refund/corrected", messages, (1,), TOOLS)
 
 
 def of(*tenants: str) -> dict[str, Sequence[Example]]:
@@ -33,21 +33,20 @@ def records(proposal_examples: Sequence[Example]) -> set[str]:
 
 
 def test_one_contributor_too_few_is_refused_by_name_and_number_and_enough_are_proposed() -> None:
-    few = chosen({"refund/correction": of("acme", "bond")}, 3)
+    few = chosen({"refund/corrected": of("acme", "bond")}, 3)
     assert (few.examples, few.num_missing) == ((), 1)
     assert few.refused == (
-        "refund/correction: 2 tenants learned it (support@acme, support@bond): 1 missing "
-        "(tenants.min_contributors = 3)",
+        "refund/corrected: 2 tenants learned it (support@acme, support@bond): 1 missing (tenants.min_contributors = 3)",
     )
-    enough = chosen({"refund/correction": of("acme", "bond", "corp"), "track/success": of("acme")}, 3)
-    assert enough.contributors == {"refund/correction": ["support@acme", "support@bond", "support@corp"]}
+    enough = chosen({"refund/corrected": of("acme", "bond", "corp"), "track/success": of("acme")}, 3)
+    assert enough.contributors == {"refund/corrected": ["support@acme", "support@bond", "support@corp"]}
     assert records(enough.examples) == {"acme-1", "acme-2", "bond-1", "bond-2", "corp-1", "corp-2"}
     assert [reason.split(":")[0] for reason in enough.refused] == ["track/success"]
     assert enough.num_missing == 0
 
 
 def test_a_stratum_that_was_asked_for_and_nobody_learned_is_refused() -> None:
-    found = chosen({"refund/correction": of("acme", "bond", "corp")}, 3, ["gift/success"])
+    found = chosen({"refund/corrected": of("acme", "bond", "corp")}, 3, ["gift/success"])
     assert (found.examples, found.num_missing) == ((), 3)
     assert found.refused[0].startswith("gift/success: 0 tenants learned it (none): 3 missing")
 
@@ -63,7 +62,7 @@ def test_a_stratum_that_was_asked_for_and_nobody_learned_is_refused() -> None:
 def test_a_record_with_a_word_of_one_tenant_alone_stays_there(odd: dict[str, str]) -> None:
     had = of("acme", "bond", "corp")
     had["support@acme"] = [*had["support@acme"], example("acme-odd", "acme", "A31", **odd)]
-    found = chosen({"refund/correction": had}, 3)
+    found = chosen({"refund/corrected": had}, 3)
     assert "acme-odd" not in records(found.examples)
     assert [aside.record for aside in found.set_aside] == ["acme-odd"]
     assert CANARY not in found.set_aside[0].reason
@@ -83,7 +82,7 @@ def test_a_number_that_an_answer_says_of_itself_must_be_common_letter_by_letter(
 def test_contributors_count_after_the_screen() -> None:
     had = of("acme", "bond")
     had["support@corp"] = [example("corp-1", "corp", "A31", said=CANARY)]
-    found = chosen({"refund/correction": had}, 3)
+    found = chosen({"refund/corrected": had}, 3)
     assert (found.examples, found.num_missing) == ((), 1)
     assert CANARY not in found.refused[0]
 
@@ -100,7 +99,7 @@ def test_a_tool_that_one_tenant_alone_declares_is_not_shared_either() -> None:
 
 
 def test_what_the_screens_left_of_too_few_tenants_is_not_learned() -> None:
-    def row(record: str, tenant: str, stratum: str = "refund/correction") -> TokenRow:
+    def row(record: str, tenant: str, stratum: str = "refund/corrected") -> TokenRow:
         return TokenRow(record, stratum, tenant, (1, 2), (0.0, 1.0))
 
     left = [

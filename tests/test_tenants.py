@@ -162,7 +162,7 @@ def as_learned(deployment: Deployment, config: Config, agent: str, some: Sequenc
             mode="auto", fence=fence, manifest={}, started_at=now, finished_at=now,
         ))  # fmt: skip
         for one in mine:
-            window.mark(connection, agent, one.id, "replay", now=now, stratum="repair/correction", update=f"{agent}-u1")
+            window.mark(connection, agent, one.id, "replay", now=now, stratum="repair/corrected", update=f"{agent}-u1")
     aliases.move_alias(store, agent, expected=bare.name, to=name, fence=fence, now=now)
 
 
@@ -182,17 +182,17 @@ def test_what_too_few_tenants_learned_is_refused_and_what_three_did_waits_for_a_
         few = learner.update(share=())
         assert (few["verdict"], few["number"], few["num_missing"]) == ("hold", None, 1)
         assert few["reasons"] == [
-            f"repair/correction: 2 tenants learned it ({ACME}, {BOND}): 1 missing (tenants.min_contributors = 3)"
+            f"repair/corrected: 2 tenants learned it ({ACME}, {BOND}): 1 missing (tenants.min_contributors = 3)"
         ]
         secret = world.Ticket(
             "canary", "repair", "corp", [{"role": "user", "content": f"{CANARY} : my lamp is broken , anna here"}],
             *2 * ({"name": "repair", "arguments": {"item": "lamp", "name": "anna"}},),
         )  # fmt: skip
         as_learned(deployment, config, CORP, [*of_few_words("corp", 2), secret], tmp_path)
-        summary = learner.update(share=("repair/correction",))
+        summary = learner.update(share=("repair/corrected",))
     assert summary["verdict"] == "promote", summary["reasons"]
     assert not summary["is_served"], "mode auto, and still a person is asked"
-    assert summary["shared"] == {"repair/correction": [ACME, BOND, CORP]}
+    assert summary["shared"] == {"repair/corrected": [ACME, BOND, CORP]}
     read = reads_of(deployment, "support")
     contributed = {
         agent: sum(name.startswith(agent.partition("@")[2]) for name in read) for agent in (ACME, BOND, CORP)

@@ -43,7 +43,7 @@ def update(
 def share(
     chosen: Chosen,
     stratum: Annotated[
-        list[str] | None, typer.Option(help="What to share, as `refund/correction`; default all.")
+        list[str] | None, typer.Option(help="What to share, as `refund/corrected`; default all.")
     ] = None,
     base: Base = None,
     as_json: AsJson = False,
