@@ -304,7 +304,8 @@ class Deployment:
         secret = load_secret(self.config.state_dir)
         before = last_seq(store)
         with Recorder(store, secret, self.config.experience.eval_share) as recorder:
-            report = asdict(import_file(recorder, file, self.agent, producer=producer))
+            known = [release.name for release in releases.list_releases(store, self.agent)]
+            report = asdict(import_file(recorder, file, self.agent, producer=producer, releases=known))
         from cltrain.fitting import count_fitting
 
         return {**report, **count_fitting(self.config, self.store, self.agent, after_seq=before)}

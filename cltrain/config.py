@@ -161,9 +161,9 @@ class HealthConfig(Section):
 
 
 class ServerConfig(Section):
-    """One inference server, or several of one base. `embedded` is ours; `vllm` and `openai` are spoken to over HTTP."""
+    """One inference server, or several of one base. `embedded` is ours; the others are spoken to over HTTP."""
 
-    kind: Literal["embedded", "vllm", "openai"] = "embedded"
+    kind: Literal["embedded", "vllm", "sglang", "openai"] = "embedded"
     url: Url | None = None  # None, and no urls: cltrain starts the embedded server itself
     urls: tuple[Url, ...] = ()  # instead of url: replicas of one base
     min_ready: int = Field(1, ge=1)  # replicas that must hold and prove a candidate before it may serve
@@ -172,6 +172,7 @@ class ServerConfig(Section):
     model: str | None = None  # the base's name on that server
     api_key_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")  # the variable that holds its API key
     max_adapters: int = Field(6, ge=2)
+    max_rank: int | None = Field(None, ge=1)  # of an adapter, e.g. vLLM's --max-lora-rank; None: what it says itself
     max_batch: int = Field(16, ge=1)
     timeout_s: float = Field(120.0, gt=0)
 
@@ -192,6 +193,11 @@ class ServerConfig(Section):
             name = self.api_key_env
             raise ConfigError(f"server.api_key_env = {name!r}, and that variable is not set: export {name}=KEY")
         return key
+
+    @property
+    def health_path(self) -> str:
+        """Where it says at once whether it is up; SGLang's /health generates a token first, which takes a second."""
+        return "/ready" if self.kind == "sglang" else "/health"
 
     @property
     def is_elsewhere(self) -> bool:
@@ -262,6 +268,8 @@ class Config(Section):
             )
         if self.server.kind != "embedded" and not self.server.is_elsewhere:
             raise ValueError(f"server.kind = {self.server.kind!r} needs server.url")
+        if self.server.max_rank is not None and self.adapter.rank > self.server.max_rank:
+            raise ValueError(f"adapter.rank ({self.adapter.rank}) is above server.max_rank ({self.server.max_rank})")
         return self
 
     @property

@@ -6,17 +6,21 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 
 from cltrain import exposure, launch
 from cltrain.config import Config
-from cltrain.errors import CltrainError
+from cltrain.deploy import residents
+from cltrain.deploy.client import clients_of
+from cltrain.errors import CltrainError, ConfigError, DataError, ServerError
 from cltrain.gateway import keys
 from cltrain.gateway.guard import check_may_listen, is_loopback
 from cltrain.models.digest import base_digest, base_path
+from cltrain.models.signature import check_signature
 from cltrain.registry.decisions import verify_chain
 from cltrain.store.database import STORE_FILE, open_store
 
@@ -33,6 +37,7 @@ def examine(config: Config) -> list[dict[str, str]]:
         ("decisions", lambda: _decisions(config.state_dir)),
         ("suites", lambda: _suites(config)),
         ("keys", lambda: _keys(config)),
+        ("signing", lambda: _signed(config)),
     ]
     for what, check in checks:
         try:
@@ -62,6 +67,31 @@ def _suites(config: Config) -> str:
     return (
         f"{num_items} items in {len(config.gate.all_suites())} suites of the owner, "
         f"{len(asked.harmful) + len(asked.harmless)} prompts and {len(asked.probes)} probes of character"
+    )
+
+
+def _signed(config: Config) -> str:
+    """What serves and what a rollback would go to must be what a trusted key signed, where there are such keys."""
+    trusted = config.signing.all_trusted
+    if not trusted:
+        return "no key is asked for: whatever is sealed in the state directory may be loaded"
+    if not (config.state_dir / STORE_FILE).exists():
+        return f"{len(trusted)} trusted keys; nothing is sealed yet"
+    store = open_store(config.state_dir)
+    with store.read() as connection:
+        wanted = residents.desired(connection, config.state_dir, config.agent.name)
+    unsigned = []
+    for release in sorted(wanted.needed):
+        try:
+            check_signature(wanted.directories[release], trusted)
+        except DataError as error:
+            unsigned.append(f"{release} serves, or a rollback would go to it: {error}")
+    if unsigned:
+        raise DataError("; ".join(unsigned))
+    if not wanted.needed:
+        return "nothing serves but the bare base, which needs no signature"
+    return (
+        f"what serves, and what a rollback would go to, is signed by a trusted key ({', '.join(sorted(wanted.needed))})"
     )
 
 
@@ -101,7 +131,8 @@ def _port(config: Config, name: str, url: str) -> dict[str, str]:
     else:
         busy = f"{url} does not answer"
     try:
-        is_ours = httpx.get(f"{url}/health", timeout=1.0, trust_env=False).status_code == 200
+        path = config.server.health_path if name == "server" else "/health"
+        is_ours = httpx.get(f"{url}{path}", timeout=1.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
         is_ours = False
     return _finding("good", name, f"{url} answers") if is_ours else _finding("bad", name, busy)
@@ -117,11 +148,24 @@ def _doors(config: Config) -> list[dict[str, str]]:
         )
         return [_finding("bad", "server", detail)]
     key = os.environ.get(server.api_key_env) if server.api_key_env else None
-    return [
+    too_small = [_finding("bad", "server", reason) for reason in _too_small(config)]
+    return too_small + [
         _finding(state, "server", detail if len(server.replicas) == 1 else f"{url}: {detail}")
         for url in server.replicas
         for state, detail in exposure.look(url, server.kind, key)
     ]
+
+
+def _too_small(config: Config) -> Iterator[str]:
+    """What a server that tells its limits has too little of."""
+    if config.server.kind != "sglang":
+        return
+    for client in clients_of(config.server):
+        with client, suppress(ServerError):  # who does not answer is a finding of its own
+            try:
+                client.check_takes(config.adapter.rank, config.adapter.targets, config.server.max_adapters)
+            except ConfigError as error:
+                yield str(error)
 
 
 def _keys(config: Config) -> str:

@@ -50,6 +50,7 @@ class Answering(Protocol):
     @property
     def url(self) -> str: ...
     def url_for(self, model: str) -> str: ...
+    def name_of(self, model: str) -> str: ...
     def generate_many(
         self, model: str, prompts: Sequence[tuple[Sequence[Message], Sequence[Tool]]], max_tokens: int, concurrency: int
     ) -> Answers: ...
@@ -231,7 +232,7 @@ class Evidence:
     def run_program(self, program: CommandSuite, release: str, items: Sequence[SuiteItem]) -> list[float]:
         """The scores that a program of the owner gives to that release, which it asks through the server itself."""
         model = self.served_name(release)
-        return program.score(f"{self.server.url_for(model)}/v1", model, items)
+        return program.score(f"{self.server.url_for(model)}/v1", self.server.name_of(model), items)
 
     def score_many(self, release: str, said: Sequence[Said]) -> list[float]:
         """Summed log-prob of each answer's tokens, nats."""

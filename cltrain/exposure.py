@@ -21,6 +21,10 @@ ACTING = (
     "/pause", "/resume", "/sleep", "/wake_up", "/collective_rpc", "/abort_requests", "/reset_prefix_cache",
     "/update_weights", "/server_info",
 )  # fmt: skip  # all of VLLM_SERVER_DEV_MODE
+SGLANG = (
+    "/load_lora_adapter", "/unload_lora_adapter", "/load_lora_adapter_from_tensors", "/update_weights_from_disk",
+    "/pause_generation", "/abort_request",
+)  # fmt: skip  # only routes that know no GET: its /flush_cache and others would act
 SHUT = (401, 403, 404)
 TIMEOUT_S = 2.0
 
@@ -45,21 +49,22 @@ def look(url: str, kind: str, key: str | None = None, own: Sequence[str] | None 
 
 def _findings(http: httpx.Client, url: str, kind: str, key: str | None, own: Sequence[str]) -> Iterator[Finding]:
     outside = reached_at(url, own)
-    if acting := [route for route in ACTING if _is_open(http, route)]:
+    is_sglang = kind == "sglang"
+    if acting := [route for route in (() if is_sglang else ACTING) if _is_open(http, route)]:
         yield Finding(
             "bad",
             f"{', '.join(acting)} can be called without a key: whoever does stops or changes the server. Start it "
             "without VLLM_SERVER_DEV_MODE",
         )
-    if loading := [route for route in LOADING if _is_open(http, route)]:
+    if loading := [route for route in (SGLANG if is_sglang else LOADING) if _is_open(http, route)]:
         if outside is None:
             yield Finding("note", f"{', '.join(loading)}: open without a key, to this machine alone as far as it shows")
         else:
+            key_helps = "with --admin-api-key" if is_sglang else "(an API key does not guard /adapters)"
             yield Finding(
                 "bad",
                 f"{', '.join(loading)}: open without a key at {outside}: whoever gets there swaps what answers. Let it "
-                "listen on 127.0.0.1 or a network of its own (an API key does not guard /adapters), and give others "
-                "the gateway",
+                f"listen on 127.0.0.1 or a network of its own {key_helps}, and give others the gateway",
             )
     as_owner = {"authorization": f"Bearer {key}"} if key else {}
     if kind == "vllm":
@@ -73,7 +78,8 @@ def _findings(http: httpx.Client, url: str, kind: str, key: str | None, own: Seq
             yield Finding(
                 "note", f"whether it takes adapters cannot be told without its key (server.api_key_env; {code})"
             )
-    yield from _resolver(http, as_owner)
+    if not is_sglang:  # it answers any name without a colon as the bare base, and looks none up
+        yield from _resolver(http, as_owner)
 
 
 def _resolver(http: httpx.Client, as_owner: dict[str, str]) -> Iterator[Finding]:

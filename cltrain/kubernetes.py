@@ -43,7 +43,12 @@ class Cluster:
 
 
 def manifests(config: Config, store: Store, arguments: Sequence[str], cluster: Cluster) -> list[Manifest]:
-    """The objects for what serves now. Raises ConfigError for a name that Kubernetes would not take."""
+    """The objects for what serves now. Raises ConfigError for a name that Kubernetes would not take, and for SGLang."""
+    if config.server.kind == "sglang":
+        raise ConfigError(
+            "these objects are for vLLM: SGLang answers the bare name of a release with the base "
+            "(server.kind = 'sglang'), and the rewrite would send it just that"
+        )
     for what, name in (("--pool", cluster.pool), ("--namespace", cluster.namespace)):
         if NAME.fullmatch(name) is None:
             raise ConfigError(f"{what} {name!r} is no name of Kubernetes: a-z, 0-9 and -, 53 letters at most")

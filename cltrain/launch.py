@@ -59,27 +59,27 @@ def is_listening(url: str, wait_s: float = 0.0) -> bool:
             time.sleep(0.1)
 
 
-def health_of(url: str) -> str:
+def health_of(url: str, path: str = "/health") -> str:
     """up, unwell or down. A port is knocked at first: the HTTP client alone costs a fifth of a second."""
     if not is_listening(url):
         return "down"
     import httpx
 
     try:
-        return "up" if httpx.get(f"{url}/health", timeout=0.3, trust_env=False).status_code == 200 else "unwell"
+        return "up" if httpx.get(f"{url}{path}", timeout=0.3, trust_env=False).status_code == 200 else "unwell"
     except httpx.HTTPError:
         return "unwell"
 
 
 def health_of_servers(config: Config) -> str:
     """As `health_of`; where only some of several replicas are up: how many."""
-    states = [health_of(url) for url in config.server.replicas]
+    states = [health_of(url, config.server.health_path) for url in config.server.replicas]
     num_up = states.count("up")
     return states[0] if len(set(states)) == 1 else f"{num_up} of {len(states)} up"
 
 
 def any_server_up(config: Config) -> bool:
-    return any(health_of(url) == "up" for url in config.server.replicas)
+    return any(health_of(url, config.server.health_path) == "up" for url in config.server.replicas)
 
 
 def check_takes_adapters(config: Config) -> None:
@@ -87,7 +87,7 @@ def check_takes_adapters(config: Config) -> None:
     if config.server.kind == "openai":
         raise ConfigError(
             "server.kind = 'openai' takes no adapters and gives no log-probs of a prompt: what comes in is recorded, "
-            "learning needs server.kind = 'vllm' or 'embedded'"
+            "learning needs server.kind = 'vllm', 'sglang' or 'embedded'"
         )
 
 

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, func, select
 
 from cltrain import launch, tenants
 from cltrain.config import Config
+from cltrain.deploy import readiness
 from cltrain.errors import DataError
 from cltrain.experience import rows, waiting
 from cltrain.monitoring.outbox import lags
@@ -26,6 +27,7 @@ EXPLAINED = ("unusable", "quarantined")
 def read_status(config: Config, store: Store) -> dict[str, Any]:
     """The state of one agent as plain JSON, with its newest updates and releases.
 
+    `replicas`: how each stands to what serves, as the worker found it last (see `deploy.readiness.standings`);
     `immature`: ended episodes that wait for feedback or for `mature_after_s`; `ready`: those that the next update may
     read; `why`: the most frequent reason of what is unusable or quarantined; `late_feedback`: pieces that came after
     their episode was learned from; `sinks`: events that each has not kept yet.
@@ -79,6 +81,7 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
         last = connection.execute(
             select(s.audits).where(s.audits.c.agent == agent).order_by(s.audits.c.id.desc())
         ).first()
+        state["replicas"] = readiness.standings(connection, agent, config.server.replicas)
         state["audit"] = last and {
             "number": last.id,
             "outcome": last.outcome,
@@ -119,6 +122,7 @@ def lines_of(state: dict[str, Any]) -> list[str]:
         f"waiting    {state['immature']} episodes for feedback; {state['late_feedback']} pieces came too late",
         f"learning   {state['ready']} episodes for the next update; looked at: {screened or 'none yet'}",
         *(f"{status:<10} most often: {reason}" for status, reason in state["why"].items()),
+        *(f"replica    {url}: {standing}" for url, standing in state["replicas"].items()),
         f"processes  {', '.join(f'{name} {up}' for name, up in state['processes'].items())}",
         f"decisions  {state['decisions']} in the log, chain {state['chain']}",
         f"audit      {_audited(state['audit'])}",

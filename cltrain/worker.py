@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +24,7 @@ from cltrain.config import Config
 from cltrain.deploy.client import clients_of
 from cltrain.deploy.preflight import check_adapter
 from cltrain.deploy.replicas import Replicas
-from cltrain.errors import ConflictError, DataError, ServerError
+from cltrain.errors import ConflictError, DataError, ServerError, UnavailableError
 from cltrain.evidence import Evidence
 from cltrain.experience import window
 from cltrain.experience.ingest import read_rehearsal
@@ -97,7 +97,8 @@ class Worker:
                 base, file=config.trainer.anchors, count=config.trainer.num_anchors,
                 max_tokens=config.trainer.anchor_tokens, seed=config.seed, directory=config.state_dir / "anchors",
             )  # fmt: skip
-            servers = Replicas(self.store, clients_of(config.server), config.server.min_ready)
+            clients = clients_of(config.server)
+            servers = Replicas(self.store, clients, config.server.min_ready)
             stack.callback(servers.close)
             rehearsal = read_rehearsal(config.experience.rehearsal) if config.experience.rehearsal else ()
             self.rooms = Rooms(
@@ -106,6 +107,9 @@ class Worker:
                 self._keeper.fence if self._keeper else 0, on_progress=self.on_progress,
             )  # fmt: skip
             self._wait_for_server()
+            for client in clients:
+                with suppress(UnavailableError):  # one of several may be away
+                    client.check_takes(config.adapter.rank, config.adapter.targets, config.server.max_adapters)
             self.pump = Pump(self.store, reporting.sinks(config))
             stack.callback(self.pump.close)
             self.pump.start()

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from cltrain.demo import world
-from tests.gateway_load import Load
+from tests.gateway_load import Doors, Load
 
 ELSEWHERE = "elsewhere"  # who wrote the answers of the posted episodes
 PAUSE_S = 0.3
@@ -22,10 +22,10 @@ class TicketLoad(Load):
     """Each round posts one ticket as an episode, or works one through the gateway; then an operator corrects it."""
 
     def __init__(self, url: str, num_clients: int, seed: int) -> None:
-        super().__init__(url, num_clients)
+        super().__init__(url, num_clients=num_clients)
         self.seed = seed
 
-    def _round(self, http: httpx.Client, name: str) -> None:
+    def _round(self, http: Doors, name: str) -> None:
         skill = random.Random(f"{self.seed}/{name}").choice(world.NEW_SKILLS)
         (ticket,) = world.training_tickets(skill, seed=self.seed, count=1, name=name)
         number = int(name.rpartition("-")[2])
@@ -38,7 +38,7 @@ class TicketLoad(Load):
                     self.acknowledged.feedback[str(given["id"])] = target
         self._stop.wait(PAUSE_S)
 
-    def _post(self, http: httpx.Client, ticket: world.Ticket) -> str | None:
+    def _post(self, http: Doors, ticket: world.Ticket) -> str | None:
         """The ticket as an episode in which somebody else's model called the wrong tool."""
         wrong = world.call_message({**ticket.expected, "name": "find"}, "x")
         messages = [*ticket.messages, wrong, {"role": "tool", "tool_call_id": "call-x", "content": "ok"}]
@@ -49,7 +49,7 @@ class TicketLoad(Load):
             self.acknowledged.trajectories[ticket.id] = messages
         return ticket.id
 
-    def _work(self, http: httpx.Client, ticket: world.Ticket) -> str | None:
+    def _work(self, http: Doors, ticket: world.Ticket) -> str | None:
         """One answer of the agent itself; asked again until one is recorded."""
         headers = {"X-Session-Id": ticket.id, "X-Session-Done": "1", "X-CLTrain-Principal": ticket.principal}
         while not self._stop.is_set():

@@ -1,4 +1,5 @@
-"""Three real inference servers that take adapters at run time, each as a process of its own on the shipped base."""
+"""Inference servers that take adapters at run time, each as a process of its own on the shipped base: three real ones
+and a stand-in for SGLang."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cltrain.deploy.client import ServerClient
+from cltrain.deploy.sglang import SglangClient
 from tests.command import free_port
 from tests.serving import TARGETS
 
@@ -46,6 +48,10 @@ def _mistralrs(base: Path, port: int) -> list[str]:
     return [sys.executable, "-m", "tests.mistralrs_server", str(base), str(port)]
 
 
+def _sglang(base: Path, port: int) -> list[str]:
+    return [sys.executable, "-m", "tests.sglang_server", str(base), str(port)]
+
+
 def _vllm(base: Path, port: int) -> list[str]:
     return [
         str(VLLM_PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(base),
@@ -69,6 +75,7 @@ ANYWHERE = Path(tempfile.gettempdir())  # not here: vLLM would take our folder k
 KINDS = {
     "embedded": Kind("embedded", _embedded, OURS, ROOT, 240),
     "mistralrs": Kind("mistralrs", _mistralrs, OURS, ROOT, 240),
+    "sglang": Kind("sglang", _sglang, OURS, ROOT, 240),
     "vllm": Kind("vllm", _vllm, VLLM, ANYWHERE, 600),
 }
 
@@ -80,7 +87,8 @@ class Served:
         self.kind = kind
         self.base_dir = base_dir
         self._port = free_port()
-        self.client = ServerClient(f"http://127.0.0.1:{self._port}", "base")
+        client = SglangClient if kind.name == "sglang" else ServerClient
+        self.client = client(f"http://127.0.0.1:{self._port}", "base")
         self._log = tempfile.NamedTemporaryFile(mode="w+", suffix=f"-{kind.name}.log")  # noqa: SIM115
         self._process: subprocess.Popen[bytes] | None = None
         self._start()

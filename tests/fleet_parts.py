@@ -62,6 +62,9 @@ class Shelf:
     def health(self) -> bool:
         return not self.is_down
 
+    def name_of(self, model: str) -> str:
+        return model
+
     def list(self) -> dict[str, str]:
         self._reach()
         return dict(self.held)

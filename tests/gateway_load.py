@@ -1,10 +1,12 @@
-"""Clients that hammer a gateway, remember exactly what it acknowledged, and check a store against that."""
+"""Clients that hammer one gateway, or several on one store, remember what was acknowledged, and check the store."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +34,22 @@ class Acknowledged:
             return len(self.trajectories) + len(self.feedback) + len(self.answers)
 
 
+class Doors:
+    """Posts to one gateway after the other: an episode goes on at another one than it began at."""
+
+    def __init__(self, http: httpx.Client, urls: Sequence[str]) -> None:
+        self._http = http
+        self._urls = itertools.cycle(urls)
+
+    def post(self, path: str, **given: Any) -> httpx.Response:
+        return self._http.post(next(self._urls) + path, **given)
+
+
 class Load:
     """`num_clients` threads; each repeats what was not acknowledged with the same id until it is."""
 
-    def __init__(self, url: str, num_clients: int) -> None:
-        self.url = url
+    def __init__(self, *urls: str, num_clients: int) -> None:
+        self.urls = urls
         self.acknowledged = Acknowledged()
         self.failures: list[str] = []
         self.num_resent = 0
@@ -55,7 +68,8 @@ class Load:
 
     def _client(self, number: int) -> None:
         try:
-            with httpx.Client(base_url=self.url, timeout=20.0, trust_env=False) as http:
+            with httpx.Client(timeout=20.0, trust_env=False) as client:
+                http = Doors(client, self.urls)
                 for round_ in range(1_000_000):
                     if self._stop.is_set():
                         return
@@ -63,7 +77,7 @@ class Load:
         except Exception as error:  # a thread's failure must reach the test
             self.failures.append(f"client {number}: {error!r}")
 
-    def _round(self, http: httpx.Client, name: str) -> None:
+    def _round(self, http: Doors, name: str) -> None:
         messages = [{"role": "user", "content": name}, {"role": "assistant", "content": f"done {name}"}]
         if self._until_taken(http, "/v1/trajectories", {"id": name, "messages": messages, "reward": 1}) is not None:
             with self.acknowledged.lock:
@@ -81,7 +95,7 @@ class Load:
                 with self.acknowledged.lock:
                     self.acknowledged.feedback[f"{name}-{turn}"] = record
 
-    def _until_taken(self, http: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+    def _until_taken(self, http: Doors, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         """Send until there is a 2xx answer; None when the load ended first."""
         is_again = False
         while not self._stop.is_set():
@@ -98,7 +112,7 @@ class Load:
         return None
 
     def _chat(
-        self, http: httpx.Client, session: str, history: list[dict[str, Any]], *, is_streamed: bool
+        self, http: Doors, session: str, history: list[dict[str, Any]], *, is_streamed: bool
     ) -> tuple[str, str] | None:
         """(record, text) of an acknowledged answer; a broken request is sent again, as an agent would."""
         body = {"model": "support", "messages": history, "stream": is_streamed}

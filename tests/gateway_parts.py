@@ -15,6 +15,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cltrain.config import Config, from_dict
@@ -195,7 +196,7 @@ def config_in(directory: Path, **sections: dict[str, Any]) -> Config:
 class Gateway:
     """A gateway over a fake server, both on real ports; `clock` is moved by hand."""
 
-    def __init__(self, directory: Path, url: str, fake: FakeServer, store: Store, app: FastAPI) -> None:
+    def __init__(self, directory: Path, url: str, fake: FakeServer, store: Store, app: Starlette) -> None:
         self.directory = directory
         self.url = url
         self.fake = fake

@@ -94,3 +94,10 @@ def test_a_name_that_kubernetes_would_not_take_is_said(cltrain: Command, tmp_pat
     promoted_home(tmp_path)
     done = cltrain("kubernetes", f"--home={tmp_path}", *words)
     assert (done.code, "no name of Kubernetes" in done.err) == (2, True), done
+
+
+def test_no_objects_for_sglang_which_would_answer_with_the_base(cltrain: Command, tmp_path: Path) -> None:
+    promoted_home(tmp_path)
+    words = ["--set=server.kind=sglang", "--set=server.url=http://127.0.0.1:9"]
+    done = cltrain("kubernetes", f"--home={tmp_path}", "--pool=llama", *words)
+    assert (done.code, "these objects are for vLLM" in done.err) == (2, True), done

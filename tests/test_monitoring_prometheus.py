@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cltrain.deploy.readiness import mark_failed, mark_proved, note_listed, note_out
 from cltrain.experience.window import mark
 from cltrain.monitoring.outbox import emit
 from cltrain.monitoring.prometheus import LAST_VALUES, StoreCollector
@@ -168,6 +169,28 @@ def test_a_scrape_of_twenty_thousand_records_takes_less_than_half_a_second(store
         scrape(store)
         seconds.append(time.perf_counter() - begun)
     assert min(seconds) < 0.5
+
+
+def test_the_page_says_of_every_replica_whether_it_is_up_and_ready_for_what_serves(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        url = gateway.app.state.door.upstream.places[0].upstream.url
+
+        def shown() -> tuple[float | None, float | None]:
+            value = gateway.app.state.door.metrics.registry.get_sample_value
+            labels = {"agent": "support", "replica": url}
+            return value("cltrain_replica_up", labels), value("cltrain_replica_ready", labels)
+
+        add_release(gateway.store, R1)
+        point_alias(gateway.store, R1)
+        assert shown() == (0, 0), "nobody looked yet"
+        note_listed(gateway.store, url, {}, 1.0)
+        assert shown() == (1, 0)
+        mark_proved(gateway.store, url, R1, "/r1", 2.0)
+        assert shown() == (1, 1)
+        mark_failed(gateway.store, url, R1, "/r1", 3.0)
+        assert shown() == (1, 0)
+        note_out(gateway.store, url, 4.0)
+        assert shown() == (0, 0)
 
 
 def test_every_metric_of_the_gateways_page_is_in_the_readme(tmp_path: Path) -> None:

@@ -262,3 +262,29 @@ def test_without_the_package_it_is_said_what_to_install(
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"cltrain\[sign\]"):
         check_signature(tmp_path, [keys["own.public"]])
+
+
+def test_the_doctor_finds_what_serves_unsigned_though_a_key_is_asked_for(
+    store: Store, tmp_path: Path, keys: dict[str, Path]
+) -> None:
+    home = tmp_path / "state"
+    asked_for = from_dict({"home": str(home), "signing": {"trusted": [str(keys["own.public"])]}})
+
+    def said(config: Any) -> tuple[str, str]:
+        (found,) = [(f["state"], f["detail"]) for f in Deployment(config).doctor() if f["what"] == "signing"]
+        return found
+
+    assert said(asked_for) == ("good", "nothing serves but the bare base, which needs no signature")
+    name, directory = served(store, home, 1, None)
+    assert said(from_dict({"home": str(home)}))[0] == "good"  # nothing is asked for
+    state, detail = said(asked_for)
+    assert (state, name in detail, "is not signed" in detail) == ("bad", True, True)
+    directory.chmod(0o755)
+    signature = sign((directory / "manifest.json").read_bytes(), keys["own.private"])
+    (directory / "manifest.sig").write_bytes(signature)
+    assert said(asked_for) == (
+        "good",
+        f"what serves, and what a rollback would go to, is signed by a trusted key ({name})",
+    )
+    other = from_dict({"home": str(home), "signing": {"trusted": [str(keys["other.public"])]}})
+    assert said(other)[0] == "bad"

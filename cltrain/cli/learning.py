@@ -109,7 +109,9 @@ def gate(
 @about_one
 def import_(
     chosen: Chosen,
-    file: Annotated[Path, typer.Argument(help="JSONL of OpenAI-style messages with rewards.")],
+    file: Annotated[
+        Path, typer.Argument(help="JSONL of OpenAI-style messages with rewards, or of {request, response}.")
+    ],
     base: Annotated[Path | None, typer.Option(help="Base whose tokenizer and context the report counts with.")] = None,
     producer: Annotated[str | None, typer.Option(help="Who wrote the assistant turns.")] = None,
     as_json: AsJson = False,

@@ -1,15 +1,16 @@
-"""One client for every server that speaks vLLM's dialect, the embedded one among them. Imports no torch.
+"""One client for every server that speaks vLLM's dialect, the embedded one among them; sglang.py has the other one.
+Imports no torch.
 
 Nothing is retried here: the caller knows what a failure means. Every failure is a ServerError, never a made-up answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 
@@ -42,6 +43,10 @@ AllScores = list[Scores]
 class ServerClient:
     """A server at `url`; `model` is the base's name there. Safe to share between threads; close it when done."""
 
+    LOAD, UNLOAD, HEALTH = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/health"
+    ASK_IDS: ClassVar[Mapping[str, bool]] = {"return_token_ids": True}
+    HOW_TO_START = "vLLM has it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"
+
     def __init__(self, url: str, model: str, timeout_s: float = 120.0, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.model = model
@@ -64,10 +69,20 @@ class ServerClient:
         """Where programs that ask that model themselves find it."""
         return self.url
 
+    def name_of(self, model: str) -> str:
+        """What a request must call the model."""
+        return model
+
+    def check_takes(self, rank: int, targets: Sequence[str], max_adapters: int) -> None:
+        """Raise ConfigError where the server says that it is too small for such adapters, or for so many.
+
+        vLLM does not say: there `server.max_rank` and `server.max_adapters` are what was declared.
+        """
+
     def health(self) -> bool:
         """Whether the server answers at all."""
         try:
-            return self._http.get("/health", timeout=QUICK_S).status_code == 200
+            return self._http.get(self.HEALTH, timeout=QUICK_S).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -84,14 +99,11 @@ class ServerClient:
         """
         if not path.is_absolute():
             raise ServerError(f"adapter path {path} must be absolute: a server takes a relative one for a hub's name")
-        response = self._send("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+        response = self._send("POST", self.LOAD, {"lora_name": name, "lora_path": str(path)})
         if response.status_code == 200:
             return
         if response.status_code == 404 and not response.text.startswith('{"error"'):
-            raise ServerError(
-                f"{self.url} has no /v1/load_lora_adapter: vLLM has it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 "
-                "and --enable-lora"
-            )
+            raise ServerError(f"{self.url} has no {self.LOAD}: {self.HOW_TO_START}")
         root = self.list().get(name)
         if root == str(path):
             return
@@ -101,7 +113,7 @@ class ServerClient:
 
     def unload(self, name: str) -> None:
         """Forget an adapter; requests that began on it finish. One that is not there is fine."""
-        response = self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        response = self._send("POST", self.UNLOAD, {"lora_name": name})
         if response.status_code not in (200, 404):
             raise ServerError(f"{self.url} did not unload {name}: {_reason(response)}")
 
@@ -117,28 +129,29 @@ class ServerClient:
     ) -> Answer:
         """One chat answer by exactly that model. Raises ServerError also when another model's name comes back."""
         body: dict[str, Any] = {
-            "model": model,
+            "model": self.name_of(model),
             "messages": list(messages),
             "max_tokens": max_tokens,
             "temperature": temperature,
             "logprobs": True,
-            "return_token_ids": True,
+            **self.ASK_IDS,
         }
         if tools:
             body["tools"] = list(tools)
         if seed is not None:
             body["seed"] = seed
-        answer = self._json("POST", "/v1/chat/completions", body)
+        answer = self._json("POST", "/v1/chat/completions", body, model)
         try:
             choice = answer["choices"][0]
             self._check_model(answer, model)
+            prompt_ids, completion_ids = self._ids_in(answer)
             kept = ("role", "content", "tool_calls")
             entries = (choice.get("logprobs") or {}).get("content")
             return Answer(
                 message={key: choice["message"][key] for key in kept if choice["message"].get(key) or key == "content"},
-                model=answer["model"],
-                prompt_ids=_ids(answer.get("prompt_token_ids")),
-                completion_ids=_ids(choice.get("token_ids")),
+                model=model,
+                prompt_ids=_ids(prompt_ids),
+                completion_ids=_ids(completion_ids),
                 logprobs=None if entries is None else tuple(float(entry["logprob"]) for entry in entries),
                 finish_reason=choice.get("finish_reason"),
             )
@@ -179,7 +192,7 @@ class ServerClient:
                 "temperature": 0.0,
                 "prompt_logprobs": 0,
             }
-            answer = self._json("POST", "/v1/completions", body)
+            answer = self._json("POST", "/v1/completions", body, model)
             self._check_model(answer, model)
             try:
                 choices = sorted(answer["choices"], key=lambda choice: choice["index"])
@@ -190,24 +203,37 @@ class ServerClient:
                 ) from None
         return found
 
+    def _ids_in(self, answer: dict[str, Any]) -> tuple[Any, Any]:
+        """Token ids of prompt and answer, as far as they are told."""
+        return answer.get("prompt_token_ids"), answer["choices"][0].get("token_ids")
+
+    def _is_not_held(self, response: httpx.Response) -> bool:
+        return response.status_code == 404
+
     def _check_model(self, answer: dict[str, Any], model: str) -> None:
-        if answer.get("model") != model:
+        if answer.get("model") != self.name_of(model):
             raise ServerError(f"{self.url} was asked for {model} and answered as {answer.get('model')}")
 
-    def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _json(
+        self, method: str, path: str, body: dict[str, Any] | None = None, model: str | None = None
+    ) -> dict[str, Any]:
+        """A JSON object. `model`: who is asked; NotHeldError where the server does not hold it."""
+        answer = self._value(method, path, body, model)
+        if not isinstance(answer, dict):
+            raise ServerError(f"{self.url}{path} answered something that is not an object: {str(answer)[:200]}")
+        return answer
+
+    def _value(self, method: str, path: str, body: dict[str, Any] | None, model: str | None) -> Any:
         response = self._send(method, path, body)
         if response.status_code != 200:
             said = f"{self.url}{path} answered {response.status_code}: {_reason(response)}"
-            if response.status_code == 404 and body is not None:
-                raise NotHeldError(said, str(body["model"]))
+            if model is not None and self._is_not_held(response):
+                raise NotHeldError(said, model)
             raise (UnavailableError if response.status_code in AWAY else ServerError)(said)
         try:
-            answer = response.json()
+            return response.json()
         except ValueError:
             raise ServerError(f"{self.url}{path} answered something that is not JSON: {response.text[:200]}") from None
-        if not isinstance(answer, dict):
-            raise ServerError(f"{self.url}{path} answered something that is not an object: {response.text[:200]}")
-        return answer
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:
@@ -223,7 +249,10 @@ class ServerClient:
 
 def clients_of(config: ServerConfig) -> list[ServerClient]:
     """One for every replica."""
-    return [ServerClient(url, config.model or "base", config.timeout_s, config.api_key) for url in config.replicas]
+    from cltrain.deploy.sglang import SglangClient  # it stands on this file
+
+    kind = SglangClient if config.kind == "sglang" else ServerClient
+    return [kind(url, config.model or "base", config.timeout_s, config.api_key) for url in config.replicas]
 
 
 def _scores(choice: dict[str, Any], prompt: Sequence[int], completion: Sequence[int]) -> Scores:
@@ -237,6 +266,7 @@ def _ids(value: Any) -> tuple[int, ...] | None:
 
 def _reason(response: httpx.Response) -> str:
     try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+        body = response.json()
+        return str(body["error"]["message"] if "error" in body else body.get("error_message") or body["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{response.status_code} {response.text[:200]}"

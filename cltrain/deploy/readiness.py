@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from cltrain.errors import ConflictError
 from cltrain.store.database import Store
-from cltrain.store.schema import replicas
+from cltrain.store.schema import aliases, releases, replicas
 
 ITSELF = ""  # the row that stands for the server: `up` or `out`
 HELD = ("loaded", "proved", "failed", "draining")  # it answers and listed it
@@ -49,6 +49,23 @@ def is_ready(rows: Mapping[str, Row], release: str) -> bool:
     """Whether one replica, of which these rows are known, may answer as the release."""
     itself, row = rows.get(ITSELF), rows.get(release)
     return itself is not None and itself.state == "up" and row is not None and row.state == "proved"
+
+
+def standings(connection: Connection, agent: str, urls: Collection[str]) -> dict[str, str]:
+    """URL -> how each replica stands to what serves: `ready` for it, `out`, `unseen` by anybody yet, `absent` where it
+    lacks it, else the state of the release there. For the bare base whoever is up is ready."""
+    serving = select(releases.c.name, releases.c.path).join(aliases, aliases.c.release == releases.c.name)
+    release = connection.execute(serving.where(aliases.c.agent == agent)).first()
+
+    def of(rows: Mapping[str, Row]) -> str:
+        itself = rows.get(ITSELF)
+        if itself is None or itself.state == "out":
+            return "unseen" if itself is None else "out"
+        if release is None or release.path is None or is_ready(rows, release.name):
+            return "ready"
+        return str(rows[release.name].state) if release.name in rows else "absent"
+
+    return {url: of(rows) for url, rows in places(connection, urls).items()}
 
 
 def note_listed(

@@ -36,6 +36,7 @@ class Server(residents.Residence, Protocol):
     model: str
 
     def health(self) -> bool: ...
+    def name_of(self, model: str) -> str: ...
     def close(self) -> None: ...
     def generate_many(
         self, model: str, prompts: Sequence[Prompt], max_tokens: int, concurrency: int = 16
@@ -180,6 +181,10 @@ class Replicas:
     def url_for(self, model: str) -> str:
         """One replica that holds the model, for programs that ask it themselves. Raises UnavailableError."""
         return self._holders(model, ())[0].url
+
+    def name_of(self, model: str) -> str:
+        """What a program that asks a replica itself must call the model."""
+        return self.members[0].server.name_of(model)
 
     def close(self) -> None:
         for member in self.members:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from io import BufferedReader
@@ -19,10 +19,11 @@ from typing import Any
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.experience.examples import OURS, first_tool
+from cltrain.experience.exchanges import Told, unfold
 from cltrain.experience.recording import Recorder
 from cltrain.experience.strict_json import is_unicode, loads
 from cltrain.experience.verify import arguments_of, text_of, tool_fault
-from cltrain.records import Example, Feedback, Message, Trajectory
+from cltrain.records import Example, Feedback, Generation, Message, Trajectory
 
 MAX_LINE_BYTES = 16 * 2**20
 KEPT_BYTES = 64 * 2**10  # of a longer line, in the set-aside copy
@@ -61,9 +62,12 @@ def import_file(
     agent: str,
     *,
     producer: str | None = None,
+    releases: Collection[str] = (),
     clock: Callable[[], float] = time.time,
 ) -> ImportReport:
-    """Import a JSONL file of {id, messages, tools?, reward | score, model?, session?, principal?, created_at?}.
+    """Import a JSONL file of {id, messages, tools?, reward | score, model?, session?, principal?, created_at?}, or of
+    {request, response, ...} (see `exchanges`): of those only the answer itself is the producer's. Where the producer is
+    the agent and one of its `releases` answered, its tokens and log-probs are kept as if the gateway had recorded them.
 
     `reward` is in [0, 1] (0 failure, 1 success), or negative for a failure; `score` is in [-1, 1]. The answers'
     producer is `producer`, else the line's `model`, which may not be a word that is trusted here (`OURS`): that the
@@ -86,7 +90,7 @@ def import_file(
             try:
                 if size > MAX_LINE_BYTES:
                     raise _Refused("line too long", f"{size} bytes, at most {MAX_LINE_BYTES}")
-                trajectory = _trajectory(raw, agent, producer, f"import:{file.stem}", clock())
+                trajectory = _trajectory(raw, agent, producer, f"import:{file.stem}", clock(), releases)
                 content = hashlib.sha256(repr(_comparable(trajectory)).encode()).digest()
                 if seen.setdefault(trajectory.id, content) != content:
                     raise _Refused("id already used in this file for another episode", trajectory.id)
@@ -222,8 +226,16 @@ def _lines(stream: BufferedReader) -> Iterator[tuple[int, bytes, int]]:
 # ---------------------------------------------------------------- one line
 
 
-def _trajectory(raw: bytes, agent: str, producer: str | None, principal: str, now: float) -> Trajectory:
+def _trajectory(
+    raw: bytes, agent: str, producer: str | None, principal: str, now: float, releases: Collection[str] = ()
+) -> Trajectory:
     line = _object(raw)
+    told: Told | None = None
+    if "request" in line:
+        try:
+            line, told = unfold(line)
+        except ValueError as error:
+            raise _Refused("no request with its answer", str(error)) from None
     messages = _messages(line.get("messages"))
     author = producer if producer is not None else _author(line)
     identifier = _identifier(line, raw)
@@ -233,15 +245,26 @@ def _trajectory(raw: bytes, agent: str, producer: str | None, principal: str, no
     created_at = float(created_at)
     score = _score(line)
     given = Feedback(id=f"{identifier}:reward", target=identifier, score=score, source="import", created_at=created_at)
+    last = len(messages) - 1
+    generations: tuple[Generation, ...] = ()
+    if told is not None and producer == "agent" and told.model in releases:
+        ids = (told.prompt_ids, told.completion_ids, told.logprobs)
+        answer = Generation(f"{identifier}:answer", identifier, last, told.model, *ids, told.finish_reason)
+        generations = (answer,)
     return Trajectory(
         id=identifier,
         agent=agent,
         session=_text(line, "session") or identifier,
         principal=_text(line, "principal") or principal,
         messages=messages,
-        producers=tuple(author if m["role"] == "assistant" else PRODUCERS[m["role"]] for m in messages),
+        producers=tuple(
+            PRODUCERS[m["role"]] if m["role"] != "assistant" else None if told and k < last else author
+            for k, m in enumerate(messages)
+        ),
         tools=_tools(line.get("tools")),
+        generations=generations,
         feedback=() if score is None else (given,),
+        release=generations[0].release if generations else None,
         created_at=created_at,
     )
 

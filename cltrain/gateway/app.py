@@ -15,9 +15,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NoReturn
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette import routing
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from cltrain.config import Config
 from cltrain.errors import ConfigError
@@ -25,11 +27,11 @@ from cltrain.experience.recording import Recorder, load_secret
 from cltrain.gateway.chat import Door
 from cltrain.gateway.episodes import Episodes
 from cltrain.gateway.errors import ANTHROPIC_PATH
-from cltrain.gateway.guard import Guard, check_may_listen, is_loopback
+from cltrain.gateway.guard import ROUTES, Guard, check_may_listen, is_loopback
 from cltrain.gateway.intake import answered, list_served, take_feedback, take_trajectories
 from cltrain.gateway.keys import KeyRing
 from cltrain.gateway.messages import take_message
-from cltrain.gateway.metrics import Metrics
+from cltrain.gateway.metrics import Metrics, ReplicaCollector
 from cltrain.gateway.tokens import Route
 from cltrain.gateway.upstream import Upstream
 from cltrain.gateway.upstreams import Upstreams
@@ -52,7 +54,7 @@ def create_gateway(
     clock: Callable[[], float] = time.time,
     *,
     base_release: str | None = None,
-) -> FastAPI:
+) -> Starlette:
     """The app, over one server or its replicas. `base_release` names the bare base before any release; None: from the
     digest of `base.path`."""
     agent = config.agent.name
@@ -61,14 +63,15 @@ def create_gateway(
     secret = load_secret(config.state_dir)
     recorder = Recorder(store, secret, config.experience.eval_share, capacity=config.gateway.queue)
     timeout_s = config.gateway.record_timeout_s
-    given = [upstream] if isinstance(upstream, Upstream) else upstream
-    episodes = Episodes(store, agent, base_release, timeout_s, [one.url for one in given])
-    metrics = Metrics(StoreCollector(store, agent, clock))
-    upstreams = Upstreams(store, given)
+    replicas = [upstream] if isinstance(upstream, Upstream) else list(upstream)
+    upstreams = Upstreams(store, replicas)
+    urls = [replica.url for replica in replicas]
+    episodes = Episodes(store, agent, base_release, timeout_s, urls)
+    metrics = Metrics(StoreCollector(store, agent, clock), ReplicaCollector(store, agent, urls))
     door = Door(agent, episodes, upstreams, recorder, metrics, timeout_s, clock, config, config.server.api_key)
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         sweeping = asyncio.create_task(_sweep(door, config.experience.idle_end_s))
         try:
             yield
@@ -78,51 +81,53 @@ def create_gateway(
             await asyncio.to_thread(recorder.close)
             await upstreams.close()
 
-    app = FastAPI(title="cltrain gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.door = door
-    ring = KeyRing(config.state_dir, is_needed=not is_loopback(config.gateway.host))
-    app.add_middleware(Guard, ring=ring, metrics=metrics, max_in_flight=config.gateway.max_in_flight)
-
     async def generate(route: Route, request: Request) -> Response:
         response = await answered(door, request, door.generate(route, request))
         metrics.requests.labels(route, response.status_code).inc()
         return response
 
-    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await generate("chat", request)
 
-    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await generate("completion", request)
 
-    @app.post(ANTHROPIC_PATH)
     async def messages(request: Request) -> Response:
         response = await answered(door, request, take_message(door, request))
         metrics.requests.labels("message", response.status_code).inc()
         return response
 
-    @app.post("/v1/feedback")
     async def post_feedback(request: Request) -> Response:
         return await answered(door, request, take_feedback(door, request))
 
-    @app.post("/v1/trajectories")
     async def post_trajectories(request: Request) -> Response:
         return await answered(door, request, take_trajectories(door, request))
 
-    @app.get("/v1/models")
     async def list_models(request: Request) -> Response:
         return await answered(door, request, list_served(door, store, request))
 
-    @app.get("/health")
-    async def health() -> Response:
+    async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok", "agent": agent, "store": "down" if episodes.watch.is_down else "ok"})
 
-    @app.get("/metrics")
-    async def show_metrics() -> Response:
+    async def show_metrics(_: Request) -> Response:
         metrics.waiting.set(recorder.num_waiting)
         return Response(await asyncio.to_thread(metrics.page), media_type=CONTENT_TYPE_LATEST)
 
+    answers = {
+        "/v1/chat/completions": chat_completions,
+        "/v1/completions": completions,
+        ANTHROPIC_PATH: messages,
+        "/v1/feedback": post_feedback,
+        "/v1/trajectories": post_trajectories,
+        "/v1/models": list_models,
+        "/health": health,
+        "/metrics": show_metrics,
+    }
+    routes = [routing.Route(path, answers[path], methods=[rule.method]) for path, rule in ROUTES.items()]
+    app = Starlette(routes=routes, lifespan=lifespan)
+    app.state.door = door
+    ring = KeyRing(config.state_dir, is_needed=not is_loopback(config.gateway.host))
+    app.add_middleware(Guard, ring=ring, metrics=metrics, max_in_flight=config.gateway.max_in_flight)
     return app
 
 

@@ -18,7 +18,12 @@ from cltrain.records import Feedback, Message, Trajectory
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 TRUSTED = ("verifier", "operator")  # sources that are believed first
-UNSAFE = ("prompt_embeds", "chat_template", "mm_processor_kwargs", "media_io_kwargs", "kv_transfer_params")
+UNSAFE = (
+    "prompt_embeds", "chat_template", "mm_processor_kwargs", "media_io_kwargs", "kv_transfer_params",
+    # SGLang: another adapter, another prompt, code, another process
+    "lora_path", "input_ids", "custom_logit_processor", "session_params", "rid", "bootstrap_host", "bootstrap_port",
+    "bootstrap_room", "routed_dp_rank", "data_parallel_rank",
+)  # fmt: skip
 MAX_NAME = 256
 TRUE = frozenset({"1", "true", "yes"})
 

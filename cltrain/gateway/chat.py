@@ -20,7 +20,7 @@ from cltrain.config import Config
 from cltrain.errors import ConflictError, DataError
 from cltrain.experience.recording import Recorder, RecorderFull, Turn, UnknownTarget
 from cltrain.gateway import bodies
-from cltrain.gateway.episodes import Episodes, Lease, prefix_hashes
+from cltrain.gateway.episodes import Episodes, Lease, next_hash
 from cltrain.gateway.errors import Refusal, UpstreamFailure, unknown_model
 from cltrain.gateway.keys import PREFIX as KEY_PREFIX
 from cltrain.gateway.metrics import Metrics
@@ -28,7 +28,7 @@ from cltrain.gateway.streaming import EventStream, error_event, relay
 from cltrain.gateway.tenants import agent_for
 from cltrain.gateway.tokens import Answer, Collected, Route, Wanted, ask, read_answer, strip
 from cltrain.gateway.upstreams import Opened, Place, Upstreams
-from cltrain.records import Generation, Message
+from cltrain.records import Generation, Message, Tool
 
 T = TypeVar("T")
 BODY_S = 60.0  # to send it whole
@@ -46,6 +46,7 @@ class Asked:
     route: Route
     body: dict[str, Any]
     messages: tuple[Message, ...]
+    tools: tuple[Tool, ...]
     principal: str
     session: str | None
     is_done: bool
@@ -96,7 +97,11 @@ class Door:
 
     async def _generate(self, asked: Asked, lease: Lease, request: Request, start: float) -> Response:
         path = PATHS[asked.route]
-        body = ask(asked.route, asked.body) if self.upstream.gives_token_ids else asked.body
+        body = (
+            ask(asked.route, asked.body, self.upstream.kind == "sglang")
+            if self.upstream.gives_token_ids
+            else asked.body
+        )
         passed_on = self._passed_on(request)
         wanted = Wanted.by(asked.body)
         if asked.body.get("stream"):
@@ -113,7 +118,8 @@ class Door:
     async def settle(self, future: Future[T]) -> T:
         """Wait for a commit. Raises Refusal 503 when the store does not make it in time."""
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self.record_timeout_s)
+            async with asyncio.timeout(self.record_timeout_s):
+                return await asyncio.wrap_future(future)
         except TimeoutError:
             self.episodes.watch.failed(f"no commit within {self.record_timeout_s:g} s")
             raise Refusal(503, "the store is busy: nothing was acknowledged, send it again", kind="api_error") from None
@@ -172,7 +178,7 @@ class Door:
     async def _commit(self, asked: Asked, lease: Lease, answer: Answer) -> str | None:
         """Record the answer; None when it is on disk, else the reason why it is not."""
         messages = (*asked.messages, answer.message)
-        prefix = prefix_hashes(messages)[-1]
+        prefix = next_hash(lease.prefix, answer.message)
         try:
             reason = await self._record(asked, lease, answer, messages, prefix)
         finally:
@@ -218,8 +224,7 @@ class Door:
         await self.episodes.finish(lease)
         if not isinstance(error, UpstreamFailure) or not lease.is_recordable or asked.why_unrecordable:
             return
-        prefix = prefix_hashes(asked.messages)[-1]
-        turn = self._turn(asked, lease, asked.messages, lease.producers, prefix, None, error.end)
+        turn = self._turn(asked, lease, asked.messages, lease.producers, lease.prefix, None, error.end)
         try:
             self.recorder.record_turn(turn, now=self.clock()).add_done_callback(_log_failure)
         except DataError as problem:
@@ -243,7 +248,7 @@ class Door:
             release=lease.release,
             messages=messages,
             producers=producers,
-            tools=bodies.tools_of(asked.body),
+            tools=asked.tools,
             prefix=prefix,
             after=lease.after,
             generation=generation,
@@ -271,12 +276,13 @@ async def read_body(request: Request) -> bytes:
 def _asked(route: Route, body: dict[str, Any], request: Request) -> Asked:
     bodies.name_of(body.get("model"), "model")
     messages = bodies.chat_messages(body) if route == "chat" else bodies.completion_messages(body)
-    bodies.tools_of(body)
+    tools = bodies.tools_of(body)
     bodies.check_options(body)
     return Asked(
         route=route,
         body=body,
         messages=messages,
+        tools=tools,
         principal=bodies.principal_of(request.headers, body, request.state.key),
         session=bodies.session_of(request.headers),
         is_done=bodies.is_done(request.headers),

@@ -49,6 +49,7 @@ class Lease:
     release: str
     is_base: bool
     is_alias: bool  # the client named the agent, not a release
+    prefix: str  # hash of the request's messages
     after: str | None = None
     producers: tuple[str | None, ...] = ()  # of the request's messages
     is_mixed: bool = False
@@ -67,8 +68,9 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a request says about where it belongs. `hashes` as from `prefix_hashes`; empty: never a continuation.
-    `agent`: whose record it makes, the shared agent's or a tenant's."""
+    """What a request says about where it belongs. `hashes` as from `prefix_hashes`, of those that it may go on from;
+    empty: never a continuation. `prefix`: of all its messages. `agent`: whose record it makes, the shared agent's or a
+    tenant's."""
 
     model: str
     agent: str
@@ -76,6 +78,7 @@ class Wish:
     principal: str
     messages: Sequence[Message]
     hashes: Sequence[str]
+    prefix: str
 
 
 class StoreWatch:
@@ -127,10 +130,15 @@ def prefix_hashes(messages: Sequence[Message]) -> list[str]:
     hashes: list[str] = []
     previous = ""
     for message in messages:
-        text = json.dumps(canonical(message), separators=(",", ":"), sort_keys=True)
-        previous = hashlib.sha256(f"{previous}\n{text}".encode()).hexdigest()
+        previous = next_hash(previous, message)
         hashes.append(previous)
     return hashes
+
+
+def next_hash(previous: str, message: Message) -> str:
+    """The hash of a conversation that goes on with `message`, from the hash of what came before."""
+    text = json.dumps(canonical(message), separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(f"{previous}\n{text}".encode()).hexdigest()
 
 
 def producer_of(message: Message) -> str | None:
@@ -211,8 +219,9 @@ class Episodes:
     ) -> Lease:
         """`agent`: whose record it makes, a tenant's, or the shared agent's (None). Raises Refusal: 404 for a model
         that may not serve, 503 when it was never read and the store is down."""
-        hashes = prefix_hashes(messages) if is_chat else []
-        wish = Wish(model, agent or self._agent, session, principal, messages, hashes)
+        hashes = prefix_hashes(messages)
+        mine = agent or self._agent
+        wish = Wish(model, mine, session, principal, messages, hashes if is_chat else [], hashes[-1])
         async with self._lock:
             seen = None if self.watch.is_down else await self._look(wish)
             if seen is None:
@@ -248,7 +257,8 @@ class Episodes:
                 return look(connection, self._agent, wish, self._urls, in_flight)
 
         try:
-            seen = await asyncio.wait_for(asyncio.to_thread(read), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                seen = await asyncio.to_thread(read)
         except (DataError, SQLAlchemyError, OSError) as error:  # a TimeoutError is an OSError
             self.watch.failed(error or type(error).__name__)
             return None
@@ -292,6 +302,7 @@ class Episodes:
             release=release,
             is_base=is_base,
             is_alias=is_alias,
+            prefix=wish.prefix,
             after=None if match is None else match.prefix,
             producers=known + tuple(producer_of(m) for m in wish.messages[len(known) :]),
             is_mixed=match is not None and (match.is_mixed or release != match.release),
@@ -353,5 +364,6 @@ class Episodes:
             release=release,
             is_base=self._is_base[release],
             is_alias=is_alias,
+            prefix=wish.prefix,
             is_recordable=False,
         )

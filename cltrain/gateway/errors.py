@@ -17,8 +17,12 @@ CODES = {400: "invalid_request", 409: "conflict", 413: "body_too_large", 499: "c
 RETRY_AFTER_S = {429: "1", 503: "1"}
 
 
+TRACE = "Traceback (most recent call last)"
+
+
 class Refusal(CltrainError):
-    """A request that gets an error answer. `body` replaces the usual OpenAI error object when given."""
+    """A request that gets an error answer. `body` replaces the usual OpenAI error object when given. A trace that the
+    inference server sent is cut off: where it failed is for its own log to say."""
 
     def __init__(
         self,
@@ -30,6 +34,8 @@ class Refusal(CltrainError):
         param: str | None = None,
         body: dict[str, Any] | None = None,
     ) -> None:
+        said, trace, _ = message.partition(TRACE)
+        message = f"{said}(its log says where)" if trace else message
         super().__init__(message)
         self.status = status
         self.body = body or {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -11,10 +11,9 @@ from collections.abc import Awaitable
 from concurrent.futures import Future
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import JSONResponse, Response
 from sqlalchemy import select
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.experience.recording import RecorderFull, UnknownTarget

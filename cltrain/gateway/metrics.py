@@ -1,17 +1,50 @@
-"""What `/metrics` shows: the gateway's own counters, and beside them the state of learning from the store
-(`monitoring.prometheus`). Every unrecorded answer is counted with its reason.
+"""What `/metrics` shows: the gateway's own counters, and beside them from the store the state of learning
+(`monitoring.prometheus`) and of every replica. Every unrecorded answer is counted with its reason.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from sqlalchemy.exc import SQLAlchemyError
+
+from cltrain.deploy import readiness
+from cltrain.errors import DataError
+from cltrain.store.database import Store
+
+
+class ReplicaCollector(Collector):
+    """How every replica stands to what serves, as the worker found it last."""
+
+    def __init__(self, store: Store, agent: str, urls: Sequence[str]) -> None:
+        self._store, self._agent, self._urls = store, agent, urls
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ["agent", "replica"]
+        ready = GaugeMetricFamily("cltrain_replica_ready", "1 while it may answer as what serves.", labels=labels)
+        up = GaugeMetricFamily("cltrain_replica_up", "1 while it answers.", labels=labels)
+        try:
+            with self._store.read() as connection:
+                found = readiness.standings(connection, self._agent, self._urls)
+        except (DataError, SQLAlchemyError, OSError):  # cltrain_store_readable says so
+            found = {}
+        for url, standing in found.items():
+            ready.add_metric([self._agent, url], standing == "ready")
+            up.add_metric([self._agent, url], standing not in ("out", "unseen"))
+        return (ready, up)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # do not read the store when being registered
 
 
 class Metrics:
-    def __init__(self, learning: Collector) -> None:
+    def __init__(self, *read_at_scrape: Collector) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(learning)
+        for collector in read_at_scrape:
+            self.registry.register(collector)
         self.requests = Counter(
             "cltrain_requests", "Answers by route and status.", ["route", "status"], registry=self.registry
         )

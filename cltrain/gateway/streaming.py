@@ -92,8 +92,8 @@ async def relay(
         strip(chunk, wanted)
         if not wanted.usage and "usage" in chunk:
             chunk.pop("usage")
-            if not chunk.get("choices"):
-                continue
+        if not any(chunk.get(part) for part in ("choices", "usage", "sglext")):  # nothing that the client asked for
+            continue
         chunk["model"] = release
         last = chunk
         if len(collected.finished) >= num_choices:

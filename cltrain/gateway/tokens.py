@@ -47,9 +47,12 @@ class Wanted:
         )
 
 
-def ask(route: Route, body: dict[str, Any]) -> dict[str, Any]:
+def ask(route: Route, body: dict[str, Any], is_sglang: bool = False) -> dict[str, Any]:
     """The client's body plus what token truth needs."""
     asked = {**body, "return_token_ids": True}
+    if is_sglang and route == "chat":  # it refuses to stream with return_token_ids
+        del asked["return_token_ids"]
+        asked |= {"return_input_ids_in_sglext": True, "return_output_ids_in_sglext": True}
     if body.get("logprobs") in (None, False):
         asked["logprobs"] = True if route == "chat" else 1
     if body.get("stream"):
@@ -70,6 +73,7 @@ def strip(answer: dict[str, Any], wanted: Wanted) -> None:
     for holder in holders:
         if not wanted.token_ids:
             holder.pop("token_ids", None)
+            holder.pop("sglext", None)
             holder.pop("prompt_token_ids", None)
         if not wanted.logprobs and "logprobs" in holder:
             holder["logprobs"] = None
@@ -102,6 +106,7 @@ class Collected:
     _finish_reason: str | None = None
     _prompt_ids: Any = None
     _ids: list[int] = field(default_factory=list)
+    _all_ids: Any = None  # what SGLang's chat tells at once, in a stream at its end
     _logprobs: list[Any] = field(default_factory=list)
     _has_gap: bool = False
     _num_counted: int | None = None  # completion tokens by the server's own count
@@ -121,6 +126,9 @@ class Collected:
             self._num_counted = usage["completion_tokens"]
         if chunk.get("prompt_token_ids"):
             self._prompt_ids = chunk["prompt_token_ids"]
+        if (told := chunk.get("sglext")) is not None:
+            self._prompt_ids = told.get("input_ids") or self._prompt_ids
+            self._all_ids = (told.get("output_ids") or [None])[0]
         choices = chunk.get("choices") or []
         if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
             raise UpstreamFailure(502, f"the inference server's answer has malformed choices: {str(choices)[:200]}")
@@ -173,7 +181,7 @@ class Collected:
                 {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
                 for _, c in sorted(self._calls.items())
             ]
-        ids = self._ids if self._are_whole() else None
+        ids = self._whole_ids()
         logprobs = self._logprobs if ids is not None and _line_up(self._logprobs, ids) else None
         prompt = self._prompt_ids if ids is not None and _are_ids(self._prompt_ids) else None
         return Answer(
@@ -184,10 +192,11 @@ class Collected:
             None if logprobs is None else tuple(float(p) for p in logprobs),
         )
 
-    def _are_whole(self) -> bool:
-        if self._has_gap or not self._ids or not _are_ids(self._ids):
-            return False
-        return self._num_counted is None or self._num_counted == len(self._ids)
+    def _whole_ids(self) -> list[int] | None:
+        ids = self._all_ids if self._all_ids is not None else None if self._has_gap else self._ids
+        if not ids or not _are_ids(ids) or self._num_counted not in (None, len(ids)):
+            return None
+        return list(ids)
 
 
 def _logprobs_of(given: Any) -> Sequence[Any]:

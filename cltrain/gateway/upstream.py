@@ -14,9 +14,10 @@ from typing import Any, Literal
 import httpx
 
 from cltrain.config import Config
-from cltrain.gateway.errors import NotAnswered, NotSent, Refusal, UpstreamFailure
+from cltrain.deploy.sglang import is_unknown
+from cltrain.gateway.errors import TRACE, NotAnswered, NotSent, Refusal, UpstreamFailure
 
-Kind = Literal["embedded", "vllm", "openai"]
+Kind = Literal["embedded", "vllm", "sglang", "openai"]
 MAX_CONNECT_S = 10.0
 KEEPALIVE_S = 4.0  # below uvicorn's 5, so that we rarely meet a connection that is being closed
 
@@ -39,13 +40,17 @@ class Upstream:
         self.timeout_s = timeout_s
         self._base_model = base_model
         self._own = {"authorization": f"Bearer {api_key}"} if api_key else {}  # for what the gateway itself asks
+        timeout = httpx.Timeout(timeout_s, connect=min(MAX_CONNECT_S, timeout_s), pool=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEEPALIVE_S)
+        is_ours = kind != "openai"  # and so never behind the proxy of the environment
+        if transport is None and is_ours:
+            transport = httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
         self._client = httpx.AsyncClient(
-            base_url=self.url,
-            timeout=httpx.Timeout(timeout_s, connect=min(MAX_CONNECT_S, timeout_s), pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEEPALIVE_S),
-            transport=transport,
-            trust_env=kind == "openai",  # a server of our own is never behind the proxy of the environment
+            base_url=self.url, timeout=timeout, limits=limits, transport=transport, trust_env=not is_ours
         )
+        self._transport = transport
+        self._timeouts = timeout.as_dict()
+        self._urls: dict[str, httpx.URL] = {}
 
     @staticmethod
     def of(config: Config) -> list[Upstream]:
@@ -59,7 +64,7 @@ class Upstream:
 
     @property
     def gives_token_ids(self) -> bool:
-        return self.kind in ("embedded", "vllm")
+        return self.kind != "openai"
 
     async def base_model(self) -> str:
         """The base's name on the server. Raises UpstreamFailure when it must be asked and cannot be."""
@@ -69,6 +74,13 @@ class Upstream:
                 raise UpstreamFailure(502, f"the server at {self.url} lists no base model: set server.model")
             self._base_model = bases[0]
         return self._base_model
+
+    async def name_of(self, release: str | None) -> str:
+        """What the server calls the release; None: the bare base."""
+        if release is not None and self.kind != "sglang":
+            return release
+        base = await self.base_model()
+        return base if release is None else f"{base}:{release}"
 
     async def models(self) -> list[dict[str, Any]]:
         """What GET /v1/models of the server lists; empty when it has no such route."""
@@ -115,22 +127,32 @@ class Upstream:
     async def _send(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
         """The head of the answer, its body still to come."""
         content = json.dumps(body).encode()
-        sent = {"content-type": "application/json", **headers}
-        request = self._client.build_request("POST", path, content=content, headers=sent)
+        sent = {"content-type": "application/json", "accept": "*/*", "user-agent": "cltrain", **headers}
         is_new = False
 
         async def note(event: str, _: Any) -> None:
             nonlocal is_new
             is_new = is_new or event == "connection.connect_tcp.started"
 
-        request.extensions["trace"] = note
+        url = self._urls.setdefault(path, httpx.URL(self.url + path))
+        extensions = {"timeout": self._timeouts, "trace": note}
+        request = httpx.Request("POST", url, content=content, headers=sent, extensions=extensions)
         with self._explained(NotAnswered):
             try:
-                return await self._client.send(request, stream=True)
+                return await self._open(request)
             except httpx.RemoteProtocolError:
                 if is_new:  # it was read, and the server went away over it
                     raise
-                return await self._client.send(request, stream=True)
+                return await self._open(request)
+
+    async def _open(self, request: httpx.Request) -> httpx.Response:
+        """Without the client's cookies, redirects and log, which cost a third of a millisecond, where no proxy is to be
+        found by it."""
+        if self._transport is None:
+            return await self._client.send(request, stream=True)
+        response = await self._transport.handle_async_request(request)
+        response.request = request
+        return response
 
     @contextmanager
     def _explained(self, kind: type[UpstreamFailure] = UpstreamFailure) -> Iterator[None]:
@@ -156,7 +178,13 @@ class Upstream:
         said = _said(body) or content[:300].decode(errors="replace")
         if status < 400 or status >= 500:
             return UpstreamFailure(502, f"the inference server at {self.url} answered {status}: {said}")
-        return Refusal(status, said, body=body if isinstance(body, dict) and "error" in body else None)
+        if self.kind == "sglang" and is_unknown(status, said):
+            status = 404
+        error = body.get("error") if isinstance(body, dict) else None
+        shown = None
+        if isinstance(error, dict) and TRACE not in said:  # as OpenAI's clients know it
+            shown = {"error": {"message": said, **{name: error.get(name) for name in ("type", "param", "code")}}}
+        return Refusal(status, said, code="upstream_refused", body=shown)
 
 
 def _said(body: Any) -> str | None:

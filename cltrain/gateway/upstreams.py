@@ -24,7 +24,7 @@ from cltrain.gateway.episodes import Lease
 from cltrain.gateway.errors import NotAnswered, NotSent, Refusal, UpstreamFailure
 from cltrain.gateway.streaming import check_is_stream
 from cltrain.gateway.tokens import check_model
-from cltrain.gateway.upstream import Upstream
+from cltrain.gateway.upstream import Kind, Upstream
 from cltrain.store.database import Store
 
 T = TypeVar("T")
@@ -81,6 +81,10 @@ class Upstreams:
     def gives_token_ids(self) -> bool:
         return self.places[0].upstream.gives_token_ids
 
+    @property
+    def kind(self) -> Kind:
+        return self.places[0].upstream.kind
+
     async def models(self) -> list[dict[str, Any]]:
         """What any replica lists that answers. Raises UpstreamFailure when none does."""
         found = await asyncio.gather(*(p.upstream.models() for p in self.places), return_exceptions=True)
@@ -129,7 +133,7 @@ class Upstreams:
             place = await self._choose(lease, tried)
             place.num_in_flight += 1
             try:
-                model = await place.upstream.base_model() if lease.is_base else lease.release
+                model = await place.upstream.name_of(None if lease.is_base else lease.release)
                 answer = await self._unless_out(place, send(place.upstream, {**body, "model": model}))
             except BaseException as error:
                 self.done(place)

@@ -99,8 +99,8 @@ def open_store(state_dir: Path) -> Store:
     )
     event.listen(engine, "connect", _configure)
     store = Store(engine)
-    with _explained(engine):
-        metadata.create_all(engine)
+    with store.write() as connection:  # looking and making are one step: processes may open a fresh store at once
+        metadata.create_all(connection)
     return store
 
 

@@ -1,4 +1,4 @@
-"""The tables. Rows in records, generations and feedback are written by the gateway (and import) only; updates, reads,
+"""The tables. Rows in records, generations and feedback are written by gateways (and import) only; updates, reads,
 verdicts, releases, audits, probes and screenings by the worker only; aliases by `registry.move_alias` only; replicas by
 `deploy.replicas` only; decisions are append-only.
 """

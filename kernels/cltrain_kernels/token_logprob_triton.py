@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from cltrain_kernels.aot import Compilation
+
 MAX_BLOCK = 4096
 
 
@@ -94,3 +96,19 @@ def token_logprob_triton(logits_MV, ids_M):
 
 def _block(num_vocabulary):
     return min(MAX_BLOCK, max(16, triton.next_power_of_2(num_vocabulary)))
+
+
+def compilations():
+    pointers = dict.fromkeys(("logprob", "row_max", "row_log_sum", "d_logprob"), "*fp32")
+    pointers |= {"logits": "*bf16", "d_logits": "*bf16", "ids": "*i64"}
+    aligned = {*pointers, "num_vocabulary", "logits_row"}
+    return [
+        Compilation(
+            kernel,
+            {name: pointers.get(name, "i32") for name in kernel.arg_names if name != "BLOCK"},
+            {"BLOCK": MAX_BLOCK},
+            tuple(name for name in kernel.arg_names if name in aligned),
+            num_warps=8,
+        )
+        for kernel in (forward_kernel, backward_kernel)
+    ]

@@ -1,0 +1,89 @@
+"""What is no request at all, on every route that takes a body: the API's own error, counted, never forwarded."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.gateway_parts import Gateway, running
+from tests.test_gateway_faults import CHAT, MESSAGES, check_shape
+
+ROUTES = (CHAT, "/v1/completions", MESSAGES, "/v1/feedback", "/v1/trajectories")
+ASKED = {"model": "support", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
+BODIES: dict[str, bytes] = {
+    "nothing": b"",
+    "half an object": json.dumps(ASKED).encode()[:-9],
+    "a list": b"[1, 2]",
+    "a number": b"7",
+    "no Unicode": b'{"model": "\xff\xfe"}',
+    "half a surrogate pair": b'{"model": "\\ud800", "id": "\\ud800", "target": "\\ud800", "max_tokens": 9}',
+    "a NUL": b'{"model": "a\\u0000", "id": "a\\u0000", "target": "a\\u0000", "max_tokens": 9}',
+    "a hundred thousand levels": b'{"messages": ' + b"[" * 100_000,
+    "a number of five thousand digits": b'{"max_tokens": ' + b"9" * 5000 + b"}",
+    "not a number": b'{"max_tokens": NaN, "score": Infinity}',
+    "a compressed body": gzip.compress(json.dumps(ASKED).encode()),
+    "a form": b"model=support&messages=hi",
+    "an array of objects": json.dumps([ASKED, ASKED]).encode(),
+    "nulls": b'{"model": null, "messages": null, "id": null, "target": null, "max_tokens": null}',
+    "an object for every field": json.dumps({k: {} for k in ("model", "messages", "prompt", "target", "id")}).encode(),
+}
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with running(tmp_path_factory.mktemp("state")) as gateway:
+        yield gateway
+
+
+def num_errors(gateway: Gateway) -> float:
+    families = gateway.app.state.door.metrics.registry.collect()
+    samples = [sample for family in families if family.name == "cltrain_errors" for sample in family.samples]
+    return sum(sample.value for sample in samples if sample.name.endswith("_total"))
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_what_is_no_request_is_the_apis_own_400_counted_and_never_forwarded(
+    gateway: Gateway, body: bytes, path: str
+) -> None:
+    before, num_seen = num_errors(gateway), len(gateway.fake.bodies)
+    answer = gateway.http.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    check_shape(answer.json(), path)
+    assert num_errors(gateway) == before + 1
+    assert len(gateway.fake.bodies) == num_seen
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-Session-Id": "x" * 300},
+        {"X-Session-Id": ""},
+        {"X-Cltrain-Principal": "p" * 300},
+    ],
+    ids=["a long session", "an empty session", "a long principal"],
+)
+def test_names_in_headers_are_checked_too(gateway: Gateway, headers: dict[str, str], path: str) -> None:
+    before = num_errors(gateway)
+    answer = gateway.http.post(path, json=ASKED, headers=headers)
+    assert answer.status_code == 400, answer.text
+    check_shape(answer.json(), path)
+    assert num_errors(gateway) == before + 1
+
+
+def test_feedback_sent_again_is_counted_and_stored_once(gateway: Gateway) -> None:
+    target = gateway.chat("hi").headers["x-cltrain-record"]
+    given: dict[str, Any] = {"id": "again", "target": target, "score": 1}
+    answers = [gateway.http.post("/v1/feedback", json=given).json()["duplicate"] for _ in range(3)]
+    assert answers == [False, True, True]
+    registry = gateway.app.state.door.metrics.registry
+    assert registry.get_sample_value("cltrain_feedback_total", {"outcome": "duplicate"}) == 2
+    forged = gateway.http.post("/v1/feedback", json={**given, "score": -1})
+    assert forged.status_code == 409
+    check_shape(forged.json(), "/v1/feedback")
+    assert gateway.errors("conflict") == 1
