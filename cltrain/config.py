@@ -27,6 +27,7 @@ from cltrain.settings import Section
 MethodName = Literal[
     "bounded_replay", "naive", "replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "distill", "joint", "merge_reset"
 ]
+Kernels = Literal["auto", "reference", "off"]
 Remember = Literal["replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "distill"]
 
 
@@ -135,6 +136,7 @@ class TrainerConfig(Section):
     anchor_tokens: int = Field(64, ge=8)
     anchors: Path | None = None  # JSONL of {"text"} or {"messages"}; None: sampled from the base
     checkpoint_every: int = Field(8, ge=1)  # steps
+    kernels: Kernels = "auto"  # what the trained model runs by: fused ops, those in plain PyTorch, or PEFT's modules
 
 
 class BoundsConfig(Section):

@@ -54,6 +54,7 @@ REGIMES = {"honest": (-0.002, 0.01), "eroding": (-0.005, 0.003)}  # mean and dev
 NUM_ITEMS = 800
 NUM_STRATA = 8
 CONFIG = GateConfig(promote_on="expected", margin=0.02, items_per_gate=NUM_ITEMS)
+PLAN = Plan(NUM_ITEMS, CONFIG.alpha)
 Z = 1.645
 
 
@@ -65,7 +66,6 @@ class Policy:
         self.num_asked = 0
 
     def sample(self) -> Sample:
-        """The questions of one gate."""
         raise NotImplementedError
 
     def passes(self, candidate: Answers, asked: Sample) -> bool:
@@ -134,9 +134,7 @@ class Ladder(Fixed):
         return float(d.mean()) > float(d.std()) / math.sqrt(len(d))
 
 
-class NotWorse(Fixed):
-    """Not inferior to the champion by 4 points."""
-
+class NotWorse(Fixed):  # by 4 points
     def passes(self, candidate: Answers, asked: Sample) -> bool:
         return z_bound(gains(candidate, self.incumbent, asked)) > -0.04
 
@@ -232,13 +230,12 @@ class Production(Policy):
     def may_end(self, candidate: Answers, asked: Sample) -> bool:
         """Whether the production decision could be promote or reject: without evidence of harm or of none it is a hold,
         and need not be asked before the last look."""
-        against = gains(candidate, self.incumbent, asked)
-        if e_value(against, -CONFIG.margin, Plan(NUM_ITEMS, CONFIG.alpha)) >= 1 / CONFIG.alpha:
+        if e_value(gains(candidate, self.incumbent, asked), -CONFIG.margin, PLAN) >= 1 / CONFIG.alpha:
             return True
         references = {id(one): one for one in (self.incumbent, self.best, self.base)}.values()
-        all_gains = [against, *(gains(candidate, one, asked) for one in references if one is not self.incumbent)]
         harm = CONFIG.alpha / (len(references) + 1)
-        return any(e_value(-d, 0.0, Plan(NUM_ITEMS, harm)) >= 1 / harm for d in all_gains)
+        plan = Plan(NUM_ITEMS, harm)
+        return any(e_value(-gains(candidate, one, asked), 0.0, plan) >= 1 / harm for one in references)
 
     def row(self, i: int, candidate: Answers) -> ItemScores:
         references = {"incumbent": float(self.incumbent[i])}
@@ -317,7 +314,7 @@ def simulate(name: str, regime: str, seed: int, num_gates: int) -> Row:
 
 def null_rates(num_gates: int, seed: int = 0) -> dict[str, float]:
     """Share of gates in which a candidate exactly on the boundary of "no better" (or of "worse by the margin") passes
-    at any look after 50, 100, ... 800 questions."""
+    at any look after 50, 100, ... 800 planned questions."""
     rng = np.random.default_rng([seed, 20_000])
     found = {}
     for name, margin in (("better", 0.0), ("not worse", CONFIG.margin)):
@@ -327,7 +324,7 @@ def null_rates(num_gates: int, seed: int = 0) -> dict[str, float]:
         for _ in range(num_gates):
             d = rng.choice([-1, 0, 1], NUM_ITEMS, p=shares).tolist()
             ends = range(CHUNK, NUM_ITEMS + 1, CHUNK)
-            num_passed += any(e_value(d[:end], -margin) >= 1 / CONFIG.alpha for end in ends)
+            num_passed += any(e_value(d[:end], -margin, PLAN) >= 1 / CONFIG.alpha for end in ends)
         found[name] = num_passed / num_gates
     return found
 

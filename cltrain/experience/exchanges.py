@@ -39,13 +39,13 @@ def unfold(line: dict[str, Any]) -> tuple[dict[str, Any], Told]:
         raise ValueError("`request` has no messages, or `response` no message")
     if not isinstance(answer.get("model"), str) or answer["model"] != asked.get("model"):
         raise ValueError(f"asked {asked.get('model')!r} and was answered by {answer.get('model')!r}")
-    said = {
+    said: dict[str, Any] = {
         k: v
         for k, v in choices[0]["message"].items()
         if k in ("role", "content", "tool_calls") and (v or k != "tool_calls")
     }
-    rest = {k: line[k] for k in ("principal", "reward", "score") if k in line}
-    unfolded = {
+    rest: dict[str, Any] = {k: line[k] for k in ("principal", "reward", "score") if k in line}
+    unfolded: dict[str, Any] = {
         **rest,
         "id": line.get("id", answer.get("id")),
         "session": line.get("session") or _conversation(messages),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cltrain_kernels
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,8 +61,7 @@ def hidden_at(base: Base, model: Any, rows: Sequence[TokenRow]) -> Tensor:
     for i, row in enumerate(rows):
         ids_BT[i, : len(row.ids)] = torch.tensor(row.ids)
         places += [i * longest + t - 1 for t in predicted(row)]
-    hidden_BTD = _backbone(model)(input_ids=ids_BT.to(device), use_cache=False).last_hidden_state
-    return hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[torch.tensor(places, device=device)]
+    return cltrain_kernels.hidden_at(model, ids_BT.to(device), torch.tensor(places, dtype=torch.long, device=device))
 
 
 def logits_of(base: Base, hidden_MD: Tensor) -> Tensor:
@@ -117,8 +117,3 @@ def batches_of(base: Base, rows: Sequence[TokenRow], num_rows: int = 16) -> list
         groups[-1].append(i)
         size += cost
     return groups
-
-
-def _backbone(model: Any) -> Any:
-    """The decoder under a *ForCausalLM or a PeftModel around one."""
-    return (model.get_base_model() if hasattr(model, "peft_config") else model).model

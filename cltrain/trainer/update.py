@@ -34,6 +34,7 @@ from cltrain.objectives.geometry import combine
 from cltrain.records import BoundReport, Candidate, TokenRow, is_claim
 from cltrain.trainer.draws import Draws
 from cltrain.trainer.fingerprint import fingerprint_of
+from cltrain.trainer.fused import fused
 from cltrain.trainer.health import collapse, vital_signs
 from cltrain.trainer.memory import Memory, write_memory
 from cltrain.trainer.methods import Method, method_of
@@ -229,9 +230,10 @@ class _Update:
             self.base, start, self.incumbent, fresh, replay, ruler.of_base.rows, self.trainer, radii, self.memory,
             num_steps, self.seed,
         )  # fmt: skip
-        factors, history = train(
-            recipe, live, self.trainer, num_steps, self.health.max_grad_norm, key, work_dir, on_step
-        )
+        with fused(model, self.trainer.kernels):
+            factors, history = train(
+                recipe, live, self.trainer, num_steps, self.health.max_grad_norm, key, work_dir, on_step
+            )
         return start, start.with_factors(factors), recipe, history
 
     def _served(self, trained: AdapterFile) -> AdapterFile:
