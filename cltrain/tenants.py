@@ -11,7 +11,6 @@ from cltrain.config import Config
 from cltrain.config_tenants import is_tenants
 from cltrain.errors import DataError
 from cltrain.experience import waiting
-from cltrain.gateway.tenants import entitled
 from cltrain.registry.tenants import incumbent_in, tenants_in
 from cltrain.store import schema as s
 from cltrain.store.database import Store
@@ -23,8 +22,11 @@ def known_tenants(config: Config, store: Store) -> list[str]:
         return []
     with store.read() as connection:
         names = set(tenants_in(connection, config.agent.name))
-    with suppress(DataError):  # keys that cannot be read: the gateway says so to whoever asks
-        names |= set(entitled(config))
+    if config.tenants.mode != "off":
+        from cltrain.gateway.tenants import entitled  # a tenth of a second, of the one that a status may take
+
+        with suppress(DataError):  # keys that cannot be read: the gateway says so to whoever asks
+            names |= set(entitled(config))
     return sorted(names)
 
 
