@@ -1,7 +1,7 @@
-"""Every knob but the gate's (config_gate.py), and the strict TOML loader. Imports no torch.
+"""Every knob but the gate's (config_gate.py) and the rollout's (config_rollout.py), and the strict TOML loader.
 
-Files merge left to right, `--set section.key=value` last. An unknown key is an error with a suggestion, a setting that
-cannot be honoured is an error, and the resolved config's hash travels with every update.
+Imports no torch. Files merge left to right, `--set section.key=value` last. An unknown key is an error with a
+suggestion, a setting that cannot be honoured is an error, and the resolved config's hash travels with every update.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from cltrain import settings
 from cltrain.config_gate import GateConfig
+from cltrain.config_rollout import RolloutConfig
 from cltrain.config_tenants import NAME, OF, TenantsConfig, is_tenants
 from cltrain.errors import ConfigError
 from cltrain.records import LearningMode, Objective
@@ -252,6 +253,7 @@ class Config(Section):
     server: ServerConfig = ServerConfig()
     gateway: GatewayConfig = GatewayConfig()
     tenants: TenantsConfig = TenantsConfig()
+    rollout: RolloutConfig = RolloutConfig()
     signing: SigningConfig = SigningConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     _files: tuple[Path, ...] = ()  # what `load` read it from
@@ -272,6 +274,18 @@ class Config(Section):
             raise ValueError(f"server.kind = {self.server.kind!r} needs server.url")
         if self.server.max_rank is not None and self.adapter.rank > self.server.max_rank:
             raise ValueError(f"adapter.rank ({self.adapter.rank}) is above server.max_rank ({self.server.max_rank})")
+        return self
+
+    @model_validator(mode="after")
+    def _servers_can_roll_out(self) -> Config:
+        kind, server = self.rollout.kind, self.server
+        if self.rollout.is_tried and server.max_adapters < 3:
+            raise ValueError(
+                f"rollout.kind = {kind!r} keeps the candidate loaded beside what serves and what a rollback would go "
+                f"to: server.max_adapters = {server.max_adapters}, and it needs 3"
+            )
+        if kind in ("rolling", "blue_green") and len(server.replicas) < 2:
+            raise ValueError(f"rollout.kind = {kind!r} needs two replicas or more: server.urls names one at most")
         return self
 
     @property
@@ -300,10 +314,13 @@ class Config(Section):
         return shlex.join([*words, "--home", str(self.state_dir), "--agent", self.agent.name])
 
     def of_agent(self, name: str) -> Config:
-        """The same for another agent of the family. What a tenant's learns has one principal, whose quota is all."""
+        """The same for another agent of the family. What a tenant's learns has one principal, whose quota is all; one
+        tenant's traffic is too little to try candidates on."""
         agent = self.agent.model_copy(update={"name": name})
-        quota = {"principal_quota": 1.0} if is_tenants(name) else {}
-        return self.model_copy(update={"agent": agent, "experience": self.experience.model_copy(update=quota)})
+        if not is_tenants(name):
+            return self.model_copy(update={"agent": agent})
+        experience = self.experience.model_copy(update={"principal_quota": 1.0})
+        return self.model_copy(update={"agent": agent, "experience": experience, "rollout": RolloutConfig()})
 
     def digest(self) -> str:
         """sha256 of `shaping`."""

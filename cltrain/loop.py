@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cltrain import plans, sharing, staleness, unfinished
-from cltrain.deploy import proof, readiness
+from cltrain.deploy import probes, proof, readiness
 from cltrain.errors import ConflictError, guarded
 from cltrain.experience import window
 from cltrain.experience.buffer import doubtful, replay_examples
@@ -42,11 +42,20 @@ from cltrain.records import (
     Verdict,
     is_claim,
 )
-from cltrain.registry import aliases, releases
+from cltrain.registry import aliases, releases, rollouts
 from cltrain.registry.lease import require_fence
 from cltrain.registry.tenants import incumbent
-from cltrain.rooms import Rooms, adapter_of, day_is_spent, memory_of, prove, spent_today, tidy_server, under
-from cltrain.store.database import Store
+from cltrain.rooms import (
+    Rooms,
+    adapter_of,
+    day_is_spent,
+    memory_of,
+    prove,
+    required_ready,
+    spent_today,
+    tidy_server,
+    under,
+)
 from cltrain.trainer.update import check_continues, train_update
 
 MOST_OF_A_DAY = 0.98  # of the day's displacement: what is left is not worth an update
@@ -96,11 +105,9 @@ def run_update(
         objectives=rooms.config.trainer.objectives,
     )  # fmt: skip
     if waiting.num_missing:
-        return nothing_to_learn(rooms.store, rooms.agent, parent, waiting)
-    plan = make_plan(
-        rooms, alias, parent, waiting.examples, is_trial=is_trial, is_filtered=is_filtered, request=request
-    )
-    return finish(rooms, plan)
+        return window.nothing_to_learn(rooms.store, rooms.agent, parent, waiting)
+    made = {"is_trial": is_trial, "is_filtered": is_filtered}
+    return finish(rooms, make_plan(rooms, alias, parent, waiting.examples, request=request, **made))
 
 
 def run_share(rooms: Rooms, *, strata: Sequence[str] = (), request: int | None = None) -> dict[str, Any]:
@@ -108,9 +115,8 @@ def run_share(rooms: Rooms, *, strata: Sequence[str] = (), request: int | None =
     alias = aliases.read_alias(rooms.store, rooms.agent)
     check_continues(adapter_of(rooms, alias.release), rooms.config.adapter)
     proposal = sharing.propose(rooms.store, rooms.config, alias.release, strata)
-    min_window = rooms.config.experience.min_window
-    if len(proposal.examples) < min_window:
-        return sharing.not_proposed(rooms.agent, alias.release, proposal, min_window)
+    if len(proposal.examples) < (least := rooms.config.experience.min_window):
+        return sharing.not_proposed(rooms.agent, alias.release, proposal, least)
     for reason in proposal.refused:
         rooms.on_progress(f"not proposed: {reason}")
     strict = under(rooms, sharing.stricter(rooms.config))
@@ -261,7 +267,9 @@ def try_update(
         with attempt.timed("load"):
             with rooms.server_lock:
                 tidy_server(rooms)
-                rooms.server.load(attempt.release.name, directory)
+                is_rolling = rooms.config.rollout.kind == "rolling"
+                load = rooms.server.load_on_first if is_rolling else rooms.server.load
+                load(attempt.release.name, directory)
         with attempt.timed("prove"):
             exported = read_adapter(directory)
             attempt.proof = prove(rooms, attempt.release.name, exported, incumbent, fresh, plan.parent)
@@ -273,6 +281,11 @@ def try_update(
                 attempt.release.name, plan.parent, taught=plan.taught, suspicious=plan.suspicious, base_kl=kl,
                 seed=plan.seed + number, used_before=used_before, is_retry=number > 1,
             )  # fmt: skip
+        if is_rolling and _may_serve(rooms, plan, attempt):
+            kept = probes.kept_of(rooms.store, attempt.release.name)
+            assert kept is not None, "`prove` kept them"
+            with attempt.timed("roll"), rooms.server_lock:
+                rooms.server.roll(attempt.release.name, directory, kept)
     except Exception as error:  # memory, torch, disk, server: an update that cannot be judged is an answer
         log.warning("update %d was not judged", plan.number, exc_info=True)
         attempt.decision = _failed(f"{type(error).__name__}: {error}")
@@ -282,26 +295,39 @@ def try_update(
 def conclude(rooms: Rooms, plan: Plan, attempt: Attempt) -> dict[str, Any]:
     """Make the verdict true, whole or not at all: move the alias or not, file the window's records, write the report's
     facts. One transaction, so that no crash leaves a release serving whose update never got its verdict."""
-    mode = rooms.config.agent.mode
-    is_served = attempt.decision.verdict is Verdict.PROMOTE and mode is LearningMode.AUTO and not plan.is_trial
     try:
-        summary = _conclude(rooms, plan, attempt, attempt.decision, is_served=is_served)
+        is_passed = _may_serve(rooms, plan, attempt)
+        summary = _conclude(rooms, plan, attempt, attempt.decision, is_passed=is_passed)
     except ConflictError as error:  # rolled back, frozen or taken over meanwhile
         decision = replace(_failed(f"discarded: {error}"), checks=attempt.decision.checks)
-        summary = _conclude(rooms, plan, attempt, decision, is_served=False)
+        summary = _conclude(rooms, plan, attempt, decision, is_passed=False)
     shutil.rmtree(plan.work_dir, ignore_errors=True)
     return summary
 
 
-def _conclude(rooms: Rooms, plan: Plan, attempt: Attempt, decision: Decision, *, is_served: bool) -> dict[str, Any]:
+def _may_serve(rooms: Rooms, plan: Plan, attempt: Attempt) -> bool:
+    is_auto = rooms.config.agent.mode is LearningMode.AUTO
+    return attempt.decision.verdict is Verdict.PROMOTE and is_auto and not plan.is_trial
+
+
+def _conclude(rooms: Rooms, plan: Plan, attempt: Attempt, decision: Decision, *, is_passed: bool) -> dict[str, Any]:
     mode, now, begun = rooms.config.agent.mode, rooms.clock(), time.perf_counter()
+    rollout = rooms.config.rollout
+    is_tried = is_passed and rollout.is_tried
+    is_served = is_passed and not is_tried
     with rooms.store.write() as connection:
         require_fence(connection, rooms.agent, rooms.fence)  # who lost the lease concludes nothing
         name = attempt.release.name if attempt.release else plans.noted_candidate(connection, plan)
-        if is_served:
+        if is_passed and name is not None and len(rooms.server.urls) > 1:  # they had time to go away and come back
+            readiness.require_ready(connection, rooms.server.urls, name, required_ready(rooms))
+        if is_tried:
             assert name is not None
-            if len(rooms.server.urls) > 1:  # they had the time of a judging to go away and come back
-                readiness.require_ready(connection, rooms.server.urls, name, rooms.server.min_ready)
+            rollouts.start_in(
+                connection, plan.alias, release=name, update_id=plan.id, settings=rollout.model_dump(mode="json"),
+                raises_high_water=moves_high_water(decision), fence=rooms.fence, now=now,
+            )  # fmt: skip
+        elif is_served:
+            assert name is not None
             aliases.move_alias_in(
                 connection, rooms.agent, expected=plan.alias, to=name, fence=rooms.fence, now=now,
                 raises_high_water=moves_high_water(decision),
@@ -317,27 +343,14 @@ def _conclude(rooms: Rooms, plan: Plan, attempt: Attempt, decision: Decision, *,
             mode=mode, serving=aliases.serving_in(connection, rooms.agent), doubtful=attempt.doubtful,
             is_served=is_served, now=now,
         )  # fmt: skip
+        if is_tried:
+            begins = f"{decision.reasons[0]} (tried as {rollout.kind} at {rollout.weights[0]:g} first)"
+            summary |= {"reasons": [begins, *decision.reasons[1:]], "reason": begins}
         plans.close_plan(
             connection, plan, attempt.candidate, summary, decision, learned=attempt.learned, is_served=is_served,
             now=now,
         )  # fmt: skip
     return summary
-
-
-def nothing_to_learn(store: Store, agent: str, serving: str, waiting: window.Window) -> dict[str, Any]:
-    """The answer when no update was worth starting: a hold without a number."""
-    reason = f"{waiting.num_waiting} learnable records are waiting, {waiting.num_missing} are missing"
-    if waiting.num_negative_waiting:
-        reason += f"; {waiting.num_negative_waiting} only say what was wrong (experience.max_negative_share)"
-    if unusable := window.unusable_reasons(store, agent):
-        reason += f"; {window.most_often(unusable)}"
-    forecast_s = waiting.num_missing / waiting.rate_per_s if waiting.rate_per_s else None
-    if forecast_s is not None:
-        reason += f"; at the present rate they will be there in about {forecast_s / 60:.0f} minutes"
-    return {
-        "agent": agent, "number": None, "verdict": str(Verdict.HOLD), "reasons": [reason], "candidate": None,
-        "serving": serving, "num_missing": waiting.num_missing, "forecast_s": forecast_s,
-    }  # fmt: skip
 
 
 def _of_window(verdict: Verdict, reason: str, num_missing: int = 0) -> Decision:

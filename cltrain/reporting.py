@@ -111,14 +111,14 @@ def _facts(store: Store, config: Config) -> list[dict[str, Any]]:
         named = select(releases.c.name, releases.c.status).where(releases.c.agent == agent)
         statuses = {row.name: str(row.status) for row in connection.execute(named)}
     serving, frozen = _switches(store, agent)
-    moves = [entry for entry in read_decisions(store, agent) if entry.kind in ("promote", "rollback")]
+    moves = [entry for entry in read_decisions(store, agent) if entry.kind in ("promote", "rollback", "rollout")]
     facts = []
     for row in rows:
         summary = row.summary or {}
         history = [
             {"kind": entry.kind, "at": entry.at, "payload": entry.payload}
             for entry in moves
-            if row.candidate is not None and row.candidate in (entry.payload["to"], *entry.payload.get("undone", ()))
+            if row.candidate is not None and row.candidate in _concerned(entry.payload)
         ]
         update = {
             "agent": agent, "number": row.number, "state": row.state, "verdict": row.verdict, "mode": row.mode,
@@ -135,6 +135,11 @@ def _facts(store: Store, config: Config) -> list[dict[str, Any]]:
     return facts
 
 
+def _concerned(payload: dict[str, Any]) -> set[str]:
+    """Whose page a decision stands on."""
+    return {*payload.get("undone", ()), payload.get("to", ""), payload.get("release", "")}
+
+
 def _standing(update: dict[str, Any], status: str | None) -> str | None:
     """What became of a candidate that the gate said yes to; None where it said anything else."""
     if update["verdict"] != Verdict.PROMOTE.value or update["state"] != "done":
@@ -145,6 +150,8 @@ def _standing(update: dict[str, Any], status: str | None) -> str | None:
         return "rolled_back"
     if any(move["kind"] == "promote" for move in update["history"]):
         return "serves"
+    if any(move["kind"] == "rollout" for move in update["history"]):
+        return "tried" if status == "candidate" else "taken_back"
     if status != "candidate" or update["serving"] != update["parent"]:
         return "outdated"
     return "waits" if update["mode"] == "approve" else "observed"

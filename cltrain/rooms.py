@@ -110,7 +110,7 @@ def prove(
     made = probes_for(rooms, after, before, rows, was)
     if after is not None:
         probes.keep(rooms.store, name, made, rooms.clock())
-    return rooms.server.prove(name, made)
+    return rooms.server.prove(name, made, 1 if rooms.config.rollout.kind == "rolling" else None)
 
 
 def probes_for(
@@ -145,13 +145,20 @@ def collect_garbage(rooms: Rooms) -> None:
 
 
 def desired(rooms: Rooms) -> residents.Wanted:
-    """What every replica should hold now, tenants' adapters among it, and what of it no trusted key signed."""
+    """What every replica should hold now, tenants' adapters among it, and what of it no trusted key signed, or is not
+    judged yet where a release goes from replica to replica."""
     shared, state_dir = shared_of(rooms.agent), rooms.config.state_dir
     with rooms.store.read() as connection:
         wanted = residents.desired(connection, state_dir, shared)
         if has_tenants(rooms):
             wanted = with_tenants(connection, state_dir, wanted, shared, rooms.config.server.max_adapters)
-    return bar_untrusted(wanted, rooms.config.signing.all_trusted)
+        unjudged = residents.under_way(connection, rooms.agent) if rooms.config.rollout.kind == "rolling" else ()
+    return bar_untrusted(wanted, rooms.config.signing.all_trusted).without(unjudged)
+
+
+def required_ready(rooms: Rooms) -> int:
+    """Replicas that must hold a release and have proved it before it may serve: of blue and green the whole set."""
+    return len(rooms.server.urls) if rooms.config.rollout.kind == "blue_green" else rooms.server.min_ready
 
 
 def has_tenants(rooms: Rooms) -> bool:
@@ -161,6 +168,6 @@ def has_tenants(rooms: Rooms) -> bool:
 def tidy_server(rooms: Rooms) -> None:
     """Load what should be resident, unload what nobody wants, leaving room for one more."""
     rooms.server.tidy(
-        desired(rooms), agent=shared_of(rooms.agent), now=rooms.clock(), drain_s=60.0,
+        desired(rooms), agent=shared_of(rooms.agent), now=rooms.clock(), drain_s=rooms.config.rollout.grace_s,
         max_adapters=rooms.config.server.max_adapters,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from cltrain.deploy import readiness
 from cltrain.errors import DataError
 from cltrain.experience import rows, waiting
 from cltrain.monitoring.outbox import lags
-from cltrain.registry import decisions
+from cltrain.registry import decisions, rollouts
 from cltrain.store import schema as s
 from cltrain.store.database import Store
 
@@ -56,6 +56,7 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
             "previous": alias.previous if alias else None,
             "anchor": alias.anchor if alias else None,
             "high_water": alias.high_water if alias else None,
+            "tried": _tried(rollouts.open_in(connection, agent)),
             "records": count(s.records, s.records.c.agent == agent),
             "ready": count(waiting.WITH_SCREENING, is_ready),
             "screenings": screened,
@@ -117,6 +118,7 @@ def lines_of(state: dict[str, Any]) -> list[str]:
     return [
         f"agent      {state['agent']}  mode {state['mode']}{frozen}",
         f"serving    {state['release'] or 'nothing yet'}",
+        *([f"trying     {_trying(state['tried'])}"] if state["tried"] else []),
         f"before     {state['previous'] or '-'}   anchor {state['anchor'] or '-'}",
         f"records    {state['records']} episodes, {said}",
         f"waiting    {state['immature']} episodes for feedback; {state['late_feedback']} pieces came too late",
@@ -134,6 +136,25 @@ def lines_of(state: dict[str, Any]) -> list[str]:
             for u in state["updates"]
         ),
     ]
+
+
+def _tried(found: rollouts.Rollout | None) -> dict[str, Any] | None:
+    """A candidate on live traffic beside what serves; `metrics` as gate.sequential.Evidence."""
+    if found is None:
+        return None
+    return {
+        "kind": found.kind, "release": found.release, "weight": found.weight, "step": found.step + 1,
+        "steps": len(found.settings["weights"]), "since": found.started_at,
+        "episodes": {arm: found.evidence.get("episodes", {}).get(arm, 0) for arm in ("incumbent", "candidate")},
+        "metrics": found.evidence.get("metrics", []),
+    }  # fmt: skip
+
+
+def _trying(tried: dict[str, Any]) -> str:
+    seen = [f"{m['metric']}: e-value of harm {m['harm']:.2g}, of none {m['no_harm']:.2g}" for m in tried["metrics"]]
+    how = f"{tried['kind']} at {tried['weight']:g} (step {tried['step']} of {tried['steps']})"
+    counts = f"{tried['episodes']['candidate']} of its episodes beside {tried['episodes']['incumbent']}"
+    return f"{tried['release']} as {how} since {_time(tried['since'])}: {'; '.join([counts, *seen])}"
 
 
 def _audited(audit: dict[str, Any] | None) -> str:

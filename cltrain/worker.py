@@ -19,7 +19,7 @@ from typing import Any
 
 from sqlalchemy import Row, select, update
 
-from cltrain import audit, launch, plans, reporting, tending, unfinished
+from cltrain import audit, launch, plans, reporting, rollout, tending, unfinished
 from cltrain.config import Config
 from cltrain.deploy.client import clients_of
 from cltrain.deploy.preflight import check_adapter
@@ -35,7 +35,7 @@ from cltrain.models.anchors import load_anchors, pinned_at, read_anchors
 from cltrain.models.base import load_base
 from cltrain.monitoring.outbox import Pump
 from cltrain.records import LearningMode
-from cltrain.registry import aliases, releases
+from cltrain.registry import aliases, releases, rollouts
 from cltrain.registry.lease import LeaseKeeper
 from cltrain.registry.reserve import remake_reserve
 from cltrain.registry.tenants import incumbent
@@ -143,6 +143,7 @@ class Worker:
             raise ConflictError(f"{self.config.agent.name} is frozen ({reason}): cltrain unfreeze lets it learn again")
         if self.config.agent.mode is LearningMode.OFF:
             raise ConflictError(f"{self.config.agent.name} has learning mode off: choose observe, approve or auto")
+        rollouts.require_none(self.store, self.config.agent.name)
         self._check_anchors()
         self.finish_interrupted()
         if request is not None and (made := plans.answer_to(self.store, request)) is not None:
@@ -343,6 +344,8 @@ class Worker:
         if agent.updates == "on_request" or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + TEND_S
+        if rollouts.read_open(self.store, agent.name) is not None:
+            return
         if self._has_news() and self.rooms.server.health():  # training for a server that is away ends in an error
             self.update()
 
@@ -381,11 +384,12 @@ class Worker:
             time.sleep(0.2)
 
     def _tend(self) -> None:
-        """Look after the servers. One that is away is looked at again next time."""
+        """Look after the servers, and after what is tried on them. What is away is looked at again next time."""
         while not self._stop.wait(TEND_S):
-            try:
-                tending.tend(self.rooms)
-            except (ServerError, DataError):
-                continue
-            except Exception:  # whatever a server answers, the next look may find it well
-                log.warning("the server could not be looked after", exc_info=True)
+            for look in (tending.tend, rollout.look):
+                try:
+                    look(self.rooms)
+                except (ServerError, DataError, ConflictError):  # a conflict: a person or the next worker was first
+                    continue
+                except Exception:  # whatever a server answers, the next look may find it well
+                    log.warning("the servers could not be looked after", exc_info=True)

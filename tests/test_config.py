@@ -57,11 +57,34 @@ def test_a_number_is_no_switch() -> None:
         ('server.urls=["http://a", "nonsense"]', r"server.urls.*got 'nonsense'"),
         ('server.urls=["http://a", "http://a"]', "server.urls: .*listed twice"),
         ("server.min_ready=2", r"min_ready = 2, but there are 1 replicas"),
+        ("rollout.weights=[0.05, 1.0]", "rollout: .*shares between 0 and 1, and one is 1: after the last comes all"),
+        ("rollout.weights=[0.0]", "rollout: .*shares between 0 and 1, and one is 0"),
+        ("rollout.weights=[0.5, 0.25]", "rollout: .*grow from step to step, and these do not: 0.5, 0.25"),
+        ("rollout.weights=[0.1, 0.1]", "rollout.weights: .*listed twice"),
+        ("rollout.weights=[]", "rollout.weights: "),
+        ("rollout.kind=blue-green", "rollout.kind: .*got 'blue-green'"),
+        ("rollout.kind=rolling", "rollout.kind = 'rolling' needs two replicas or more"),
+        ("rollout.kind=blue_green", "rollout.kind = 'blue_green' needs two replicas or more"),
+        ("rollout.on_timeout=hope", "rollout.on_timeout: .*got 'hope'"),
     ],
 )
 def test_what_could_not_be_meant_is_refused(setting: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load((), [setting])
+
+
+@pytest.mark.parametrize("kind", ["canary", "shadow"])
+def test_a_server_without_room_for_a_candidate_beside_what_serves_is_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match=rf"rollout.kind = '{kind}' keeps the candidate.*max_adapters = 2.*needs 3"):
+        load((), [f"rollout.kind={kind}", "server.max_adapters=2"])
+    assert load((), [f"rollout.kind={kind}", "server.max_adapters=3"]).rollout.is_tried
+
+
+def test_a_shadow_is_not_judged_by_what_nobody_sees() -> None:
+    with pytest.raises(ConfigError, match="kind = 'shadow' has faults alone"):
+        load((), ["rollout.kind=shadow", 'rollout.metrics=["score"]'])
+    assert load((), ["rollout.kind=shadow"]).rollout.judged_by == ("faults",)
+    assert load((), ["rollout.kind=canary"]).rollout.judged_by == ("faults", "score")
 
 
 @pytest.mark.parametrize("name", ["base.path", "gate.suite", "trainer.anchors", "experience.rehearsal"])

@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import insert, select, update
 
 from cltrain.config import from_dict
+from cltrain.config_rollout import RolloutConfig
 from cltrain.deploy import probes, readiness
 from cltrain.deploy.replicas import Replicas
 from cltrain.errors import ConflictError, ServerError
@@ -28,7 +29,7 @@ from cltrain.gateway.errors import Refusal
 from cltrain.gateway.upstream import Upstream
 from cltrain.gateway.upstreams import Upstreams
 from cltrain.records import Verdict
-from cltrain.registry import aliases, lease, releases
+from cltrain.registry import aliases, lease, releases, rollouts
 from cltrain.registry.decisions import read_decisions, verify_chain
 from cltrain.rooms import Rooms, collect_garbage, tidy_server
 from cltrain.store.database import open_store
@@ -37,6 +38,7 @@ from cltrain.tending import tend
 from tests.fleet_parts import Shelf, probes_of
 
 AGENT = "support"
+CANARY = RolloutConfig(kind="canary", weights=(0.5,), step_episodes=1, metrics=("faults",), margin=0.9).model_dump()
 SOME_REPLICAS = st.sets(st.integers(0, 2), min_size=1)
 LASTING = ("is_down", "is_full", "times_out_after_load", "mounts_wrong")
 FAULTS = (*LASTING, "restarts", "loads_late")  # whoever mounts what is wrong restarted first
@@ -80,7 +82,7 @@ class Fleet(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ the worker and a person
 
-    @precondition(lambda self: self.under_way is None)
+    @precondition(lambda self: self.under_way is None and self.tried() is None)
     @rule()
     def a_candidate_is_sealed_loaded_and_proved(self) -> None:
         alias = aliases.read_alias(self.store, AGENT)
@@ -110,7 +112,7 @@ class Fleet(RuleBasedStateMachine):
 
     @precondition(lambda self: self.under_way is not None)
     @rule(is_good=st.booleans())
-    def the_gate_has_spoken(self, is_good: bool) -> None:
+    def the_gate_has_spoken(self, is_good: bool, is_tried: bool = False) -> None:
         assert self.under_way is not None
         name, alias = self.under_way
         servers = self.rooms.server
@@ -119,9 +121,15 @@ class Fleet(RuleBasedStateMachine):
             with self.store.write() as connection:
                 verdict = Verdict.PROMOTE if is_good else Verdict.REJECT
                 done = update(updates).where(updates.c.candidate == name)
-                connection.execute(done.values(state="done", verdict=verdict))
+                connection.execute(done.values(state="done", verdict=verdict, summary={}))
                 if is_good:
                     readiness.require_ready(connection, servers.urls, name, servers.min_ready)
+                if is_good and is_tried:
+                    rollouts.start_in(
+                        connection, alias, release=name, update_id=name, settings=CANARY, raises_high_water=False,
+                        fence=self.rooms.fence, now=self.now,
+                    )  # fmt: skip
+                elif is_good:
                     aliases.move_alias_in(
                         connection, AGENT, expected=alias, to=name, fence=self.rooms.fence, now=self.now
                     )
@@ -179,7 +187,7 @@ class Fleet(RuleBasedStateMachine):
     def somebody_wants_what_was_rejected(self) -> None:
         """By name, or by a person's promotion."""
         for rejected in releases.list_releases(self.store, AGENT, status="rejected"):
-            episodes = Episodes(self.store, AGENT, self.base, 5.0)
+            episodes = Episodes(self.store, AGENT, self.base, 5.0, b"k")
             with pytest.raises(Refusal, match="may not serve"):
                 asyncio.run(episodes.begin(rejected.name, None, "q", []))
             alias = aliases.read_alias(self.store, AGENT)
@@ -195,7 +203,7 @@ class Fleet(RuleBasedStateMachine):
 
     async def ask(self, session: str) -> None:
         """One request through the gateway's own parts; an answer's text says whose weights gave it."""
-        episodes = Episodes(self.store, AGENT, self.base, 5.0)
+        episodes = Episodes(self.store, AGENT, self.base, 5.0, b"k")
         upstreams = Upstreams(
             self.store,
             [Upstream(s.url, base_model="base", transport=httpx.MockTransport(s.answer)) for s in self.shelves],
@@ -203,7 +211,8 @@ class Fleet(RuleBasedStateMachine):
         lease_of = await episodes.begin(AGENT, session, "p", [{"role": "user", "content": "hello"}])
         name = lease_of.release
         status = releases.get(self.store, name).status
-        assert status == "released", f"{name} is {status} and serves"
+        tried = self.tried()
+        assert status == "released" or (tried is not None and name == tried.release), f"{name} is {status} and serves"
         could = [s for s in self.ready(name) if not s.is_down and (lease_of.is_base or name in s.held)]
         refusal, answer = None, {}
         try:
@@ -294,6 +303,10 @@ class Fleet(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ inside
 
+    def tried(self) -> rollouts.Rollout | None:
+        """What is tried on live traffic; see test_fleet_trials.py."""
+        return rollouts.read_open(self.store, AGENT)
+
     def looked(self) -> None:
         self.unseen.clear()
         self.is_rolled_back = False
@@ -313,9 +326,9 @@ class Fleet(RuleBasedStateMachine):
         return {shelf for shelf in self.shelves if readiness.is_ready(places[shelf.url], name)}
 
 
-def explore(num_examples: int, num_steps: int) -> None:
+def explore(num_examples: int, num_steps: int, machine: type[Fleet] = Fleet) -> None:
     run_state_machine_as_test(
-        Fleet,
+        machine,
         settings=settings(
             max_examples=num_examples,
             stateful_step_count=num_steps,

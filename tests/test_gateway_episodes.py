@@ -186,7 +186,7 @@ def test_a_session_whose_first_answer_is_under_way_does_not_go_on_with_what_was_
 
 def test_a_request_cancelled_while_it_ends_does_not_keep_its_episode(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    episodes = Episodes(store, "support", BASE, timeout_s=5.0)
+    episodes = Episodes(store, "support", BASE, timeout_s=5.0, secret=b"k")
 
     async def cancelled_at_its_end() -> None:
         lease = await episodes.begin("support", "s1", "anna", [user("one")])

@@ -281,7 +281,7 @@ def test_no_objective_holds_more_logits_at_once_than_it_may(tiny, objective, mon
         found.append((widest.num_rows, float(loss.detach()), [factor.grad for factor in parameters]))
     (num_whole, whole, gradients), (num_pieces, pieces, others) = found
     assert num_whole >= 20
-    assert num_pieces == 2
+    assert 1 <= num_pieces <= 2
     assert pieces == pytest.approx(whole, rel=1e-5)
     for one, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5 * float(one.abs().max()))

@@ -51,6 +51,14 @@ def is_ready(rows: Mapping[str, Row], release: str) -> bool:
     return itself is not None and itself.state == "up" and row is not None and row.state == "proved"
 
 
+def is_ready_somewhere(connection: Connection, release: str) -> bool:
+    """Whether a replica that answers has proved the release."""
+    itself = replicas.alias()
+    up = select(itself.c.url).where(itself.c.release == ITSELF, itself.c.state == "up")
+    proved = (replicas.c.release == release) & (replicas.c.state == "proved") & replicas.c.url.in_(up)
+    return connection.execute(select(replicas.c.url).where(proved).limit(1)).first() is not None
+
+
 def standings(connection: Connection, agent: str, urls: Collection[str]) -> dict[str, str]:
     """URL -> how each replica stands to what serves: `ready` for it, `out`, `unseen` by anybody yet, `absent` where it
     lacks it, else the state of the release there. For the bare base whoever is up is ready."""

@@ -129,7 +129,7 @@ class Replica:
         order = sorted(rows, key=lambda name: (name == wanted.serving, name not in wanted.needed))
         for name in (name for name in order if name in wanted.directories):
             is_serving = name == wanted.serving
-            if not self._is_due(rows[name], again_s, is_serving):
+            if not self._is_due(rows[name], again_s, is_serving or name == wanted.tried):
                 continue
             if is_serving and any(self.held()[one].state != "proved" for one in wanted.needed - {name}):
                 continue
@@ -146,10 +146,10 @@ class Replica:
                 log.warning("%s could not be asked to prove %s: %s", self.url, name, error)
         return tuple(failures)
 
-    def _is_due(self, row: Row, again_s: float, is_serving: bool) -> bool:
+    def _is_due(self, row: Row, again_s: float, is_answering: bool) -> bool:
         is_old = self._clock() - row.seen_at >= again_s
         if row.state == "proved":
-            return is_serving and is_old
+            return is_answering and is_old
         return row.state != "failed" or is_old
 
     def held(self) -> dict[str, Row]:
@@ -208,15 +208,36 @@ class Replicas:
         """On every replica that answers. Raises ServerError when one refuses, or too few answer."""
         self._on_each(lambda member: member.load(name, path), self._answering())
 
+    def load_on_first(self, name: str, path: Path) -> None:
+        """On one replica that answers: what is not judged yet touches no other."""
+        away = UnavailableError(f"none of {len(self.members)} replicas answers")
+        for member in self._answering():
+            try:
+                return member.load(name, path)
+            except UnavailableError as error:
+                away = error
+        raise away
+
+    def roll(self, name: str, path: Path, kept: Probes) -> None:
+        """From replica to replica: the next is touched when the one before holds it and proved it. Raises what one
+        refuses, or fails to prove; one that is away gets it when it is back."""
+        for member in self._answering():
+            try:
+                member.load(name, path)
+                member.prove(name, kept)
+            except UnavailableError as error:
+                log.warning("%s is left out of the roll: %s", member.url, error)
+
     def unload(self, name: str) -> None:
         self._on_each(lambda member: member.unload(name), self._answering())
 
-    def prove(self, name: str, kept: Probes) -> Proof:
-        """The weakest of the proofs of every replica that answers; NotProvedError when one fails it."""
+    def prove(self, name: str, kept: Probes, num_needed: int | None = None) -> Proof:
+        """The weakest of the proofs of every replica that answers; NotProvedError when one fails it. `num_needed`: how
+        many must hold it; None: `min_ready`."""
         members = self._answering()
         if len(self.members) > 1 and name != self.model:
             members = [member for member in members if name in member.held()]
-        proofs = self._on_each(lambda member: member.prove(name, kept), members)
+        proofs = self._on_each(lambda member: member.prove(name, kept), members, num_needed)
         return max(proofs, key=lambda proof: (proof.verdict == "indistinguishable", proof.max_error))
 
     def tidy(self, wanted: residents.Wanted, *, agent: str, now: float, drain_s: float, max_adapters: int) -> None:
@@ -293,7 +314,9 @@ class Replicas:
                     away[member] = error
         return [found[i] for i in range(len(asked))]
 
-    def _on_each(self, call: Callable[[Replica], FoundT], members: Sequence[Replica]) -> Sequence[FoundT]:
+    def _on_each(
+        self, call: Callable[[Replica], FoundT], members: Sequence[Replica], num_needed: int | None = None
+    ) -> Sequence[FoundT]:
         """The call's results on those that answer. Raises what one refuses; UnavailableError when too few answer."""
         with ThreadPoolExecutor(max(1, len(members))) as pool:
             tasks = [pool.submit(call, member) for member in members]
@@ -304,7 +327,7 @@ class Replicas:
                 found.append(task.result())
             except UnavailableError as error:
                 away = error
-        if len(found) >= self.min_ready:
+        if len(found) >= (num_needed or self.min_ready):
             return found
         if away is not None and len(self.members) == 1:
             raise away

@@ -7,7 +7,7 @@ vLLM); so: alias away, drain, unload everywhere, and only then may the registry 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from cltrain.errors import ServerError, UnavailableError
 from cltrain.records import Verdict
 from cltrain.store.database import Store
 from cltrain.store.families import of_family
-from cltrain.store.schema import aliases, records, releases, updates
+from cltrain.store.schema import aliases, records, releases, rollouts, updates
 
 KEPT_HELD = 5  # newest held releases that stay on disk to be looked at
 UNDER_WAY = ("training", "judging")
@@ -42,24 +42,42 @@ class Wanted:
     directories: Mapping[str, Path]
     needed: frozenset[str]  # of them, without which it is not ready: what serves, what a rollback would go to
     barred: frozenset[str] = frozenset()  # of them, what must not be loaded; see trust.py
+    tried: str | None = None  # on live traffic beside what serves: proved again like it
 
     @property
     def loadable(self) -> dict[str, Path]:
         return {name: directory for name, directory in self.directories.items() if name not in self.barred}
 
+    def without(self, names: Iterable[str]) -> Wanted:
+        """The same, without the leave to load these: whoever holds one keeps it."""
+        return replace(self, barred=self.barred | frozenset(names))
+
 
 def wanted_releases(connection: Connection, agent: str) -> set[str]:
-    """Serving, previous, anchor, high-water, candidates of unfinished updates, and whatever an open episode is pinned
-    to, those of its tenants as well. The bare base may be among them: it needs no adapter. What waits for approval is
-    loaded by the approval."""
+    """Serving, previous, anchor, high-water, candidates of unfinished updates, what is tried on live traffic, and
+    whatever an open episode is pinned to, those of its tenants as well. The bare base may be among them: it needs no
+    adapter. What waits for approval is loaded by the approval."""
     names: set[str | None] = set()
     for row in connection.execute(select(aliases).where(aliases.c.agent == agent)):
         names |= {row.release, row.previous, row.anchor, row.high_water}
-    running = select(updates.c.candidate).where(updates.c.agent == agent, updates.c.state.in_(UNDER_WAY))
-    names |= set(connection.execute(running).scalars())
+    names |= under_way(connection, agent)
+    names.add(_tried(connection, agent))
     pinned = select(records.c.release).where(of_family(records.c.agent, agent), records.c.status == "open").distinct()
     names |= set(connection.execute(pinned).scalars())
     return {name for name in names if name is not None}
+
+
+def under_way(connection: Connection, agent: str) -> set[str]:
+    """The candidates of unfinished updates."""
+    running = select(updates.c.candidate).where(updates.c.agent == agent, updates.c.state.in_(UNDER_WAY))
+    return {name for name in connection.execute(running).scalars() if name is not None}
+
+
+def _tried(connection: Connection, agent: str) -> str | None:
+    """The candidate that is tried on live traffic."""
+    is_open = (rollouts.c.agent == agent) & (rollouts.c.state == "open")
+    name: str | None = connection.scalar(select(rollouts.c.release).where(is_open))
+    return name
 
 
 def desired(connection: Connection, state_dir: Path, agent: str) -> Wanted:
@@ -73,7 +91,8 @@ def desired(connection: Connection, state_dir: Path, agent: str) -> Wanted:
     )
     rows = connection.execute(query).all()
     needed = frozenset(row.name for row in rows if row.name in (serving, previous) and row.status == "released")
-    return Wanted(serving, {row.name: (state_dir / row.path).resolve() for row in rows}, needed)
+    directories = {row.name: (state_dir / row.path).resolve() for row in rows}
+    return Wanted(serving, directories, needed, tried=_tried(connection, agent))
 
 
 def reconcile(client: Residence, wanted: Mapping[str, Path]) -> tuple[str, ...]:

@@ -137,6 +137,10 @@ class Recorder:
         """
         return self._submit(lambda connection: write_feedback(connection, given, now, only_of), wait=False)
 
+    def write(self, work: Callable[[Connection], T]) -> Future[T]:
+        """Queue rows of another kind, in the same commits. Raises RecorderFull."""
+        return self._submit(work, wait=False)
+
     def submit_trajectory(self, trajectory: Trajectory) -> Future[bool]:
         """As `add_trajectory`, without waiting for the commit; waits only while the queue is full."""
         split = split_of(self._secret, trajectory.session, self._eval_share)

@@ -32,6 +32,7 @@ from cltrain.gateway.intake import answered, list_served, take_feedback, take_tr
 from cltrain.gateway.keys import KeyRing
 from cltrain.gateway.messages import take_message
 from cltrain.gateway.metrics import Metrics, ReplicaCollector
+from cltrain.gateway.shadow import Shadow
 from cltrain.gateway.tokens import Route
 from cltrain.gateway.upstream import Upstream
 from cltrain.gateway.upstreams import Upstreams
@@ -66,9 +67,10 @@ def create_gateway(
     replicas = [upstream] if isinstance(upstream, Upstream) else list(upstream)
     upstreams = Upstreams(store, replicas)
     urls = [replica.url for replica in replicas]
-    episodes = Episodes(store, agent, base_release, timeout_s, urls)
+    episodes = Episodes(store, agent, base_release, timeout_s, secret, urls)
     metrics = Metrics(StoreCollector(store, agent, clock), ReplicaCollector(store, agent, urls))
-    door = Door(agent, episodes, upstreams, recorder, metrics, timeout_s, clock, config, config.server.api_key)
+    shadow = Shadow(upstreams, recorder, metrics, secret, config.rollout)
+    door = Door(agent, episodes, upstreams, recorder, shadow, metrics, timeout_s, clock, config, config.server.api_key)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -78,6 +80,7 @@ def create_gateway(
         finally:
             sweeping.cancel()
             await asyncio.gather(sweeping, return_exceptions=True)
+            await shadow.close()
             await asyncio.to_thread(recorder.close)
             await upstreams.close()
 

@@ -24,6 +24,7 @@ from cltrain.gateway.episodes import Episodes, Lease, next_hash
 from cltrain.gateway.errors import Refusal, UpstreamFailure, unknown_model
 from cltrain.gateway.keys import PREFIX as KEY_PREFIX
 from cltrain.gateway.metrics import Metrics
+from cltrain.gateway.shadow import Copied, Shadow
 from cltrain.gateway.streaming import EventStream, error_event, relay
 from cltrain.gateway.tenants import agent_for
 from cltrain.gateway.tokens import Answer, Collected, Route, Wanted, ask, read_answer, strip
@@ -62,6 +63,7 @@ class Door:
     episodes: Episodes
     upstream: Upstreams
     recorder: Recorder
+    shadow: Shadow
     metrics: Metrics
     record_timeout_s: float
     clock: Callable[[], float]
@@ -106,10 +108,11 @@ class Door:
         wanted = Wanted.by(asked.body)
         if asked.body.get("stream"):
             opened = await _unless_gone(request, self.upstream.stream(lease, path, body, passed_on), lease)
-            return self._event_stream(asked, lease, opened, wanted, start)
+            return self._event_stream(asked, lease, opened, wanted, start, passed_on)
         place, raw = await _unless_gone(request, self.upstream.post(lease, path, body, passed_on), lease)
         answer = read_answer(asked.route, raw)
         reason = await self._commit(asked, lease, answer)
+        self._mirror(asked, lease, answer, passed_on)
         strip(raw, wanted)
         raw["model"] = lease.release
         self.metrics.seconds.labels(asked.route).observe(time.perf_counter() - start)
@@ -139,7 +142,20 @@ class Door:
         is_ours = request.state.key is not None or (given is not None and KEY_PREFIX in given)
         return {} if given is None or is_ours else {"authorization": given}
 
-    def _event_stream(self, asked: Asked, lease: Lease, opened: Opened, wanted: Wanted, start: float) -> EventStream:
+    def _mirror(self, asked: Asked, lease: Lease, answer: Answer, passed_on: dict[str, str]) -> None:
+        if asked.route == "chat" and asked.why_unrecordable is None:
+            said = (*asked.messages, answer.message)
+            self.shadow.mirror(lease, Copied(asked.record, PATHS["chat"], asked.body, said, passed_on))
+
+    def _event_stream(
+        self,
+        asked: Asked,
+        lease: Lease,
+        opened: Opened,
+        wanted: Wanted,
+        start: float,
+        passed_on: dict[str, str],
+    ) -> EventStream:
         place, model, response = opened
         collected = Collected(asked.route, model if self.upstream.gives_token_ids else None)
         is_over = False
@@ -149,6 +165,7 @@ class Door:
             answer = collected.answer()
             is_over = True  # `_commit` gives the lease back, whatever comes of it
             reason = await self._commit(asked, lease, answer)
+            self._mirror(asked, lease, answer, passed_on)
             said = {"recorded": int(reason is None), "trajectory": lease.episode, "record": asked.record}
             return said if reason is None else {**said, "reason": reason}
 

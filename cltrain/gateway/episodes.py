@@ -24,6 +24,7 @@ from cltrain.errors import DataError
 from cltrain.experience.recording import episode_of
 from cltrain.experience.strict_json import loads
 from cltrain.gateway.errors import Refusal, unknown_model
+from cltrain.gateway.split import Tried, read_tried, takes
 from cltrain.gateway.tenants import serving
 from cltrain.records import Message
 from cltrain.store.database import Store
@@ -54,6 +55,7 @@ class Lease:
     producers: tuple[str | None, ...] = ()  # of the request's messages
     is_mixed: bool = False
     is_recordable: bool = True  # False: the store could not be read
+    tried: Tried | None = None  # a candidate beside the release that answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Seen:
     open_records: tuple[Any, ...]  # rows of this session, or matching the messages; oldest turn first
     producers: dict[str, tuple[str | None, ...]]  # of those whose conversation this one continues
     releases: dict[str, Any]  # rows by name
+    tried: Tried | None  # beside the alias, on live traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,18 +186,21 @@ def look(
     alias = serving(connection, agent, wish.agent, urls)
     names = {wish.model, *in_flight, *(row.release for row in rows)} | ({alias} if alias else set())
     known = connection.execute(RELEASES, {"agents": sorted({agent, wish.agent}), "names": sorted(names)})
-    return Seen(alias, rows, producers, {row.name: row for row in known})
+    return Seen(alias, rows, producers, {row.name: row for row in known}, read_tried(connection, wish.agent))
 
 
 class Episodes:
     """Requests in flight and what was read last; everything durable is in the store."""
 
-    def __init__(self, store: Store, agent: str, base_release: str, timeout_s: float, urls: Sequence[str] = ()) -> None:
+    def __init__(
+        self, store: Store, agent: str, base_release: str, timeout_s: float, secret: bytes, urls: Sequence[str] = ()
+    ) -> None:
         self.base_release = base_release
         self.watch = StoreWatch()
         self._store = store
         self._agent = agent
         self._timeout_s = timeout_s
+        self._secret = secret
         self._urls = urls
         self._lock = asyncio.Lock()  # looking and claiming are one step
         self._leases: list[Lease] = []
@@ -278,7 +284,8 @@ class Episodes:
         match = self._continued(rows, position, episode if wish.session is not None else None)
         if match is not None:
             episode, pinned = episode_of(match.id), match.release
-        release = pinned or (alias if is_alias else wish.model)
+        fresh = uuid.uuid4().hex
+        release = pinned or (self._of_new(alias, seen.tried, fresh) if is_alias else wish.model)
         is_undone = release in seen.releases and seen.releases[release].status in UNDONE
         if pinned is not None and is_undone:
             release = alias
@@ -291,7 +298,6 @@ class Episodes:
             known = seen.producers.get(match.id, ())[: position[match.prefix] + 1]
             record = match.id
         else:
-            fresh = uuid.uuid4().hex
             record = f"traj-{fresh}" if episode is None else f"{episode}~{fresh[:12]}"
         return Lease(
             episode=episode_of(record),
@@ -306,10 +312,17 @@ class Episodes:
             after=None if match is None else match.prefix,
             producers=known + tuple(producer_of(m) for m in wish.messages[len(known) :]),
             is_mixed=match is not None and (match.is_mixed or release != match.release),
+            tried=seen.tried if is_alias and seen.tried is not None and release == seen.tried.incumbent else None,
         )
 
     def _is_alias(self, wish: Wish) -> bool:
         return wish.model in (self._agent, wish.agent)
+
+    def _of_new(self, alias: str, tried: Tried | None, unit: str) -> str:
+        """Which release begins to answer a new episode: no client can tell beforehand, and none can choose."""
+        if tried is None or tried.kind != "canary" or tried.incumbent != alias or not tried.is_ready:
+            return alias
+        return tried.release if takes(tried, self._secret, unit) else alias
 
     def _open_session(self, wish: Wish, rows: Sequence[Any], is_alias: bool) -> tuple[str | None, str | None]:
         """(episode, release) of the session's open episode, stored or with its first answer still to come."""

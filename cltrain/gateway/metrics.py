@@ -62,6 +62,9 @@ class Metrics:
         self.errors = Counter(
             "cltrain_errors", "Requests that ended in an error, by code.", ["code"], registry=self.registry
         )
+        self.shadowed = Counter(
+            "cltrain_shadowed", "Requests copied to a candidate, by outcome.", ["outcome"], registry=self.registry
+        )
         self.waiting = Gauge("cltrain_recorder_waiting", "Answers waiting to be recorded.", registry=self.registry)
         self.in_flight = Gauge(
             "cltrain_in_flight", "Posts being answered, streams to their end.", registry=self.registry

@@ -21,6 +21,8 @@ SINCE = {
     "waits": ("Waits for your yes", "The gate would let the candidate serve. Nothing moves until a person says yes."),
     "observed": ("Would be promoted", "The gate would let the candidate serve. Nothing moved."),
     "outdated": ("Passed, never served", "What the candidate was compared with serves no more: it is too late for it."),
+    "tried": ("On trial", "The gate let it pass. It is tried on live traffic, and serves when that shows no harm."),
+    "taken_back": ("Taken back", "The gate let it pass, and it was taken back while it was tried on live traffic."),
     "rolled_back": ("Rolled back", "The candidate served and was taken back."),
     "trial": ("A trial that passed", "The gate would have let the candidate serve. A trial is thrown away."),
 }
@@ -33,6 +35,8 @@ TILES = {
     "observed": "would be promoted",
     "outdated": "passed, never served",
     "trial": "trials that passed",
+    "tried": "on trial",
+    "taken_back": "taken back",
     "rolled_back": "rolled back",
     "hold": "on hold",
     "reject": "rejected",
@@ -80,7 +84,9 @@ def history(update: Mapping[str, Any]) -> list[tuple[float, str]]:
     lines = []
     for entry in update["history"] or ():
         payload = entry["payload"]
-        if entry["kind"] == "promote":
+        if entry["kind"] == "rollout":
+            text = _tried(payload)
+        elif entry["kind"] == "promote":
             who = "A person said yes" if payload["is_human"] else "The gate said yes"
             text = f"{who}: {payload['to']} serves from here on."
         elif update["candidate"] in payload["undone"]:
@@ -93,3 +99,15 @@ def history(update: Mapping[str, Any]) -> list[tuple[float, str]]:
             text = f"Serves again: {payload['from']} was rolled back ({payload['reason']})."
         lines.append((entry["at"], text))
     return lines
+
+
+def _tried(payload: Mapping[str, Any]) -> str:
+    """One step of a candidate on live traffic."""
+    counts = payload["evidence"].get("episodes", {})
+    after = f"after {counts.get('candidate', 0)} of its episodes beside {counts.get('incumbent', 0)}"
+    return {
+        "begun": f"Tried as {payload['kind']} on {payload['weight']:.0%} of the traffic.",
+        "weight": f"Tried on {payload['weight']:.0%} of the traffic, {after}.",
+        "promoted": f"The trial is over, {after}.",
+        "back": f"Taken back to {payload['incumbent']} {after}: {payload['reason']}.",
+    }[payload["outcome"]]

@@ -15,6 +15,7 @@ from cltrain.records import Alias, Verdict
 from cltrain.registry.decisions import append, entries_of
 from cltrain.registry.lease import agent_row, require_fence
 from cltrain.registry.releases import change_status, get_in
+from cltrain.registry.rollouts import Rollout, open_in, quarantine_learned, settle_in, take_back_in
 from cltrain.registry.tenants import incumbent_in, outdate_followers, tenants_in
 from cltrain.store.database import Store
 from cltrain.store.schema import agents, aliases, releases, screenings, updates
@@ -93,9 +94,9 @@ def move_alias_in(
 
     Give the Alias that the update started from as `expected`: its version also catches an alias that went away and came
     back, and a freeze that was lifted meanwhile. `fence` is the worker's lease; only a human may pass None. A human
-    move makes `to` the new anchor, `raises_high_water` the new high-water mark. Raises ConflictError when the alias or
-    the lease moved, learning is frozen (not for a human), or `to` may not serve: rejected, held, deleted and any
-    verdict but promote never, rolled back only by a human.
+    move makes `to` the new anchor, `raises_high_water` the new high-water mark. What is being tried on live traffic
+    ends with the move. Raises ConflictError when the alias or the lease moved, learning is frozen (not for a human), or
+    `to` may not serve: rejected, held, deleted and any verdict but promote never, rolled back only by a human.
     """
     if fence is None and not is_human:
         raise ConflictError(f"{agent}: a move without a lease is a human's; pass the fence of the lease")
@@ -114,6 +115,7 @@ def move_alias_in(
     if target.status == "rolled_back" and not is_human:
         raise ConflictError(f"{to} was rolled back: only a human can promote it again")
     _refuse_verdict(connection, agent, to)
+    settle_in(connection, agent, serving=to, now=now)
     change_status(connection, to, "released", now=now)
     moved = {
         "release": to,
@@ -150,8 +152,10 @@ def rollback(
 ) -> Rollback:
     """Serve an earlier release again: `to`, else what served before, else the nearest released ancestor.
 
-    Undone are the current release and its ancestors up to `to`: they become rolled_back, the records that their updates
-    learned or could newly rehearse are quarantined, and an update that is under way loses its compare-and-swap.
+    What is being tried on live traffic is the newest: without `to` and `expected` it alone is undone, and what serves
+    goes on. Else undone are the current release and its ancestors up to `to`: they become rolled_back, the records that
+    their updates learned or could newly rehearse are quarantined, and an update that is under way loses its
+    compare-and-swap.
     Tenants whose release grew from one that is undone are back at what all are served, in the same transaction.
     Learning is frozen unless `freeze` is False. Raises ConflictError when the bare base serves already, `to` may not
     serve, or another release serves than the one `expected` (None: whichever).
@@ -172,6 +176,10 @@ def _roll_back(
     row = _row(connection, agent)
     if expected is not None and row.release != expected:
         raise ConflictError(f"{row.release} serves by now, not {expected}")
+    tried = open_in(connection, agent)
+    if tried is not None and expected is None and to in (None, row.release):
+        return _end_rollout(connection, row, tried, reason=reason, freeze=freeze, now=now)
+    take_back_in(connection, agent, reason=f"rollback of {row.release}: {reason}", now=now)
     lineage = _lineage(connection, row.release)
     target = to if to is not None else _before(connection, row, lineage)
     release = get_in(connection, target)
@@ -204,9 +212,10 @@ def _roll_back(
 
 
 def freeze(store: Store, agent: str, *, now: float, reason: str) -> None:
-    """Stop learning: no update that began before `unfreeze` is ever promoted, except by a human; serving goes on.
-    Freezing twice keeps the newer reason."""
+    """Stop learning: no update that began before `unfreeze` is ever promoted, except by a human; serving goes on, and
+    what is being tried is taken back. Freezing twice keeps the newer reason."""
     with store.write() as connection:
+        take_back_in(connection, agent, reason=f"frozen: {reason}", now=now)
         _switch(connection, agent, is_frozen=True, reason=reason)
         append(connection, agent, "freeze", {"reason": reason}, now)
 
@@ -247,20 +256,25 @@ def _refuse_verdict(connection: Connection, agent: str, name: str) -> None:
 
 
 def file_approved(store: Store, agent: str, name: str, now: float) -> None:
-    """The records behind a release that a human promoted are rehearsed from now on, and not read again; those that only
-    show what was wrong (stratum `<tool>/bad`), or that the release was not sure of, are not even rehearsed."""
+    """`file_learned_in` for a release that a human promoted, in a transaction of its own."""
     with store.write() as connection:
-        of_release = updates.c.agent == agent, updates.c.candidate == name
-        summaries = connection.scalars(select(updates.c.summary).where(*of_release))
-        doubtful = {record for summary in summaries for record in (summary or {}).get("doubtful", ())}
-        is_left = or_(screenings.c.stratum.endswith("/bad"), screenings.c.record.in_(doubtful))
-        standing = case((is_left, "learned"), else_="replay")
-        learned = select(updates.c.id).where(*of_release)
-        connection.execute(
-            update(screenings)
-            .where(screenings.c.agent == agent, screenings.c["update"].in_(learned), screenings.c.status == "waiting")
-            .values(status=standing, reason="promoted by a human", changed_at=now)
-        )
+        file_learned_in(connection, agent, name, "promoted by a human", now)
+
+
+def file_learned_in(connection: Connection, agent: str, name: str, reason: str, now: float) -> None:
+    """The records behind a release that was promoted later are rehearsed from now on, and not read again; those that
+    only show what was wrong (stratum `<tool>/bad`), or that the release was not sure of, are not even rehearsed."""
+    of_release = updates.c.agent == agent, updates.c.candidate == name
+    summaries = connection.scalars(select(updates.c.summary).where(*of_release))
+    doubtful = {record for summary in summaries for record in (summary or {}).get("doubtful", ())}
+    is_left = or_(screenings.c.stratum.endswith("/bad"), screenings.c.record.in_(doubtful))
+    standing = case((is_left, "learned"), else_="replay")
+    learned = select(updates.c.id).where(*of_release)
+    connection.execute(
+        update(screenings)
+        .where(screenings.c.agent == agent, screenings.c["update"].in_(learned), screenings.c.status == "waiting")
+        .values(status=standing, reason=reason, changed_at=now)
+    )
 
 
 def _before(connection: Connection, row: Row, lineage: list[str]) -> str:
@@ -310,18 +324,33 @@ def _quarantine(connection: Connection, agent: str, undone: list[str], kept: set
         return select(updates.c.id).where(updates.c.agent == agent, updates.c.candidate.in_(names))
 
     made_by = screenings.c["update"]
-    learned = made_by.in_(behind(undone)) & screenings.c.status.in_(("waiting", "learned", "replay"))
     rehearsed = (
-        (screenings.c.status == "replay")
+        (screenings.c.agent == agent)
+        & (screenings.c.status == "replay")
         & (screenings.c.changed_at > since)
         & or_(made_by.is_(None), made_by.not_in(behind(kept)))  # the target's own window is filed after it is sealed
     )
-    num_quarantined = 0
-    for which, reason in ((learned, "learned by"), (rehearsed, "may have been rehearsed by")):
-        values = {"status": "quarantined", "reason": f"{reason} an update that was rolled back", "changed_at": now}
-        result = connection.execute(update(screenings).where(screenings.c.agent == agent, which).values(**values))
-        num_quarantined += int(result.rowcount)
-    return num_quarantined
+    num_quarantined = quarantine_learned(connection, agent, undone, now)
+    reason = "may have been rehearsed by an update that was rolled back"
+    values = {"status": "quarantined", "reason": reason, "changed_at": now}
+    result = connection.execute(update(screenings).where(rehearsed).values(**values))
+    return num_quarantined + int(result.rowcount)
+
+
+def _end_rollout(
+    connection: Connection, row: Row, tried: Rollout, *, reason: str, freeze: bool, now: float
+) -> Rollback:
+    """A rollback while something is being tried: what serves goes on serving, to everybody again."""
+    take_back_in(connection, row.agent, reason=f"rollback: {reason}", now=now)
+    num_quarantined = quarantine_learned(connection, row.agent, [tried.release], now)
+    connection.execute(update(aliases).where(aliases.c.agent == row.agent).values(version=row.version + 1))
+    if freeze:
+        _switch(connection, row.agent, is_frozen=True, reason=f"rollback of {tried.release}: {reason}")
+    payload = {"from": tried.release, "to": row.release, "undone": [tried.release], "num_quarantined": num_quarantined}
+    append(connection, row.agent, "rollback", {**payload, "reason": reason, "freeze": freeze}, now)
+    is_frozen = bool(agent_row(connection, row.agent).is_frozen)
+    alias = _alias(_row(connection, row.agent))
+    return Rollback(tried.release, alias, (tried.release,), num_quarantined, is_frozen)
 
 
 def _marks_after(connection: Connection, agent: str, target: str) -> tuple[str, str]:

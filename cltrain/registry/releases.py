@@ -24,7 +24,7 @@ from cltrain.models.signature import sign
 from cltrain.records import Release
 from cltrain.registry.decisions import append
 from cltrain.store.database import Store
-from cltrain.store.schema import agents, aliases, records, releases, set_aside
+from cltrain.store.schema import agents, aliases, records, releases, rollouts, set_aside
 
 # rejected and held never reach released: a held candidate is judged again as candidate first
 TRANSITIONS: dict[str, frozenset[str]] = {
@@ -294,6 +294,9 @@ def _refuse_in_use(connection: Connection, name: str) -> None:
         for role in ("release", "previous", "anchor", "high_water"):
             if getattr(row, role) == name:
                 raise ConflictError(f"{name} is the {role} of {row.agent} and stays")
+    tried = select(rollouts.c.agent).where(rollouts.c.release == name, rollouts.c.state == "open")
+    if (agent := connection.scalar(tried)) is not None:
+        raise ConflictError(f"{name} is being tried for {agent} and stays")
 
 
 def _find(connection: Connection, agent: str, digest: str, parent: str) -> Release | None:

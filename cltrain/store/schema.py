@@ -1,6 +1,6 @@
 """The tables. Rows in records, generations and feedback are written by gateways (and import) only; updates, reads,
-verdicts, releases, audits, probes and screenings by the worker only; aliases by `registry.move_alias` only; replicas by
-`deploy.replicas` only; decisions are append-only.
+verdicts, releases, audits, probes and screenings by the worker only; aliases by `registry.move_alias` only; rollouts by
+`registry.rollouts` only; replicas by `deploy.replicas` only; decisions are append-only.
 """
 
 from __future__ import annotations
@@ -178,6 +178,44 @@ workers = Table(  # what the newest holder of an agent's lease learns with
     metadata,
     Column("agent", String, primary_key=True),
     Column("settings", JSON, nullable=False),  # see Config.shaping
+)
+
+rollouts = Table(  # candidates tried on live traffic; one open per agent, see registry/rollouts.py
+    "rollouts",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("agent", String, nullable=False, index=True),
+    Column("kind", String, nullable=False),  # canary | shadow
+    Column("incumbent", String, nullable=False),
+    Column("release", String, nullable=False),
+    Column("update", String, nullable=False),
+    Column("alias_version", Integer, nullable=False),  # as it stood then: the promotion compares it
+    Column("raises_high_water", Boolean, nullable=False),
+    Column("settings", JSON, nullable=False),  # RolloutConfig, fixed before the first answer
+    Column("step", Integer, nullable=False),  # of settings.weights
+    Column("weight", Float, nullable=False),
+    Column("fence", Integer, nullable=False),
+    Column("state", String, nullable=False),  # open | promoted | back
+    Column("reason", Text),
+    Column("evidence", JSON, nullable=False),  # what the last look found: see cltrain/rollout.py
+    Column("started_at", Float, nullable=False),
+    Column("ended_at", Float),
+    sqlite_autoincrement=True,
+)
+
+rollout_outcomes = (
+    Table(  # in the order in which they are judged; of a canary by the worker, of a shadow by the gateway
+        "rollout_outcomes",
+        metadata,
+        Column("id", Integer, primary_key=True, autoincrement=True),
+        Column("rollout", Integer, nullable=False),
+        Column("unit", String, nullable=False),  # the episode's record, or the generation whose request was copied
+        Column("arm", String, nullable=False),  # incumbent | candidate
+        Column("fault", Boolean, nullable=False),
+        Column("score", Float),  # None: nobody who may judge said anything
+        UniqueConstraint("rollout", "unit", "arm"),
+        sqlite_autoincrement=True,
+    )
 )
 
 requests = Table(  # asked of the running worker by CLI and API; the worker alone answers

@@ -1,0 +1,157 @@
+"""A candidate on live traffic, from the gate's yes to the alias: its outcomes are collected and judged at every look,
+its share grows, and it serves or goes back.
+
+One look is one transaction, and everything is in the store: a worker that was killed is followed by one that goes on
+from there. Needs no accelerator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Row, select, update
+
+from cltrain.config_rollout import RolloutConfig
+from cltrain.deploy import readiness
+from cltrain.errors import ConflictError
+from cltrain.experience.examples import decisive, score_of
+from cltrain.experience.faults import fault_of
+from cltrain.experience.reading import read_trajectories
+from cltrain.gate.sequential import Evidence, Outcome, judge, weigh
+from cltrain.records import Alias, Trajectory, Verdict
+from cltrain.registry import aliases, rollouts
+from cltrain.registry.rollouts import Rollout
+from cltrain.rooms import Rooms, required_ready
+from cltrain.store.schema import records, updates
+
+Action = Literal["go on", "step up", "promote", "harm", "back"]
+NEVER_CAME = ("timeout", "aborted", "error")  # ends of an episode: a fault of whoever answered, and no score
+HOUR_S = 3600.0
+MAX_READ = 500  # episodes at one look
+
+
+def look(rooms: Rooms) -> str | None:
+    """Collect, judge and act, once; what was decided, None where nothing was or nothing is being tried.
+
+    Raises ConflictError when the lease is lost, or the rollout ended meanwhile.
+    """
+    tried = rollouts.read_open(rooms.store, rooms.agent)
+    if tried is None:
+        return None
+    settings, now = RolloutConfig(**tried.settings), rooms.clock()
+    fresh, seq = _settled(rooms, tried, now - settings.settle_s) if tried.kind == "canary" else ([], 0)
+    with rooms.store.read() as connection:
+        known = [Outcome(*row) for row in rollouts.outcomes_of(connection, tried.id)]
+    outcomes = [*known, *(outcome for _, outcome in fresh)]
+    num_tried = sum(outcome.arm == "candidate" for outcome in outcomes)
+    evidence = weigh(outcomes, settings.judged_by, settings.margin)
+    began_with = tried.evidence.get("step_began_with", 0)
+    with rooms.store.write() as connection:
+        rollouts.require_same(connection, tried, rooms.fence)
+        try:
+            readiness.require_ready(connection, rooms.server.urls, tried.release, required_ready(rooms))
+            action, reason = next_action(settings, tried, evidence, num_tried, num_tried - began_with, now)
+        except ConflictError as error:
+            action, reason = "back", str(error)
+        found = {
+            "episodes": dict(Counter(outcome.arm for outcome in outcomes)),
+            "metrics": [asdict(one) for one in evidence],
+            "seq": seq,
+            "step_began_with": num_tried if action == "step up" else began_with,
+        }
+        if action == "go on" and found == tried.evidence:
+            return None
+        for unit, outcome in fresh:
+            rollouts.add_outcome_in(connection, tried.id, unit, {outcome.arm: (outcome.fault, outcome.score)})
+        rollouts.note_evidence_in(connection, tried, found)
+        _act(connection, rooms, tried, action, reason, now)
+    if action == "go on":
+        return None
+    said = f"{tried.release} ({tried.kind}): {action}: {reason}"
+    rooms.on_progress(said)
+    return said
+
+
+def next_action(
+    settings: RolloutConfig,
+    tried: Rollout,
+    evidence: Sequence[Evidence],
+    num_tried: int,
+    num_at_weight: int,
+    now: float,
+) -> tuple[Action, str]:
+    """What the evidence and the clock ask for. `num_tried`: outcomes of the candidate, so many `num_at_weight` of them.
+
+    Harm goes back at once. Without harm the weight grows after `step_episodes`; at the last one it serves when it is
+    shown to do no harm. When the time is over, too little evidence never passes.
+    """
+    verdict, reason = judge(evidence, settings.alpha)
+    if verdict is Verdict.REJECT:
+        return "harm", reason
+    is_seen = num_at_weight >= settings.step_episodes
+    if is_seen and tried.step + 1 < len(settings.weights):
+        return "step up", f"no harm at {tried.weight:g}"
+    if is_seen and verdict is Verdict.PROMOTE:
+        return "promote", reason
+    if now - tried.started_at < settings.max_hours * HOUR_S:
+        return "go on", reason
+    if settings.on_timeout == "promote" and num_tried >= settings.step_episodes:
+        return "promote", f"no harm in {settings.max_hours:g} hours (rollout.on_timeout = 'promote'): {reason}"
+    return "back", f"{settings.max_hours:g} hours are over: {reason}"
+
+
+def _act(connection: Connection, rooms: Rooms, tried: Rollout, action: Action, reason: str, now: float) -> None:
+    if action == "step up":
+        rollouts.step_up_in(connection, tried, reason=reason, now=now)
+    elif action in ("harm", "back"):
+        rollouts.take_back_in(connection, rooms.agent, reason=reason, now=now, is_to_blame=action == "harm")
+    elif action == "promote":
+        then = Alias(rooms.agent, tried.incumbent, tried.alias_version, None, 0)
+        aliases.move_alias_in(
+            connection, rooms.agent, expected=then, to=tried.release, fence=rooms.fence, now=now,
+            raises_high_water=tried.raises_high_water,
+        )  # fmt: skip
+        aliases.file_learned_in(connection, rooms.agent, tried.release, f"promoted as {tried.kind}", now)
+        of_update = updates.c.id == tried.update
+        summary = connection.execute(select(updates.c.summary).where(of_update)).scalar_one()
+        served = {**summary, "is_served": True, "serving": tried.release}
+        connection.execute(update(updates).where(of_update).values(summary=served))
+
+
+def _settled(rooms: Rooms, tried: Rollout, by: float) -> tuple[list[tuple[str, Outcome]], int]:
+    """(record, outcome) of the episodes that settled since the last look, in the order in which they began, and the
+    last one's number. One that has not settled keeps later ones waiting: an order by outcome would favour the quick."""
+    last = int(tried.evidence.get("seq", 0))
+    columns = (records.c.id, records.c.seq, records.c.created_at, records.c.release, records.c.end, records.c.is_mixed)
+    query = (
+        select(*columns)
+        .where(records.c.agent == rooms.agent, records.c.seq > last, records.c.created_at >= tried.started_at)
+        .where(records.c.release.in_((tried.incumbent, tried.release)))
+        .where(records.c.prefix.is_not(None))  # the gateway saw it: imported ones have none
+        .order_by(records.c.seq)
+        .limit(MAX_READ)
+    )
+    rows: list[Any] = []
+    with rooms.store.read() as connection:
+        for row in connection.execute(query):
+            if row.created_at > by:
+                break
+            rows.append(row)
+    whole = [row for row in rows if not row.is_mixed and "~" not in row.id]  # a branch is no episode of its own
+    read = {one.id: one for one in read_trajectories(rooms.store, rooms.agent, records_in=[row.id for row in whole])}
+    found = [(row.id, _outcome(row, read[row.id], tried.release)) for row in whole]
+    return found, rows[-1].seq if rows else last
+
+
+def _outcome(row: Row[Any], episode: Trajectory, candidate: str) -> Outcome:
+    """How an episode went. Where an answer never came its score is missing: whatever was said is said of the rest."""
+    arm: Literal["candidate", "incumbent"] = "candidate" if row.release == candidate else "incumbent"
+    if row.end in NEVER_CAME:
+        return Outcome(arm, True)
+    turns = [generation.turn for generation in episode.generations]
+    said = decisive(episode.feedback)
+    is_fault = fault_of(episode.messages, turns, episode.tools) is not None
+    return Outcome(arm, is_fault, None if said is None else score_of(said))
