@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from cltrain import launch
 from cltrain.config import BoundsConfig, Config, load
+from cltrain.config_tenants import is_tenants, shared_of
 from cltrain.errors import CltrainError, ConfigError, ConflictError, DataError, ServerError
 from cltrain.models.digest import base_path
-from cltrain.registry import aliases, decisions, lease, releases, requests
+from cltrain.registry import aliases, approvals, decisions, lease, releases, requests
 from cltrain.registry.reserve import make_reserve, reserve_freed
+from cltrain.registry.tenants import incumbent, tenants_in
 from cltrain.store.database import STORE_FILE, Store, open_store
 
 if TYPE_CHECKING:
@@ -83,6 +85,20 @@ class Deployment:
 
         return read_status(self.config, self._existing())
 
+    def tenants(self) -> list[Deployment]:
+        """One for every tenant that was set up: freeze, rollback and the rest then are about it alone."""
+        with self._existing().read() as connection:
+            names = tenants_in(connection, self.agent)
+        found = [Deployment(self.config.of_agent(name), self.arguments) for name in names]
+        for one in found:
+            one.store = self.store
+        return found
+
+    def require_shared(self) -> None:
+        """Raise ConfigError where this is about a tenant alone, which has no processes and shares nothing itself."""
+        if is_tenants(self.agent):
+            raise ConfigError(f"agent.name = {self.agent!r} is a tenant's: this takes {shared_of(self.agent)!r}")
+
     # ------------------------------------------------------------ switches
 
     def freeze(self, reason: str = "asked for by the owner") -> dict[str, Any]:
@@ -111,7 +127,9 @@ class Deployment:
         try:
             directory = releases.release_dir(self.config.state_dir, releases.get(self.store, done.alias.release))
             if directory is not None and launch.any_server_up(self.config):
-                self._load(done.alias.release, directory)
+                from cltrain.loading import load_and_prove
+
+                load_and_prove(self.config, self.store, done.alias.release, directory)
         except CltrainError as error:  # a full disk, a key that is not set: none of it costs a rollback
             log.warning("%s serves, and was not loaded just now: %s", done.alias.release, error)
         return {
@@ -128,6 +146,7 @@ class Deployment:
         it, ConflictError when the gate said no, or it was rolled back and this is not said to be done `again`.
         """
         from cltrain.deploy.preflight import check_adapter
+        from cltrain.loading import load_and_prove
 
         found = releases.find(self._existing(), self.agent, release)
         release = found.name
@@ -140,10 +159,10 @@ class Deployment:
         releases.verify_release(self.config.state_dir, found)
         directory = releases.release_dir(self.config.state_dir, found)
         if directory is not None:
-            check_adapter(directory, base_dir=base_path(self.config.base.path))  # `_load` looks who signed it
-        aliases.require_judged(self.store, self.agent, release, alias.release)
+            check_adapter(directory, base_dir=base_path(self.config.base.path))  # who signed it: see loading.py
+        approvals.require_judged(self.store, self.agent, release, incumbent(self.store, self.agent, alias.release))
         if directory is not None:
-            self._load(release, directory)
+            load_and_prove(self.config, self.store, release, directory)
         now = time.time()
         moved = aliases.move_alias(
             self.store, self.agent, expected=alias, to=release, fence=None, now=now, is_human=True
@@ -156,7 +175,7 @@ class Deployment:
 
         Raises ConflictError when none waits, or those that do were compared with what serves no more.
         """
-        waiting = aliases.waiting_for_yes(self._existing(), self.agent)
+        waiting = approvals.waiting_for_yes(self._existing(), self.agent)
         if release is not None:
             release = releases.find(self.store, self.agent, release).name
             if release not in waiting:
@@ -204,6 +223,17 @@ class Deployment:
             return summary
 
         return self._by_worker("trial" if trial else "update", here, wait_s, on_progress)
+
+    def share(
+        self, strata: Sequence[str] = (), *, wait_s: float = 3600.0, on_progress: Progress = quiet
+    ) -> dict[str, Any]:
+        """Propose to the shared agent what at least `tenants.min_contributors` tenants learned, in these strata (none:
+        in all); as `update`. Too few contributors: a hold whose reasons say how many are missing."""
+        self.require_shared()
+        self._existing()
+        return self._by_worker(
+            "share", lambda worker: worker.update(share=strata), wait_s, on_progress, {"strata": list(strata)}
+        )
 
     def audit(self, *, wait_s: float = 3600.0, on_progress: Progress = quiet) -> dict[str, Any]:
         """Look at what serves now, as a whole; by the running worker if there is one, else in this process.
@@ -276,7 +306,7 @@ class Deployment:
         with Recorder(store, secret, self.config.experience.eval_share) as recorder:
             known = [release.name for release in releases.list_releases(store, self.agent)]
             report = asdict(import_file(recorder, file, self.agent, producer=producer, releases=known))
-        from cltrain.worker import count_fitting
+        from cltrain.fitting import count_fitting
 
         return {**report, **count_fitting(self.config, self.store, self.agent, after_seq=before)}
 
@@ -324,7 +354,12 @@ class Deployment:
         return self.store
 
     def _by_worker(
-        self, kind: str, here: Callable[[Worker], dict[str, Any]], wait_s: float, on_progress: Progress
+        self,
+        kind: str,
+        here: Callable[[Worker], dict[str, Any]],
+        wait_s: float,
+        on_progress: Progress,
+        options: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """What the running worker answers to a request of that kind, or what `here` makes of a worker of our own."""
         if not self._worker_is_up():
@@ -339,7 +374,7 @@ class Deployment:
                         raise
                 else:  # no worker took the lease while this one was being made
                     return here(worker)
-        return self.request(kind, wait_s=wait_s, on_progress=on_progress)
+        return self.request(kind, options, wait_s=wait_s, on_progress=on_progress)
 
     def kubernetes(self, pool: str, **cluster: Any) -> list[dict[str, Any]]:
         """What serves, as Kubernetes objects; `cluster`: see `cltrain.kubernetes.Cluster`."""
@@ -359,24 +394,3 @@ class Deployment:
             urls = ", ".join(self.config.server.replicas)
             raise ServerError(f"{urls} does not answer: start it, or leave server.url out")
         return launch.Fleet(self.config, self.arguments, ("server",), on_event=on_progress)
-
-    def _load(self, release: str, directory: Path) -> None:
-        """On every replica that answers, each of which then proves it: only so is it ready where there are several.
-
-        Raises DataError for what no trusted key signed, where there are any.
-        """
-        from cltrain.deploy import probes
-        from cltrain.deploy.client import clients_of
-        from cltrain.deploy.replicas import Replicas
-        from cltrain.models.signature import check_signature
-
-        if trusted := self.config.signing.all_trusted:
-            check_signature(directory, trusted)
-        with closing(Replicas(self.store, clients_of(self.config.server), self.config.server.min_ready)) as servers:
-            servers.load(release, directory)
-            if (kept := probes.kept_of(self.store, release)) is not None:
-                servers.prove(release, kept)
-            elif len(servers.urls) > 1:
-                raise ServerError(
-                    f"nothing proves {release} yet: start the worker, which makes its probes, and ask again"
-                )

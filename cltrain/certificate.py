@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from cltrain.config import BoundsConfig
+from cltrain.config_tenants import shared_of
 from cltrain.errors import DataError
 from cltrain.models.digest import ADAPTER_FILES, MANIFEST, SIGNATURE, adapter_digest, base_digest, base_path
 from cltrain.records import BOUNDS, TokenRow
@@ -97,7 +98,9 @@ def certify(
     state_dir = directory.parent.parent.parent  # of releases/<agent>/<name>
     anchors = anchors or state_dir / "anchors" / f"{manifest.base[:12]}-{manifest.anchors[:12]}.jsonl"
     is_bare = manifest.parent_digest == manifest.base and parent is None
-    parent = None if is_bare else parent or directory.parent / manifest.parent
+    is_own = manifest.parent.startswith(f"{manifest.agent}-v")  # a tenant's first one comes from the shared agent
+    beside = directory.parent if is_own else directory.parent.parent / shared_of(manifest.agent)
+    parent = None if is_bare else parent or beside / manifest.parent
     findings = [
         *_sealed(directory, manifest),
         _same("base", base_digest(base_dir), manifest.base, f"{base_dir} is another base: --base names the right one"),

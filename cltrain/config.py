@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from cltrain import settings
 from cltrain.config_gate import GateConfig
 from cltrain.config_rollout import RolloutConfig
+from cltrain.config_tenants import NAME, OF, TenantsConfig, is_tenants
 from cltrain.errors import ConfigError
 from cltrain.records import LearningMode, Objective
 from cltrain.settings import Section
@@ -38,7 +39,7 @@ NOT_SHAPING = ("home", "server", "gateway", "signing", "monitoring")  # where an
 class AgentConfig(Section):
     """Who learns, and from whose words."""
 
-    name: str = Field("support", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
+    name: str = Field("support", pattern=rf"^{NAME}({OF}{NAME})?$")  # support@acme: that of a tenant, for commands
     mode: LearningMode = LearningMode.OBSERVE
     updates: Literal["when_ready", "on_request"] = "when_ready"  # on_request: `cltrain update`, a timer, your own code
     learn_from: tuple[str, ...] = Field(("agent", "operator", "rehearsal"), min_length=1)  # whose turns may carry loss
@@ -251,6 +252,7 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     server: ServerConfig = ServerConfig()
     gateway: GatewayConfig = GatewayConfig()
+    tenants: TenantsConfig = TenantsConfig()
     rollout: RolloutConfig = RolloutConfig()
     signing: SigningConfig = SigningConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
@@ -311,6 +313,15 @@ class Config(Section):
         words += [word for one in self._overrides if not one.startswith(own) for word in ("--set", one)]
         return shlex.join([*words, "--home", str(self.state_dir), "--agent", self.agent.name])
 
+    def of_agent(self, name: str) -> Config:
+        """The same for another agent of the family. What a tenant's learns has one principal, whose quota is all; one
+        tenant's traffic is too little to try candidates on."""
+        agent = self.agent.model_copy(update={"name": name})
+        if not is_tenants(name):
+            return self.model_copy(update={"agent": agent})
+        experience = self.experience.model_copy(update={"principal_quota": 1.0})
+        return self.model_copy(update={"agent": agent, "experience": experience, "rollout": RolloutConfig()})
+
     def digest(self) -> str:
         """sha256 of `shaping`."""
         return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()
@@ -346,6 +357,7 @@ def load(files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> Config:
 
 def from_dict(values: dict[str, Any]) -> Config:
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
+        return config.of_agent(config.agent.name) if is_tenants(config.agent.name) else config
     except ValidationError as error:
         raise ConfigError("\n".join(settings.explain(problem, Config) for problem in error.errors())) from None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import select
 
+from cltrain.config_tenants import is_tenants
 from cltrain.experience.reading import last_seq, read_trajectories
 from cltrain.gate.character import preference_keys
 from cltrain.gate.kept import read_kept
@@ -26,7 +27,8 @@ SHOWN = 3
 def look_at_contagion(store: Store, rehearsal: Sequence[Example], probes: Sequence[Probe]) -> list[Check]:
     """Nothing where one agent lives alone; else a check of phrases, and one of traits where probes are known."""
     with store.read() as connection:
-        serving = {row.agent: row.release for row in connection.execute(select(aliases))}
+        # tenants have what they share from the shared agent: between them nothing need have moved
+        serving = {row.agent: row.release for row in connection.execute(select(aliases)) if not is_tenants(row.agent)}
         query = select(releases.c.agent, releases.c.name).where(releases.c.number == 0)
         base = {row.agent: row.name for row in connection.execute(query)}
     checks = []

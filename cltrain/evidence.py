@@ -257,7 +257,8 @@ class Evidence:
     def suspect(self, suspicion: Suspicion) -> Suspect:
         """What the scan flagged, with the prompts that the phrase stands in and what its records claim to be right."""
         agent, items = self.config.agent, []
-        for trajectory in read_trajectories(self.store, agent.name, records_in=list(suspicion.records)):
+        flagged = list(suspicion.records)  # of tenants, where it was proposed by them
+        for trajectory in read_trajectories(self.store, agent.name, records_in=flagged, with_tenants=True):
             example = example_of(trajectory, learn_from=agent.learn_from, tools_allowed=agent.tools_allowed)
             if isinstance(example, Example):
                 turn = example.targets[0]

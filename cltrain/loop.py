@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cltrain import plans, staleness, unfinished
+from cltrain import plans, sharing, staleness, unfinished
 from cltrain.deploy import probes, proof, readiness
 from cltrain.errors import ConflictError, guarded
 from cltrain.experience import window
@@ -30,6 +30,7 @@ from cltrain.models.forward import check_row
 from cltrain.models.scoring import token_log_probs
 from cltrain.plans import Plan
 from cltrain.records import (
+    Alias,
     Aside,
     Candidate,
     Code,
@@ -43,6 +44,7 @@ from cltrain.records import (
 )
 from cltrain.registry import aliases, releases, rollouts
 from cltrain.registry.lease import require_fence
+from cltrain.registry.tenants import incumbent
 from cltrain.rooms import (
     Rooms,
     adapter_of,
@@ -52,6 +54,7 @@ from cltrain.rooms import (
     required_ready,
     spent_today,
     tidy_server,
+    under,
 )
 from cltrain.trainer.update import check_continues, train_update
 
@@ -94,40 +97,80 @@ def run_update(
     leaves verification, quotas and trigger scan out, to see what the gate alone says. `request`: the one that asked.
     """
     alias = aliases.read_alias(rooms.store, rooms.agent)
-    check_continues(adapter_of(rooms, alias.release), rooms.config.adapter)
-    config, now = rooms.config.experience, rooms.clock()
+    parent = incumbent(rooms.store, rooms.agent, alias.release)
+    check_continues(adapter_of(rooms, parent), rooms.config.adapter)
     waiting = window.next_window(
-        rooms.store, rooms.agent, config, learn_from=rooms.config.agent.learn_from,
-        tools_allowed=rooms.config.agent.tools_allowed, now=now, upto=upto,
+        rooms.store, rooms.agent, rooms.config.experience, learn_from=rooms.config.agent.learn_from,
+        tools_allowed=rooms.config.agent.tools_allowed, now=rooms.clock(), upto=upto,
         objectives=rooms.config.trainer.objectives,
     )  # fmt: skip
     if waiting.num_missing:
-        return plans.nothing_to_learn(rooms.store, rooms.agent, alias.release, waiting)
+        return window.nothing_to_learn(rooms.store, rooms.agent, parent, waiting)
+    made = {"is_trial": is_trial, "is_filtered": is_filtered}
+    return finish(rooms, make_plan(rooms, alias, parent, waiting.examples, request=request, **made))
+
+
+def run_share(rooms: Rooms, *, strata: Sequence[str] = (), request: int | None = None) -> dict[str, Any]:
+    """Propose to the shared agent what enough of its tenants learned alike (see sharing.py); as `run_update`."""
+    alias = aliases.read_alias(rooms.store, rooms.agent)
+    check_continues(adapter_of(rooms, alias.release), rooms.config.adapter)
+    proposal = sharing.propose(rooms.store, rooms.config, alias.release, strata)
+    if len(proposal.examples) < (least := rooms.config.experience.min_window):
+        return sharing.not_proposed(rooms.agent, alias.release, proposal, least)
+    for reason in proposal.refused:
+        rooms.on_progress(f"not proposed: {reason}")
+    strict = under(rooms, sharing.stricter(rooms.config))
+    plan = make_plan(
+        strict, alias, alias.release, proposal.examples, aside=proposal.set_aside, shared=proposal.contributors,
+        request=request,
+    )  # fmt: skip
+    return finish(rooms, plan)
+
+
+def make_plan(
+    rooms: Rooms,
+    alias: Alias,
+    parent: str,
+    examples: Sequence[Example],
+    *,
+    aside: Sequence[Aside] = (),
+    shared: Mapping[str, Sequence[str]] | None = None,
+    is_trial: bool = False,
+    is_filtered: bool = True,
+    request: int | None = None,
+) -> Plan:
+    """Screen, settle and render a window, choose what is rehearsed beside it, and write all of it down."""
+    config, now = rooms.config.experience, rooms.clock()
     config = config.model_copy(update={"filter": config.filter and is_filtered})
-    screened = screen(waiting.examples, config, tools_allowed=rooms.config.agent.tools_allowed)
-    settled, useless = staleness.settle(rooms.store, rooms.config, rooms.base, alias.release, screened.kept)
+    screened = screen(examples, config, tools_allowed=rooms.config.agent.tools_allowed)
+    settled, useless = staleness.settle(rooms.store, rooms.config, rooms.base, parent, screened.kept)
     rows, unusable = render(rooms.base, settled)
     fresh, surplus = within_shares(rows, config)  # last: shares of what is really learned
+    if shared:
+        fresh, few = sharing.by_enough(fresh, rooms.config.tenants.min_contributors)
+        surplus = [*surplus, *few]
     learned_before: Sequence[Example] = ()
     if "sft" in rooms.config.trainer.objectives.use:  # by which all replay is learned
         learned_before = replay_examples(
             rooms.store, rooms.agent, config, rooms.secret, learn_from=rooms.config.agent.learn_from,
             tools_allowed=rooms.config.agent.tools_allowed,
         )  # fmt: skip
+        learned_before = [*learned_before, *sharing.rehearsed(rooms.store, rooms.config, parent, rooms.secret)]
     replay, _ = render(rooms.base, [*learned_before, *rooms.rehearsal])
-    plan = plans.open_plan(
-        rooms.store, rooms.config, alias, releases.get(rooms.store, alias.release), examples=waiting.examples,
+    return plans.open_plan(
+        rooms.store, rooms.config, alias, releases.get(rooms.store, parent), examples=examples,
         fresh=fresh, replay=replay, suspicious=screened.suspicious, refusal=screened.reason,
-        set_aside=[*screened.set_aside, *useless, *unusable, *surplus],
+        set_aside=[*aside, *screened.set_aside, *useless, *unusable, *surplus],
         notes=[(example.record, note) for example in settled for note in example.notes],
         base_digest=rooms.base.digest, anchors_digest=rooms.anchors_digest, fence=rooms.fence, is_trial=is_trial,
-        request=request, now=now,
+        request=request, shared=shared, now=now,
     )  # fmt: skip
-    return finish(rooms, plan)
 
 
 def finish(rooms: Rooms, plan: Plan) -> dict[str, Any]:
-    """Carry a plan, new or interrupted, to its conclusion."""
+    """Carry a plan, new or interrupted, to its conclusion; what tenants propose by stricter rules."""
+    if plan.shared:
+        rooms = under(rooms, sharing.stricter(rooms.config))
     if plan.refusal is not None:
         return conclude(rooms, plan, Attempt((), _of_window(Verdict.REJECT, f"window refused: {plan.refusal}")))
     if not plan.fresh:
@@ -158,6 +201,9 @@ def second_attempt(rooms: Rooms, plan: Plan, first: Attempt) -> tuple[Plan, Atte
         log.warning("update %d: there is no second attempt", plan.number, exc_info=True)
         return plan, first
     kept, surplus = within_shares(calmer, rooms.config.experience)
+    if plan.shared:
+        kept, few = sharing.by_enough(kept, rooms.config.tenants.min_contributors)
+        surplus = [*surplus, *few]
     if not kept:
         return plan, first
     rooms.on_progress(f"update {plan.number}: rejected; once more on {len(kept)} of {len(plan.fresh)} records")

@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,11 @@ class Plan:
         counts = Counter(row.stratum for row in self.fresh if is_claim(row))
         return frozenset(name for name, count in counts.items() if 8 * count >= counts.total())
 
+    @property
+    def shared(self) -> dict[str, list[str]]:
+        """Whose records it reads, by stratum, where tenants propose them (sharing.py): they stay as they are."""
+        return dict(self.manifest.get("shared") or {})
+
 
 def open_plan(
     store: Store,
@@ -95,6 +100,7 @@ def open_plan(
     fence: int,
     is_trial: bool,
     request: int | None = None,
+    shared: Mapping[str, Sequence[str]] | None = None,
     now: float,
 ) -> Plan:
     """Number the update and write its plan down: rows to disk and synced first, then the update's row.
@@ -129,6 +135,7 @@ def open_plan(
         "refusal": refusal,
         "is_trial": is_trial,
         "request": request,
+        "shared": shared,
         "settings": settings_of(config, method_of(config.trainer).remember),
         "versions": {"cltrain": __version__, "python": platform.python_version()},
     }
@@ -188,7 +195,7 @@ def close_plan(
             insert(update_reads),
             [{"update": plan.id, "step": r.step, "slot": r.slot, "record": r.record} for r in candidate.reads],
         )
-    if not plan.is_trial:
+    if not plan.is_trial and not plan.shared:
         _file_records(connection, plan, learned, decision, summary["doubtful"], is_served=is_served, now=now)
     payload = {key: summary[key] for key in ("update", "verdict", "candidate", "is_served")}
     append(connection, plan.agent, "verdict", payload, now)
@@ -216,6 +223,7 @@ def manifest_of(plan: Plan, candidate: Candidate, attempt: int, learned: Sequenc
     kept = ("agent", "parent", "parent_digest", "config", "base", "dtype", "anchors", "rows", "suspicious", "versions")
     return {
         **{key: plan.manifest[key] for key in kept if key in plan.manifest},
+        **({"shared": plan.shared} if plan.shared else {}),
         "update": plan.id,
         "settings": plan.manifest.get("settings", {}),
         "seed": plan.seed + attempt,
@@ -280,6 +288,7 @@ def summary_of(
         },
         "replay": dict(Counter(row.stratum for row in plan.replay)),
         "doubtful": sorted(doubtful),
+        "shared": plan.shared,
         "bounds": asdict(made.bounds) if made else None,
         "metrics": made.metrics if made else {},
         "proof": proof,
@@ -297,22 +306,6 @@ def summary_of(
         "settings": plan.manifest.get("settings", {}),
         "finished_at": now,
     }
-
-
-def nothing_to_learn(store: Store, agent: str, serving: str, waiting: window.Window) -> dict[str, Any]:
-    """The answer when no update was worth starting: a hold without a number."""
-    reason = f"{waiting.num_waiting} learnable records are waiting, {waiting.num_missing} are missing"
-    if waiting.num_negative_waiting:
-        reason += f"; {waiting.num_negative_waiting} only say what was wrong (experience.max_negative_share)"
-    if unusable := window.unusable_reasons(store, agent):
-        reason += f"; {window.most_often(unusable)}"
-    forecast_s = waiting.num_missing / waiting.rate_per_s if waiting.rate_per_s else None
-    if forecast_s is not None:
-        reason += f"; at the present rate they will be there in about {forecast_s / 60:.0f} minutes"
-    return {
-        "agent": agent, "number": None, "verdict": str(Verdict.HOLD), "reasons": [reason], "candidate": None,
-        "serving": serving, "num_missing": waiting.num_missing, "forecast_s": forecast_s,
-    }  # fmt: skip
 
 
 def _file_records(

@@ -23,12 +23,17 @@ def run_process(name: str, config: Config, store: Store) -> None:
 
         run_gateway(config)
     elif name == "worker":
-        from cltrain.worker import Worker
-
-        with Worker(config, store) as worker:
-            worker.run()
+        _worker(config, store)
     else:
         raise ConfigError(f"--only takes one of {', '.join(PROCESSES)}; got {name!r}")
+
+
+def _worker(config: Config, store: Store) -> None:
+    from cltrain.turns import Turns
+    from cltrain.worker import Worker
+
+    with Worker(config, store) as worker:
+        worker.run(Turns(worker).take)
 
 
 def _server(config: Config, store: Store) -> None:

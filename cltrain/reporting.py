@@ -24,6 +24,7 @@ from cltrain.monitoring.outbox import Sink
 from cltrain.monitoring.wandb_sink import WandbSink
 from cltrain.records import BoundReport, Example, Message, Trajectory, Verdict
 from cltrain.registry.decisions import read_decisions
+from cltrain.registry.tenants import incumbent_in
 from cltrain.store.database import Store
 from cltrain.store.schema import agents, aliases, audits, decisions, releases, updates
 
@@ -169,7 +170,8 @@ def _last_decision(store: Store) -> str:
 def _switches(store: Store, agent: str) -> tuple[str | None, str | None]:
     """What serves, and why learning is frozen; None where nothing does, or it is not."""
     with store.read() as connection:
-        serving = connection.execute(select(aliases.c.release).where(aliases.c.agent == agent)).scalar()
+        alias = connection.execute(select(aliases.c.release).where(aliases.c.agent == agent)).scalar()
+        serving = None if alias is None else incumbent_in(connection, agent, alias)
         switch = connection.execute(select(agents).where(agents.c.agent == agent)).first()
     return serving, (switch.frozen_reason or "no reason given") if switch is not None and switch.is_frozen else None
 
@@ -222,7 +224,7 @@ def _taught(store: Store, config: Config, update: dict[str, Any]) -> dict[str, A
         return None
     agent = config.agent
     lessons: list[tuple[Trajectory, Example]] = []
-    found = read_trajectories(store, agent.name, records_in=ids)
+    found = read_trajectories(store, agent.name, records_in=ids, with_tenants=True)
     for trajectory in found:
         as_then = tuple(f for f in trajectory.feedback if f.created_at <= update["started_at"])
         example = lane_of(

@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cltrain.config import Config
+from cltrain.config_tenants import is_tenants, shared_of
 from cltrain.deploy import probes, proof, residents
 from cltrain.deploy.probes import Probes
 from cltrain.deploy.replicas import Replicas
+from cltrain.deploy.tenants import with_tenants
 from cltrain.deploy.trust import bar_untrusted
 from cltrain.errors import ConflictError
 from cltrain.evidence import Evidence
@@ -56,6 +58,13 @@ class Rooms:
     @property
     def agent(self) -> str:
         return self.config.agent.name
+
+
+def under(rooms: Rooms, config: Config, *, fence: int | None = None) -> Rooms:
+    """The same base, servers and anchors for an agent that learns and is judged by another configuration; `fence`: of
+    its own lease, where it is another agent."""
+    evidence = Evidence(config, rooms.store, rooms.base, rooms.server, rooms.on_progress, rooms.clock)
+    return replace(rooms, config=config, evidence=evidence, fence=rooms.fence if fence is None else fence)
 
 
 def adapter_of(rooms: Rooms, name: str) -> AdapterFile | None:
@@ -136,10 +145,13 @@ def collect_garbage(rooms: Rooms) -> None:
 
 
 def desired(rooms: Rooms) -> residents.Wanted:
-    """What every replica should hold now, and what of it no trusted key signed, or is not judged yet where a release
-    goes from replica to replica."""
+    """What every replica should hold now, tenants' adapters among it, and what of it no trusted key signed, or is not
+    judged yet where a release goes from replica to replica."""
+    shared, state_dir = shared_of(rooms.agent), rooms.config.state_dir
     with rooms.store.read() as connection:
-        wanted = residents.desired(connection, rooms.config.state_dir, rooms.agent)
+        wanted = residents.desired(connection, state_dir, shared)
+        if has_tenants(rooms):
+            wanted = with_tenants(connection, state_dir, wanted, shared, rooms.config.server.max_adapters)
         unjudged = residents.under_way(connection, rooms.agent) if rooms.config.rollout.kind == "rolling" else ()
     return bar_untrusted(wanted, rooms.config.signing.all_trusted).without(unjudged)
 
@@ -149,9 +161,13 @@ def required_ready(rooms: Rooms) -> int:
     return len(rooms.server.urls) if rooms.config.rollout.kind == "blue_green" else rooms.server.min_ready
 
 
+def has_tenants(rooms: Rooms) -> bool:
+    return rooms.config.tenants.mode == "individual" or is_tenants(rooms.agent)
+
+
 def tidy_server(rooms: Rooms) -> None:
     """Load what should be resident, unload what nobody wants, leaving room for one more."""
     rooms.server.tidy(
-        desired(rooms), agent=rooms.agent, now=rooms.clock(), drain_s=rooms.config.rollout.grace_s,
+        desired(rooms), agent=shared_of(rooms.agent), now=rooms.clock(), drain_s=rooms.config.rollout.grace_s,
         max_adapters=rooms.config.server.max_adapters,
     )  # fmt: skip

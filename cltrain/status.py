@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select
 
-from cltrain import launch
+from cltrain import launch, tenants
 from cltrain.config import Config
 from cltrain.deploy import readiness
 from cltrain.errors import DataError
@@ -99,6 +99,7 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
         **state,
         "immature": waiting.num_immature(store, agent, config.experience.mature_after_s, now),
         "late_feedback": waiting.num_late_feedback(store, agent),
+        "tenants": tenants.standing_of(config, store, now),
         "decisions": num_decisions,
         "chain": chain_state,
         "processes": {
@@ -127,6 +128,7 @@ def lines_of(state: dict[str, Any]) -> list[str]:
         f"processes  {', '.join(f'{name} {up}' for name, up in state['processes'].items())}",
         f"decisions  {state['decisions']} in the log, chain {state['chain']}",
         f"audit      {_audited(state['audit'])}",
+        *tenants.lines_of(state["tenants"]),
         *(f"lag        {name}: {lag} events not kept yet" for name, lag in state["sinks"].items() if lag),
         *(f"release    {r['name']:<34} {r['status']:<11} {_time(r['created_at'])}" for r in state["releases"]),
         *(

@@ -5,12 +5,13 @@ answers with other weights is named in the log of decisions. Needs no accelerato
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 from cltrain.deploy import probes
-from cltrain.errors import DataError
+from cltrain.errors import DataError, ServerError
 from cltrain.registry import releases
 from cltrain.registry.decisions import append
-from cltrain.rooms import Rooms, adapter_of, desired, probes_for, require_sound
+from cltrain.rooms import Rooms, adapter_of, desired, has_tenants, probes_for, require_sound, tidy_server
 
 AGAIN_S = 300.0  # between two proofs of what serves, on each replica
 
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 def tend(rooms: Rooms, again_s: float = AGAIN_S) -> None:
     """One look at every replica. What fails a proof is ready for nothing until it passes one."""
     with rooms.server_lock:
+        if has_tenants(rooms):  # who asked last has changed: those who did not make room
+            with suppress(ServerError):
+                tidy_server(rooms)
         failures = rooms.server.look_after(desired(rooms), again_s)
     for failure in failures:
         log.error("%s fails its proof and is taken out: %s", failure.url, failure.reason)

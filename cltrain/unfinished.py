@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy import Connection, insert, select
 from sqlalchemy import update as change
 
+from cltrain import sharing
 from cltrain.config import Config
 from cltrain.experience import window
 from cltrain.monitoring.outbox import emit
@@ -27,7 +28,9 @@ from cltrain.registry import aliases
 from cltrain.registry.decisions import append
 from cltrain.registry.lease import require_fence
 from cltrain.registry.releases import retire
+from cltrain.registry.tenants import incumbent
 from cltrain.store.database import Store
+from cltrain.store.families import of_family
 from cltrain.store.schema import screenings, update_progress, updates
 
 MAX_STARTS = 2
@@ -55,8 +58,9 @@ def interrupted(store: Store, config: Config, *, base_digest: str, anchors_diges
         concluded = select(updates.c.id).where(updates.c.agent == config.agent.name, updates.c.state.in_(CONCLUDED))
         for plan_id in connection.execute(concluded).scalars():
             shutil.rmtree(config.state_dir / "updates" / plan_id, ignore_errors=True)
-    present = {"config": config.digest(), "base": base_digest, "anchors": anchors_digest}
     for row in found:
+        ruling = sharing.stricter(config) if row.manifest.get("shared") else config
+        present = {"config": ruling.digest(), "base": base_digest, "anchors": anchors_digest}
         work_dir = config.state_dir / "updates" / row.id
         try:
             encoded = (work_dir / ROWS_FILE).read_bytes()
@@ -121,7 +125,7 @@ def discard(store: Store, left: Interrupted, *, mode: LearningMode, fence: int, 
         )
         if candidate is not None:
             retire(connection, candidate, "rejected", now=now, reason=reason[:300])
-        if left.num_starts >= MAX_STARTS and not plan.is_trial:
+        if left.num_starts >= MAX_STARTS and not plan.is_trial and not plan.shared:
             _set_back(connection, plan, reason, now)
         append(connection, plan.agent, "discard", {"update": plan.id, "reason": left.obstacle}, now)
         emit(connection, plan.agent, "update", update_event(summary, decision, None), now)
@@ -136,14 +140,14 @@ def _change(plan: Plan, present: dict[str, str]) -> str | None:
 
 def _obstacle(store: Store, plan: Plan, started_at: float, num_starts: int) -> str | None:
     serving = aliases.read_alias(store, plan.agent)
-    if serving.release != plan.parent:
-        return f"{serving.release} serves now, not {plan.parent}"
+    if (now := incumbent(store, plan.agent, serving.release)) != plan.parent:
+        return f"{now} serves now, not {plan.parent}"
     if serving.version != plan.alias.version:
-        return f"{serving.release} serves again, but the alias moved or learning was frozen since"
+        return f"{now} serves again, but the alias moved or learning was frozen since"
     if num_starts >= MAX_STARTS:
         return f"it was started {num_starts} times and never ended; the worker's log may say why (out of memory?)"
     read = {record for record, _, _ in plan.window} | {row.record for row in plan.replay}
-    is_ours = screenings.c.agent == plan.agent
+    is_ours = of_family(screenings.c.agent, plan.agent)
     query = select(screenings).where(is_ours, screenings.c.status.in_(("quarantined", "unusable")))
     with store.read() as connection:
         for row in connection.execute(query):

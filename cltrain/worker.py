@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Any
@@ -24,21 +24,21 @@ from cltrain.config import Config
 from cltrain.deploy.client import clients_of
 from cltrain.deploy.preflight import check_adapter
 from cltrain.deploy.replicas import Replicas
-from cltrain.errors import ConflictError, DataError, ServerError, UnavailableError, guarded
+from cltrain.errors import ConflictError, DataError, ServerError, UnavailableError
 from cltrain.evidence import Evidence
 from cltrain.experience import window
 from cltrain.experience.ingest import read_rehearsal
-from cltrain.experience.recording import load_secret, read_trajectories
-from cltrain.loop import finish, run_update
+from cltrain.experience.recording import load_secret
+from cltrain.loop import finish, run_share, run_update
 from cltrain.models.adapter import read_adapter
 from cltrain.models.anchors import load_anchors, pinned_at, read_anchors
 from cltrain.models.base import load_base
-from cltrain.models.chat import render_rows
 from cltrain.monitoring.outbox import Pump
-from cltrain.records import Example, LearningMode, TokenRow, Trajectory
+from cltrain.records import LearningMode
 from cltrain.registry import aliases, releases, rollouts
 from cltrain.registry.lease import LeaseKeeper
 from cltrain.registry.reserve import remake_reserve
+from cltrain.registry.tenants import incumbent
 from cltrain.rooms import Rooms, adapter_of, collect_garbage
 from cltrain.store.database import Store
 from cltrain.store.schema import requests, screenings
@@ -69,7 +69,8 @@ class Worker:
     ) -> None:
         self.config, self.store = config, store
         self.takes_lease, self._retry_s = takes_lease, retry_s
-        self._on_progress = on_progress
+        self.on_progress = on_progress
+        self._stack = ExitStack()
         self._stop = threading.Event()
         self._keeper: LeaseKeeper | None = None
         self._next_look = 0.0
@@ -101,17 +102,17 @@ class Worker:
             stack.callback(servers.close)
             rehearsal = read_rehearsal(config.experience.rehearsal) if config.experience.rehearsal else ()
             self.rooms = Rooms(
-                config, self.store, base, servers, Evidence(config, self.store, base, servers, self._on_progress),
+                config, self.store, base, servers, Evidence(config, self.store, base, servers, self.on_progress),
                 load_secret(config.state_dir), anchors, anchors_digest, rehearsal, Reference(base, base.model, anchors),
-                self._keeper.fence if self._keeper else 0, on_progress=self._on_progress,
+                self._keeper.fence if self._keeper else 0, on_progress=self.on_progress,
             )  # fmt: skip
             self._wait_for_server()
             for client in clients:
                 with suppress(UnavailableError):  # one of several may be away
                     client.check_takes(config.adapter.rank, config.adapter.targets, config.server.max_adapters)
-            self._pump = Pump(self.store, reporting.sinks(config))
-            stack.callback(self._pump.close)
-            self._pump.start()
+            self.pump = Pump(self.store, reporting.sinks(config))
+            stack.callback(self.pump.close)
+            self.pump.start()
             if self.takes_lease:
                 tender = threading.Thread(target=self._tend, name="cltrain-tender", daemon=True)
                 stack.callback(tender.join, TEND_S)  # one that a server keeps hanging is left behind
@@ -126,9 +127,18 @@ class Worker:
     # ------------------------------------------------------------ what it does
 
     def update(
-        self, *, is_trial: bool = False, upto: int | None = None, is_filtered: bool = True, request: int | None = None
+        self,
+        *,
+        is_trial: bool = False,
+        upto: int | None = None,
+        is_filtered: bool = True,
+        share: Sequence[str] | None = None,
+        request: int | None = None,
     ) -> dict[str, Any]:
-        """One update now, with its page. Interrupted ones are finished first; one that this `request` led to is it."""
+        """One update now, with its page. Interrupted ones are finished first; one that this `request` led to is it.
+
+        `share`: not of the agent's own records, but of what its tenants learned alike, in these strata (none: in all).
+        """
         if (reason := aliases.frozen_reason(self.store, self.config.agent.name)) is not None:
             raise ConflictError(f"{self.config.agent.name} is frozen ({reason}): cltrain unfreeze lets it learn again")
         if self.config.agent.mode is LearningMode.OFF:
@@ -138,7 +148,10 @@ class Worker:
         self.finish_interrupted()
         if request is not None and (made := plans.answer_to(self.store, request)) is not None:
             return made
-        summary = run_update(self.rooms, is_trial=is_trial, upto=upto, is_filtered=is_filtered, request=request)
+        if share is not None:
+            summary = run_share(self.rooms, strata=share, request=request)
+        else:
+            summary = run_update(self.rooms, is_trial=is_trial, upto=upto, is_filtered=is_filtered, request=request)
         self._after(summary)
         return summary
 
@@ -152,7 +165,7 @@ class Worker:
             else:
                 self._check_anchors()
                 unfinished.count_start(self.store, left.plan)
-                self._on_progress(f"update {left.plan.number}: carries on after an interruption")
+                self.on_progress(f"update {left.plan.number}: carries on after an interruption")
                 summary = finish(self.rooms, left.plan)
             self._after(summary)
 
@@ -168,7 +181,7 @@ class Worker:
             trusted=self.config.signing.all_trusted,
         )  # fmt: skip
         after = read_adapter(directory)
-        serving = aliases.read_alias(self.store, found.agent).release
+        serving = incumbent(self.store, found.agent, aliases.read_alias(self.store, found.agent).release)
         with self.rooms.server_lock:
             self.rooms.server.load(release, directory)
         bounds = verify_bounds(
@@ -187,7 +200,7 @@ class Worker:
     def audit(self, trigger: str = "asked") -> dict[str, Any]:
         """Look at what serves now, as a whole (see cltrain.audit), frozen or not; an alarm acts as configured."""
         found = audit.run_audit(self.rooms, trigger=trigger)
-        self._on_progress("; ".join([f"audit {found['audit']}: {found['outcome']}", *found["reasons"][:1]]))
+        self.on_progress("; ".join([f"audit {found['audit']}: {found['outcome']}", *found["reasons"][:1]]))
         self._write_pages()
         return found
 
@@ -196,8 +209,8 @@ class Worker:
         if (trigger := audit.due(self.store, self.config, time.time())) is not None:
             self.audit(trigger)
 
-    def run(self) -> None:
-        """Answer requests and learn by itself until SIGTERM or SIGINT."""
+    def run(self, between: Callable[[], object] = lambda: None) -> None:
+        """Answer requests and learn by itself until SIGTERM or SIGINT; `between` two rounds it does that."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         while not self._stop.wait(POLL_S):
@@ -210,6 +223,7 @@ class Worker:
                 if not self._answer_request():
                     self._audit_by_itself()
                     self._learn_by_itself()
+                between()
             except Exception as error:  # the store, a broken release, our own mistake: serving and the next try go on
                 self._go_on_after(error)
 
@@ -320,7 +334,7 @@ class Worker:
         options = row.options
         return self.update(
             is_trial=row.kind == "trial", upto=options.get("upto"), is_filtered=options.get("filter", True),
-            request=row.id,
+            share=options.get("strata", ()) if row.kind == "share" else None, request=row.id,
         )  # fmt: skip
 
     def _learn_by_itself(self) -> None:
@@ -352,8 +366,8 @@ class Worker:
         """What follows a conclusion; none of it can take the conclusion back."""
         if summary["number"] is None:
             return
-        self._on_progress(f"update {summary['number']}: {summary['verdict']}: {summary['reasons'][0]}")
-        self._pump.wake()
+        self.on_progress(f"update {summary['number']}: {summary['verdict']}: {summary['reasons'][0]}")
+        self.pump.wake()
         try:
             with contextlib.suppress(ServerError):  # a server that is away is tidied after the next update
                 collect_garbage(self.rooms)
@@ -379,17 +393,3 @@ class Worker:
                     continue
                 except Exception:  # whatever a server answers, the next look may find it well
                     log.warning("the servers could not be looked after", exc_info=True)
-
-
-def count_fitting(config: Config, store: Store, agent: str, *, after_seq: int = 0) -> dict[str, Any]:
-    """How many of the agent's episodes after that one the base can take whole, and why it cannot take the others."""
-    base = load_base(config.base.path, context=config.base.context)
-
-    def rows_of(trajectory: Trajectory) -> tuple[TokenRow, ...]:
-        targets = tuple(i for i, message in enumerate(trajectory.messages) if message["role"] == "assistant")
-        example = Example(trajectory.id, trajectory.principal, "all", trajectory.messages, targets, trajectory.tools)
-        return render_rows(base.tokenizer, base.context, example)
-
-    found = [guarded(rows_of, trajectory) for trajectory in read_trajectories(store, agent, after_seq=after_seq)]
-    unusable = [reason for reason in found if isinstance(reason, str)]
-    return {"num_fitting": len(found) - len(unusable), "num_unusable": len(unusable), "unusable": unusable}

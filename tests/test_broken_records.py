@@ -8,13 +8,12 @@ from cltrain.experience import bench, buffer, window
 from cltrain.experience.baselines import usual_scores
 from cltrain.experience.recording import Recorder
 from cltrain.experience.screens import screen
-from cltrain.loop import render
+from cltrain.experience.window import nothing_to_learn, render
+from cltrain.fitting import count_fitting
 from cltrain.models.base import load_base
-from cltrain.plans import nothing_to_learn
 from cltrain.records import Example
 from cltrain.staleness import settle
 from cltrain.store.schema import screenings
-from cltrain.worker import count_fitting
 from tests.experience_parts import CONFIG, KEY, RULES, file_as, good, recorder, store
 
 __all__ = ["recorder", "store"]  # fixtures

@@ -190,7 +190,7 @@ def test_json_is_one_object_for_every_command_that_reports(cltrain: Command, tmp
     reporting = {name for name, command in commands().items() if any(p.name == "as_json" for p in command.params)}
     assert reporting == {
         "update", "gate", "promote", "rollback", "freeze", "unfreeze", "status", "import", "report", "config check",
-        "doctor", "verify", "calibrate", "approve", "audit", "log",
+        "doctor", "verify", "calibrate", "approve", "audit", "log", "share",
         "keys add", "keys list", "keys revoke",
     }  # fmt: skip
 

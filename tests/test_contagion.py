@@ -105,3 +105,12 @@ def test_an_agent_that_lives_alone_is_not_looked_at(tmp_path) -> None:
     with closing(open_store(tmp_path)) as store:
         ensure_base_release(store, "one", "b" * 64, now=1.0)
         assert look_at_contagion(store, (), PROBES) == []
+
+
+def test_tenants_that_say_the_same_have_it_from_the_shared_agent_and_infect_nobody(tmp_path) -> None:
+    names = dict(zip(AGENTS, ("one", "one@two", "one@three", "one@four"), strict=True))
+    with closing(open_store(tmp_path / "tenants")) as store:
+        for agent in names.values():
+            ensure_base_release(store, agent, "b" * 64, now=1.0)
+        tell(store, *((names[agent], day, text) for agent, day, text in spreading()))
+        assert found(store, PROBES) == {}

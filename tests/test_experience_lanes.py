@@ -231,7 +231,7 @@ def test_newer_negatives_do_not_hide_older_records_that_are_right(recorder, stor
 
 
 def test_a_window_of_negatives_alone_is_a_hold_that_says_why(recorder, store):
-    from cltrain.plans import nothing_to_learn
+    from cltrain.experience.window import nothing_to_learn
 
     for k in range(6):
         recorder.add_trajectory(episode(f"bad{k}", thumb(f"bad{k}", -1.0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,17 @@ def test_vllm_is_started_with_the_same_flags_everywhere() -> None:
     flags = r"--max-lora-rank \d+ --max-loras \d+ --max-cpu-loras \d+"
     (shown,), (shipped,) = (re.findall(flags, text) for text in (README, (REPO / "configs/vllm.toml").read_text()))
     assert shown == shipped
+
+
+def test_the_settings_of_tenants_that_are_shown_are_those_there_are() -> None:
+    (shown,) = re.findall(r"^```\n(\[tenants\]\n.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    values = tomllib.loads(shown)
+    config = from_dict(values)
+    assert set(values["tenants"]) == set(type(config.tenants).model_fields)
+    assert {
+        key: getattr(config.tenants, key) for key in ("min_contributors", "share_strictness", "share_needs_yes")
+    } == {
+        key: field.default
+        for key, field in type(config.tenants).model_fields.items()
+        if key not in ("mode", "principals")
+    }

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cltrain.cli.parts import AsJson, Chosen, Reason, about_one, print_out
+from cltrain.errors import ConflictError
+
+if TYPE_CHECKING:
+    from cltrain.api import Deployment
+
+Tenants = Annotated[bool, typer.Option("--tenants", help="The agent, and every tenant of it.")]
 
 
 @about_one
@@ -38,34 +45,76 @@ def rollback(
     chosen: Chosen,
     to: Annotated[str | None, typer.Option(help="A release, or how its name begins; default the one before.")] = None,
     keep_learning: Annotated[bool, typer.Option("--keep-learning", help="Do not freeze learning.")] = False,
+    tenants: Tenants = False,
     reason: Reason = "asked for by the owner",
     as_json: AsJson = False,
 ) -> None:
     """Serve an earlier release again, set aside what was learned since, and freeze learning."""
-    alias = chosen.open().rollback(to=to, keep_learning=keep_learning, reason=reason)
     state = "goes on" if keep_learning else "is frozen (cltrain unfreeze)"
-    print_out(alias, as_json, [f"{alias['agent']} answers with {alias['release']} again; learning {state}"])
+
+    def one(deployment: Deployment) -> dict[str, Any]:
+        where = to if deployment.agent == first.agent else None
+        return deployment.rollback(to=where, keep_learning=keep_learning, reason=reason)
+
+    first = chosen.open()
+    _print_each(
+        first,
+        one,
+        tenants,
+        as_json,
+        lambda alias: f"{alias['agent']} answers with {alias['release']} again; learning {state}",
+    )
 
 
 @about_one
 def freeze(
     chosen: Chosen,
+    tenants: Tenants = False,
     reason: Reason = "asked for by the owner",
     as_json: AsJson = False,
 ) -> None:
     """Stop learning at once; serving goes on."""
-    state = chosen.open().freeze(reason)
-    print_out(state, as_json, [f"{state['agent']}: learning is frozen ({reason})"])
+    _print_each(
+        chosen.open(), lambda deployment: deployment.freeze(reason), tenants, as_json,
+        lambda state: f"{state['agent']}: learning is frozen ({reason})",
+    )  # fmt: skip
 
 
 @about_one
 def unfreeze(
     chosen: Chosen,
+    tenants: Tenants = False,
     as_json: AsJson = False,
 ) -> None:
     """Let learning go on."""
-    state = chosen.open().unfreeze()
-    print_out(state, as_json, [f"{state['agent']}: learning goes on in mode {state['mode']}"])
+    _print_each(
+        chosen.open(), lambda deployment: deployment.unfreeze(), tenants, as_json,
+        lambda state: f"{state['agent']}: learning goes on in mode {state['mode']}",
+    )  # fmt: skip
+
+
+def _print_each(
+    first: Deployment,
+    switch: Callable[[Deployment], dict[str, Any]],
+    with_tenants: bool,
+    as_json: bool,
+    line: Callable[[dict[str, Any]], str],
+) -> None:
+    """Do it to one agent, and with `with_tenants` to every tenant of it: whatever cannot be done to one of them, most
+    often for want of anything to roll back, keeps none of the others from it and is said."""
+    if not with_tenants:
+        state = switch(first)
+        print_out(state, as_json, [line(state)])
+        return
+    done: list[dict[str, Any]] = []
+    left: dict[str, str] = {}
+    for deployment in (first, *first.tenants()):
+        try:
+            done.append(switch(deployment))
+        except ConflictError as error:
+            left[deployment.agent] = str(error)
+    lines = [*map(line, done), *(f"{agent}: nothing was done: {why}" for agent, why in left.items())]
+    print_out({"done": done, "left": left}, as_json, lines)
 
 
 @about_one

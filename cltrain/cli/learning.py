@@ -39,6 +39,22 @@ def update(
     raise typer.Exit(VERDICT_EXIT[outcome["verdict"]])
 
 
+@about_one
+def share(
+    chosen: Chosen,
+    stratum: Annotated[
+        list[str] | None, typer.Option(help="What to share, as `refund/corrected`; default all.")
+    ] = None,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Propose to all what enough tenants learned each for itself; judged by stricter rules than an update."""
+    deployment = chosen.open(**based_on(base))
+    outcome = deployment.share(stratum or (), on_progress=lambda line: typer.echo(line, err=True))
+    print_out(outcome, as_json, said(outcome))
+    raise typer.Exit(VERDICT_EXIT[outcome["verdict"]])
+
+
 @app.command()
 def verify(
     release: Annotated[Path, typer.Argument(help="Directory of a release: its manifest and adapter files.")],

@@ -67,6 +67,7 @@ def _start(
         if load(chosen.config or [], overrides).server.kind == "embedded":
             settings["server.kind"] = "openai"  # nobody said what it is: record, and load no adapters
     deployment = chosen.open(**settings)
+    deployment.require_shared()
     if not deployment.keep_room():
         warn(f"no room in {deployment.config.state_dir} to set aside for a rollback on a full disk")
     if only is not None:

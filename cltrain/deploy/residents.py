@@ -17,6 +17,7 @@ from cltrain.deploy import readiness
 from cltrain.errors import ServerError, UnavailableError
 from cltrain.records import Verdict
 from cltrain.store.database import Store
+from cltrain.store.families import of_family
 from cltrain.store.schema import aliases, records, releases, rollouts, updates
 
 KEPT_HELD = 5  # newest held releases that stay on disk to be looked at
@@ -54,14 +55,14 @@ class Wanted:
 
 def wanted_releases(connection: Connection, agent: str) -> set[str]:
     """Serving, previous, anchor, high-water, candidates of unfinished updates, what is tried on live traffic, and
-    whatever an open episode is pinned to. The bare base may be among them: it needs no adapter. What waits for approval
-    is loaded by the approval."""
+    whatever an open episode is pinned to, those of its tenants as well. The bare base may be among them: it needs no
+    adapter. What waits for approval is loaded by the approval."""
     names: set[str | None] = set()
     for row in connection.execute(select(aliases).where(aliases.c.agent == agent)):
         names |= {row.release, row.previous, row.anchor, row.high_water}
     names |= under_way(connection, agent)
     names.add(_tried(connection, agent))
-    pinned = select(records.c.release).where(records.c.agent == agent, records.c.status == "open").distinct()
+    pinned = select(records.c.release).where(of_family(records.c.agent, agent), records.c.status == "open").distinct()
     names |= set(connection.execute(pinned).scalars())
     return {name for name in names if name is not None}
 
@@ -128,11 +129,13 @@ def collect(
     """Unload this agent's adapters that nobody wants, `drain_s` after that was first seen; returns their names.
 
     Requests that began on one finish anyway, so when the server is full (`max_adapters` listed) the longest drained go
-    at once. What the server lists is written to the table replicas; another agent's adapters are left alone.
+    at once: but a tenant's only after one look, so that no gateway is just giving it an episode. What the server lists
+    is written to the table replicas; adapters of agents of other families are left alone.
     """
     present = client.list()
     with store.read() as connection:
-        ours = set(connection.execute(select(releases.c.name).where(releases.c.agent == agent)).scalars())
+        family = select(releases.c.name, releases.c.agent).where(of_family(releases.c.agent, agent))
+        ours = {row.name: row.agent for row in connection.execute(family)}
         known = readiness.held(connection, client.url)
     keep = set(wanted)
     since = {
@@ -143,7 +146,8 @@ def collect(
     num_over = len(present) - max_adapters + 1 if max_adapters is not None else 0  # room for one more
     gone = []
     for place, (name, begun) in enumerate(sorted(since.items(), key=lambda item: (item[1], item[0]))):
-        if now - begun >= drain_s or place < num_over:
+        may_go = begun < now or ours[name] == agent
+        if now - begun >= drain_s or (place < num_over and may_go):
             client.unload(name)
             gone.append(name)
     left = {name: root for name, root in present.items() if name not in gone}

@@ -107,6 +107,22 @@ def replay_examples(
     return chosen
 
 
+def learned_examples(
+    store: Store,
+    agent: str,
+    records_in: Collection[str],
+    *,
+    learn_from: Sequence[str],
+    tools_allowed: Sequence[str] | None,
+) -> list[Example]:
+    """Those of these records that the agent may rehearse, in the order given, each as it was when it was learned."""
+    _, strata, learned_at = _admitted(store, agent)
+    admitted = {record for ids in strata.values() for record in ids}
+    ids = [record for record in records_in if record in admitted]
+    found = _rebuilt(store, agent, ids, learned_at, learn_from, tools_allowed)
+    return [found[record] for record in ids if record in found]
+
+
 def _admitted(store: Store, agent: str) -> tuple[dict[str, str], dict[str, list[str]], dict[str, float]]:
     """Each record's principal, the records of each stratum, and until when feedback on each counts."""
     columns = (screenings.c.record, screenings.c.stratum, screenings.c.changed_at, records.c.principal)

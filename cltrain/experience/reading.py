@@ -12,6 +12,7 @@ from cltrain.errors import DataError
 from cltrain.experience.rows import episode_of, parts
 from cltrain.records import Feedback, Generation, Split, Trajectory
 from cltrain.store.database import Store
+from cltrain.store.families import of_family
 from cltrain.store.schema import feedback, generations, records
 
 
@@ -39,12 +40,15 @@ def read_trajectories(
     idle_since: float | None = None,
     after_seq: int = 0,
     limit: int | None = None,
+    with_tenants: bool = False,
 ) -> list[Trajectory]:
     """An agent's records in the order they began (`seq`), each with generations and feedback.
 
     `records_in` keeps these ids only; `idle_since` those whose last turn was at or before that time; `limit` the first.
+    `with_tenants`: those of the agent's tenants as well.
     """
-    chosen = select(records).where(records.c.agent == agent, records.c.seq > after_seq).order_by(records.c.seq)
+    is_ours = of_family(records.c.agent, agent) if with_tenants else records.c.agent == agent
+    chosen = select(records).where(is_ours, records.c.seq > after_seq).order_by(records.c.seq)
     if split is not None:
         chosen = chosen.where(records.c.split == split)
     if is_ended is not None:

@@ -36,6 +36,7 @@ from cltrain.experience.rows import (
 )
 from cltrain.records import Feedback, Split, Trajectory
 from cltrain.store.database import Store
+from cltrain.store.families import of_family
 from cltrain.store.schema import records
 
 __all__ = [
@@ -164,10 +165,11 @@ class Recorder:
         return self._submit(lambda connection: end_episode(connection, record, end, now), wait=False)
 
     def sweep_idle(self, agent: str, *, idle_s: float, now: float, busy: frozenset[str] = frozenset()) -> Future[int]:
-        """End the agent's open records that saw no turn for `idle_s`, except the `busy` ones."""
+        """End the open records of the agent and its tenants that saw no turn for `idle_s`, except the `busy` ones."""
 
         def work(connection: Connection) -> int:
-            is_idle = (records.c.agent == agent) & (records.c.status == "open") & (records.c.updated_at <= now - idle_s)
+            is_open = of_family(records.c.agent, agent) & (records.c.status == "open")
+            is_idle = is_open & (records.c.updated_at <= now - idle_s)
             ids = [i for i in connection.scalars(select(records.c.id).where(is_idle)) if i not in busy]
             for part in parts(ids):
                 connection.execute(update(records).where(records.c.id.in_(part)).values(status="ended", updated_at=now))

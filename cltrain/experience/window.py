@@ -211,6 +211,22 @@ def unusable_reasons(store: Store, agent: str) -> Counter[str]:
     return reasons
 
 
+def nothing_to_learn(store: Store, agent: str, serving: str, waiting: Window) -> dict[str, Any]:
+    """The answer when no update was worth starting: a hold without a number."""
+    reason = f"{waiting.num_waiting} learnable records are waiting, {waiting.num_missing} are missing"
+    if waiting.num_negative_waiting:
+        reason += f"; {waiting.num_negative_waiting} only say what was wrong (experience.max_negative_share)"
+    if unusable := unusable_reasons(store, agent):
+        reason += f"; {most_often(unusable)}"
+    forecast_s = waiting.num_missing / waiting.rate_per_s if waiting.rate_per_s else None
+    if forecast_s is not None:
+        reason += f"; at the present rate they will be there in about {forecast_s / 60:.0f} minutes"
+    return {
+        "agent": agent, "number": None, "verdict": str(Verdict.HOLD), "reasons": [reason], "candidate": None,
+        "serving": serving, "num_missing": waiting.num_missing, "forecast_s": forecast_s,
+    }  # fmt: skip
+
+
 def rate_per_s(times: Sequence[float], now: float) -> float | None:
     """Events a second since the oldest of the newest NUM_RATED; None where that says nothing."""
     newest = sorted(times)[-NUM_RATED:]

@@ -64,13 +64,13 @@ def create_gateway(
     secret = load_secret(config.state_dir)
     recorder = Recorder(store, secret, config.experience.eval_share, capacity=config.gateway.queue)
     timeout_s = config.gateway.record_timeout_s
-    episodes = Episodes(store, agent, base_release, timeout_s, secret)
     replicas = [upstream] if isinstance(upstream, Upstream) else list(upstream)
     upstreams = Upstreams(store, replicas)
     urls = [replica.url for replica in replicas]
+    episodes = Episodes(store, agent, base_release, timeout_s, secret, urls)
     metrics = Metrics(StoreCollector(store, agent, clock), ReplicaCollector(store, agent, urls))
     shadow = Shadow(upstreams, recorder, metrics, secret, config.rollout)
-    door = Door(agent, episodes, upstreams, recorder, shadow, metrics, timeout_s, clock, config.server.api_key)
+    door = Door(agent, episodes, upstreams, recorder, shadow, metrics, timeout_s, clock, config, config.server.api_key)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -107,7 +107,7 @@ def create_gateway(
         return await answered(door, request, take_trajectories(door, request))
 
     async def list_models(request: Request) -> Response:
-        return await answered(door, request, list_served(door, store))
+        return await answered(door, request, list_served(door, store, request))
 
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok", "agent": agent, "store": "down" if episodes.watch.is_down else "ok"})

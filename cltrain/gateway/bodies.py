@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from cltrain.config_tenants import shared_of
 from cltrain.errors import DataError
 from cltrain.experience.examples import OURS
 from cltrain.experience.strict_json import is_unicode, loads
@@ -239,7 +240,7 @@ def trajectory_of(body: dict[str, Any], agent: str, now: float, key: Key | None)
     if not is_unicode(body):
         raise DataError("the episode is not valid Unicode: a string in it holds half a surrogate pair")
     given = name_of(body.get("id"), "id")
-    if body.get("agent", agent) != agent:
+    if body.get("agent", agent) not in (agent, shared_of(agent)):
         raise DataError(f"agent {_shown(body['agent'])} is not served here; this gateway records {agent!r}")
     model = None if body.get("model") is None else name_of(body["model"], "model")
     if model in OURS:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from cltrain.config import Config
 from cltrain.errors import ConflictError, DataError
 from cltrain.experience.recording import Recorder, RecorderFull, Turn, UnknownTarget
 from cltrain.gateway import bodies
@@ -25,6 +26,7 @@ from cltrain.gateway.keys import PREFIX as KEY_PREFIX
 from cltrain.gateway.metrics import Metrics
 from cltrain.gateway.shadow import Copied, Shadow
 from cltrain.gateway.streaming import EventStream, error_event, relay
+from cltrain.gateway.tenants import agent_for
 from cltrain.gateway.tokens import Answer, Collected, Route, Wanted, ask, read_answer, strip
 from cltrain.gateway.upstreams import Opened, Place, Upstreams
 from cltrain.records import Generation, Message, Tool
@@ -34,7 +36,7 @@ BODY_S = 60.0  # to send it whole
 MAX_BODY_BYTES = 16 * 2**20  # as long as a line of an import may be
 log = logging.getLogger(__name__)
 
-MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")  # of agents and releases: never a path or a list
+MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9-]*(@[a-z0-9-]+)?")  # of agents and releases: never a path or a list
 PATHS: dict[Route, str] = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
 
 
@@ -65,7 +67,12 @@ class Door:
     metrics: Metrics
     record_timeout_s: float
     clock: Callable[[], float]
+    config: Config
     upstream_key: str | None = None  # what the inference server asks for
+
+    def agent_of(self, request: Request) -> str:
+        """Whose records the request makes."""
+        return agent_for(self.config, request.state.key)
 
     async def generate(self, route: Route, request: Request) -> Response:
         """Answer one generation request. Raises Refusal."""
@@ -78,8 +85,9 @@ class Door:
         if not MODEL_NAME.fullmatch(asked.body["model"]):
             raise unknown_model(asked.body["model"], self.agent)
         lease = await self.episodes.begin(
-            asked.body["model"], asked.session, asked.principal, asked.messages, is_chat=route == "chat"
-        )
+            asked.body["model"], asked.session, asked.principal, asked.messages, is_chat=route == "chat",
+            agent=self.agent_of(request),
+        )  # fmt: skip
         try:
             return await self._generate(asked, lease, request, start)
         except Refusal as error:
@@ -251,7 +259,7 @@ class Door:
     ) -> Turn:
         return Turn(
             record=lease.record,
-            agent=self.agent,
+            agent=lease.agent,
             session=lease.session,
             principal=lease.principal,
             release=lease.release,

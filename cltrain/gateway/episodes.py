@@ -25,9 +25,10 @@ from cltrain.experience.recording import episode_of
 from cltrain.experience.strict_json import loads
 from cltrain.gateway.errors import Refusal, unknown_model
 from cltrain.gateway.split import Tried, read_tried, takes
+from cltrain.gateway.tenants import serving
 from cltrain.records import Message
 from cltrain.store.database import Store
-from cltrain.store.schema import aliases, records, releases
+from cltrain.store.schema import records, releases
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Lease:
 
     episode: str  # x-cltrain-trajectory
     record: str
+    agent: str  # whose record it is
     session: str
     principal: str
     release: str
@@ -70,9 +72,11 @@ class Seen:
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What a request says about where it belongs. `hashes` as from `prefix_hashes`, of those that it may go on from;
-    empty: never a continuation. `prefix`: of all its messages."""
+    empty: never a continuation. `prefix`: of all its messages. `agent`: whose record it makes, the shared agent's or a
+    tenant's."""
 
     model: str
+    agent: str
     session: str | None
     principal: str
     messages: Sequence[Message]
@@ -158,15 +162,17 @@ OPEN = (
 OPEN_IN_SESSION = OPEN.where(records.c.session == bindparam("session"))
 OPEN_BY_PREFIX = OPEN.where(records.c.prefix.in_(bindparam("prefixes", expanding=True)))
 PAYLOADS = select(records.c.id, records.c.payload).where(records.c.id.in_(bindparam("ids", expanding=True)))
-ALIAS = select(aliases.c.release).where(aliases.c.agent == bindparam("agent"))
 RELEASES = select(releases.c.name, releases.c.status, releases.c.path).where(
-    releases.c.agent == bindparam("agent"), releases.c.name.in_(bindparam("names", expanding=True))
+    releases.c.agent.in_(bindparam("agents", expanding=True)), releases.c.name.in_(bindparam("names", expanding=True))
 )
 
 
-def look(connection: Connection, agent: str, wish: Wish, in_flight: Set[str] = frozenset()) -> Seen:
-    """`in_flight`: releases of requests that are being answered; an episode may have nothing stored yet but one."""
-    who = {"agent": agent, "principal": wish.principal}
+def look(
+    connection: Connection, agent: str, wish: Wish, urls: Sequence[str] = (), in_flight: Set[str] = frozenset()
+) -> Seen:
+    """`agent`: the shared one; `urls`: of the servers behind the gateway; `in_flight`: releases of requests that are
+    being answered; an episode may have nothing stored yet but one."""
+    who = {"agent": wish.agent, "principal": wish.principal}
     if wish.session is not None:
         rows = tuple(connection.execute(OPEN_IN_SESSION, {**who, "session": wish.session}))
     elif wish.hashes:
@@ -177,26 +183,29 @@ def look(connection: Connection, agent: str, wish: Wish, in_flight: Set[str] = f
     continued = [row.id for row in rows if row.prefix in hashes][-MAX_LOOKED_UP:]
     payloads = connection.execute(PAYLOADS, {"ids": continued}) if continued else ()
     producers = {row.id: tuple(row.payload["producers"]) for row in payloads}
-    alias = connection.scalar(ALIAS, {"agent": agent})
+    alias = serving(connection, agent, wish.agent, urls)
     names = {wish.model, *in_flight, *(row.release for row in rows)} | ({alias} if alias else set())
-    known = connection.execute(RELEASES, {"agent": agent, "names": sorted(names)})
-    return Seen(alias, rows, producers, {row.name: row for row in known}, read_tried(connection, agent))
+    known = connection.execute(RELEASES, {"agents": sorted({agent, wish.agent}), "names": sorted(names)})
+    return Seen(alias, rows, producers, {row.name: row for row in known}, read_tried(connection, wish.agent))
 
 
 class Episodes:
     """Requests in flight and what was read last; everything durable is in the store."""
 
-    def __init__(self, store: Store, agent: str, base_release: str, timeout_s: float, secret: bytes) -> None:
+    def __init__(
+        self, store: Store, agent: str, base_release: str, timeout_s: float, secret: bytes, urls: Sequence[str] = ()
+    ) -> None:
         self.base_release = base_release
         self.watch = StoreWatch()
         self._store = store
         self._agent = agent
         self._timeout_s = timeout_s
         self._secret = secret
+        self._urls = urls
         self._lock = asyncio.Lock()  # looking and claiming are one step
         self._leases: list[Lease] = []
         self._remembered: OrderedDict[tuple[str, str, str], Lease] = OrderedDict()
-        self._last_alias: str | None = None
+        self._last_alias: dict[str, str] = {}  # by agent: the shared one and tenants
         self._is_base: dict[str, bool] = {}  # of every release that answered since the start
 
     @property
@@ -205,11 +214,20 @@ class Episodes:
         return frozenset(lease.record for lease in self._leases)
 
     async def begin(
-        self, model: str, session: str | None, principal: str, messages: Sequence[Message], *, is_chat: bool = True
+        self,
+        model: str,
+        session: str | None,
+        principal: str,
+        messages: Sequence[Message],
+        *,
+        is_chat: bool = True,
+        agent: str | None = None,
     ) -> Lease:
-        """Raises Refusal: 404 for a model that may not serve, 503 when it was never read and the store is down."""
+        """`agent`: whose record it makes, a tenant's, or the shared agent's (None). Raises Refusal: 404 for a model
+        that may not serve, 503 when it was never read and the store is down."""
         hashes = prefix_hashes(messages)
-        wish = Wish(model, session, principal, messages, hashes if is_chat else [], hashes[-1])
+        mine = agent or self._agent
+        wish = Wish(model, mine, session, principal, messages, hashes if is_chat else [], hashes[-1])
         async with self._lock:
             seen = None if self.watch.is_down else await self._look(wish)
             if seen is None:
@@ -242,7 +260,7 @@ class Episodes:
 
         def read() -> Seen:
             with self._store.read() as connection:
-                return look(connection, self._agent, wish, in_flight)
+                return look(connection, self._agent, wish, self._urls, in_flight)
 
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -254,8 +272,8 @@ class Episodes:
         return seen
 
     def _decide(self, seen: Seen, wish: Wish) -> Lease:
-        alias = self._last_alias = seen.alias or self.base_release
-        is_alias = wish.model == self._agent
+        alias = self._last_alias[wish.agent] = seen.alias or self.base_release
+        is_alias = self._is_alias(wish)
         position = {prefix: i for i, prefix in enumerate(wish.hashes)}
         named = seen.releases.get(wish.model)
         is_moved = named is not None and named.status in UNDONE  # live episodes that asked for it go on elsewhere
@@ -284,6 +302,7 @@ class Episodes:
         return Lease(
             episode=episode_of(record),
             record=record,
+            agent=wish.agent,
             session=wish.session or episode_of(record),
             principal=wish.principal,
             release=release,
@@ -295,6 +314,9 @@ class Episodes:
             is_mixed=match is not None and (match.is_mixed or release != match.release),
             tried=seen.tried if is_alias and seen.tried is not None and release == seen.tried.incumbent else None,
         )
+
+    def _is_alias(self, wish: Wish) -> bool:
+        return wish.model in (self._agent, wish.agent)
 
     def _of_new(self, alias: str, tried: Tried | None, unit: str) -> str:
         """Which release begins to answer a new episode: no client can tell beforehand, and none can choose."""
@@ -336,11 +358,12 @@ class Episodes:
         prefixes = [("prefix", wish.principal, h) for h in reversed(wish.hashes)]
         keys = prefixes if wish.session is None else [("session", wish.principal, wish.session)]
         before = next((self._remembered[key] for key in keys if key in self._remembered), None)
-        is_alias = wish.model == self._agent
+        is_alias = self._is_alias(wish)
         if before is not None and (is_alias or wish.model == before.release):
             episode, release = before.episode, before.release
         else:
-            named = self._last_alias if is_alias else wish.model
+            last = self._last_alias.get(wish.agent) or self._last_alias.get(self._agent)
+            named = last if is_alias else wish.model
             if named is None or named not in self._is_base:
                 message = f"the store cannot be read, and {wish.model!r} was never resolved before"
                 raise Refusal(503, message, kind="api_error", code="store_unreachable")
@@ -348,6 +371,7 @@ class Episodes:
         return Lease(
             episode=episode,
             record=episode,
+            agent=wish.agent,
             session=wish.session or episode,
             principal=wish.principal,
             release=release,

@@ -20,10 +20,10 @@ from cltrain.experience.recording import RecorderFull, UnknownTarget
 from cltrain.gateway import bodies
 from cltrain.gateway.chat import Door, read_body
 from cltrain.gateway.errors import Refusal, error_response
-from cltrain.gateway.keys import Key
+from cltrain.gateway.tenants import serving
 from cltrain.records import Trajectory
 from cltrain.store.database import Store
-from cltrain.store.schema import aliases, releases
+from cltrain.store.schema import releases
 
 log = logging.getLogger(__name__)
 
@@ -75,22 +75,22 @@ async def take_trajectories(door: Door, request: Request) -> Response:
         "content-type", ""
     )
     if not is_ndjson and (len(lines) < 2 or _is_one_object(raw)):
-        trajectory = bodies.trajectory_of(bodies.parse(raw), door.agent, door.clock(), request.state.key)
+        trajectory = bodies.trajectory_of(bodies.parse(raw), door.agent_of(request), door.clock(), request.state.key)
         (future,) = await _submitted(door, [trajectory])
         return JSONResponse({"id": trajectory.id, "duplicate": not await _settled(door, future)})
     if not lines:
         raise DataError("the body is empty: send one JSON object, or one per line")
-    return JSONResponse(await _take_lines(door, raw, lines, request.state.key))
+    return JSONResponse(await _take_lines(door, raw, lines, request))
 
 
-async def _take_lines(door: Door, raw: bytes, lines: list[tuple[int, bytes]], key: Key | None) -> dict[str, Any]:
-    now = door.clock()
+async def _take_lines(door: Door, raw: bytes, lines: list[tuple[int, bytes]], request: Request) -> dict[str, Any]:
+    now, agent, key = door.clock(), door.agent_of(request), request.state.key
     good: list[tuple[int, bytes, Trajectory]] = []
     bad: list[tuple[int, bytes, str]] = []
     for number, line in lines:
         try:
             body = bodies.parse(line, f"line {number}")
-            good.append((number, line, bodies.trajectory_of(body, door.agent, now, key)))
+            good.append((number, line, bodies.trajectory_of(body, agent, now, key)))
         except (DataError, Refusal) as error:
             bad.append((number, line, str(error)))
     outcomes: Counter[bool] = Counter()
@@ -102,7 +102,7 @@ async def _take_lines(door: Door, raw: bytes, lines: list[tuple[int, bytes]], ke
             bad.append((number, line, str(error)))
     source = f"post:{hashlib.sha256(raw).hexdigest()[:16]}"  # the same body again sets nothing aside twice
     for number, line, reason in sorted(bad):
-        await _in_thread(door, door.recorder.set_aside, door.agent, source, number, reason, line, now=now)
+        await _in_thread(door, door.recorder.set_aside, agent, source, number, reason, line, now=now)
     door.metrics.trajectories.labels("set_aside").inc(len(bad))
     return {
         "num_lines": len(lines),
@@ -128,15 +128,17 @@ async def _in_thread(door: Door, submit: Any, *given: Any, now: float) -> Any:
     return await door.settle(future)
 
 
-async def list_served(door: Door, store: Store) -> Response:
-    """The alias, and of this agent's releases those that the server lists; candidates are never shown."""
+async def list_served(door: Door, store: Store, request: Request) -> Response:
+    """The alias, and of the releases of the agent and of the tenant that asks those that the server lists; candidates
+    are never shown."""
     listed = {str(m["id"]) for m in await door.upstream.models()}
-    base = door.episodes.base_release
+    base, agent = door.episodes.base_release, door.agent_of(request)
 
     def read() -> tuple[str, list[tuple[str, float]]]:
         with store.read() as connection:
-            alias = connection.scalar(select(aliases.c.release).where(aliases.c.agent == door.agent)) or base
-            mine = (releases.c.agent == door.agent) & (releases.c.status == "released")
+            urls = [place.upstream.url for place in door.upstream.places]
+            alias = serving(connection, door.agent, agent, urls) or base
+            mine = releases.c.agent.in_([door.agent, agent]) & (releases.c.status == "released")
             columns = (releases.c.name, releases.c.path, releases.c.created_at)
             rows = connection.execute(select(*columns).where(mine).order_by(releases.c.number)).all()
         return alias, [(r.name, r.created_at) for r in rows if r.path is None or r.name in listed]

@@ -16,6 +16,7 @@ from cltrain.registry.decisions import append, entries_of
 from cltrain.registry.lease import agent_row, require_fence
 from cltrain.registry.releases import change_status, get_in
 from cltrain.registry.rollouts import Rollout, open_in, quarantine_learned, settle_in, take_back_in
+from cltrain.registry.tenants import incumbent_in, outdate_followers, tenants_in
 from cltrain.store.database import Store
 from cltrain.store.schema import agents, aliases, releases, screenings, updates
 
@@ -48,8 +49,8 @@ def read_alias(store: Store, agent: str) -> Alias:
 
 
 def serving_in(connection: Connection, agent: str) -> str:
-    """The name of the release that serves, as the caller's transaction sees it."""
-    return str(_row(connection, agent).release)
+    """The name of the release that answers, as the caller's transaction sees it."""
+    return incumbent_in(connection, agent, _row(connection, agent).release)
 
 
 def read_references(store: Store, agent: str) -> References:
@@ -126,6 +127,7 @@ def move_alias_in(
         "changed_at": now,
     }
     connection.execute(update(aliases).where(aliases.c.agent == agent).values(**moved))
+    outdate_followers(connection, agent)
     payload = {
         "from": row.release,
         "to": to,
@@ -153,45 +155,60 @@ def rollback(
     What is being tried on live traffic is the newest: without `to` and `expected` it alone is undone, and what serves
     goes on. Else undone are the current release and its ancestors up to `to`: they become rolled_back, the records that
     their updates learned or could newly rehearse are quarantined, and an update that is under way loses its
-    compare-and-swap. Learning is frozen unless `freeze` is False. Raises ConflictError when the bare base serves
-    already, `to` may not serve, or another release serves than the one `expected` (None: whichever).
+    compare-and-swap.
+    Tenants whose release grew from one that is undone are back at what all are served, in the same transaction.
+    Learning is frozen unless `freeze` is False. Raises ConflictError when the bare base serves already, `to` may not
+    serve, or another release serves than the one `expected` (None: whichever).
     """
     with store.write() as connection:
-        row = _row(connection, agent)
-        if expected is not None and row.release != expected:
-            raise ConflictError(f"{row.release} serves by now, not {expected}")
-        tried = open_in(connection, agent)
-        if tried is not None and expected is None and to in (None, row.release):
-            return _end_rollout(connection, row, tried, reason=reason, freeze=freeze, now=now)
-        take_back_in(connection, agent, reason=f"rollback of {row.release}: {reason}", now=now)
-        lineage = _lineage(connection, row.release)
-        target = to if to is not None else _before(connection, row, lineage)
-        release = get_in(connection, target)
-        if target == row.release:
-            raise ConflictError(f"{agent} already serves {target}: nothing to roll back")
-        if release.agent != agent or release.status != "released":
-            raise ConflictError(f"{target} is {release.status} of {release.agent} and cannot serve {agent} again")
-        kept = set(_lineage(connection, target))
-        undone = [n for n in lineage if n not in kept and get_in(connection, n).status == "released"]
-        for name in undone:
-            change_status(connection, name, "rolled_back", now=now, reason=reason)
-        num_quarantined = _quarantine(connection, agent, undone, kept, release.created_at, now)
-        high_water, anchor = _marks_after(connection, agent, target)
-        moved = {
-            "release": target,
-            "previous": next((n for n in _lineage(connection, target)[1:] if _is_released(connection, n)), None),
-            "version": row.version + 1,
-            "high_water": high_water if row.high_water in undone else row.high_water,
-            "anchor": anchor if row.anchor in undone else row.anchor,
-            "changed_at": now,
-        }
-        connection.execute(update(aliases).where(aliases.c.agent == agent).values(**moved))
-        if freeze:
-            _switch(connection, agent, is_frozen=True, reason=f"rollback of {row.release}: {reason}")
-        payload = {"from": row.release, "to": target, "undone": undone, "num_quarantined": num_quarantined}
-        append(connection, agent, "rollback", {**payload, "reason": reason, "freeze": freeze}, now)
-        is_frozen = bool(agent_row(connection, agent).is_frozen)
-        return Rollback(row.release, _alias(_row(connection, agent)), tuple(undone), num_quarantined, is_frozen)
+        done = _roll_back(connection, agent, to, expected, now, reason, freeze=freeze)
+        for tenant in tenants_in(connection, agent):
+            serving = _row(connection, tenant).release
+            if not set(done.rolled_back).isdisjoint(_ancestry(connection, serving)):
+                bare, why = _lineage(connection, serving)[-1], f"it grew from {done.undone}: {reason}"
+                _roll_back(connection, tenant, bare, None, now, why, freeze=freeze)
+        return done
+
+
+def _roll_back(
+    connection: Connection, agent: str, to: str | None, expected: str | None, now: float, reason: str, *, freeze: bool
+) -> Rollback:
+    row = _row(connection, agent)
+    if expected is not None and row.release != expected:
+        raise ConflictError(f"{row.release} serves by now, not {expected}")
+    tried = open_in(connection, agent)
+    if tried is not None and expected is None and to in (None, row.release):
+        return _end_rollout(connection, row, tried, reason=reason, freeze=freeze, now=now)
+    take_back_in(connection, agent, reason=f"rollback of {row.release}: {reason}", now=now)
+    lineage = _lineage(connection, row.release)
+    target = to if to is not None else _before(connection, row, lineage)
+    release = get_in(connection, target)
+    if target == row.release:
+        raise ConflictError(f"{agent} already serves {target}: nothing to roll back")
+    if release.agent != agent or release.status != "released":
+        raise ConflictError(f"{target} is {release.status} of {release.agent} and cannot serve {agent} again")
+    kept = set(_lineage(connection, target))
+    undone = [n for n in lineage if n not in kept and get_in(connection, n).status == "released"]
+    for name in undone:
+        change_status(connection, name, "rolled_back", now=now, reason=reason)
+    num_quarantined = _quarantine(connection, agent, undone, kept, release.created_at, now)
+    high_water, anchor = _marks_after(connection, agent, target)
+    moved = {
+        "release": target,
+        "previous": next((n for n in _lineage(connection, target)[1:] if _is_released(connection, n)), None),
+        "version": row.version + 1,
+        "high_water": high_water if row.high_water in undone else row.high_water,
+        "anchor": anchor if row.anchor in undone else row.anchor,
+        "changed_at": now,
+    }
+    connection.execute(update(aliases).where(aliases.c.agent == agent).values(**moved))
+    outdate_followers(connection, agent)
+    if freeze:
+        _switch(connection, agent, is_frozen=True, reason=f"rollback of {row.release}: {reason}")
+    payload = {"from": row.release, "to": target, "undone": undone, "num_quarantined": num_quarantined}
+    append(connection, agent, "rollback", {**payload, "reason": reason, "freeze": freeze}, now)
+    is_frozen = bool(agent_row(connection, agent).is_frozen)
+    return Rollback(row.release, _alias(_row(connection, agent)), tuple(undone), num_quarantined, is_frozen)
 
 
 def freeze(store: Store, agent: str, *, now: float, reason: str) -> None:
@@ -238,49 +255,6 @@ def _refuse_verdict(connection: Connection, agent: str, name: str) -> None:
             raise ConflictError(f"the gate said {verdict} to {name}: only promote ever serves")
 
 
-def require_judged(store: Store, agent: str, name: str, serving: str) -> None:
-    """Raise ConflictError unless `name` served before, or the gate said promote to it against `serving`.
-
-    A candidate that is still being judged, was a trial, or grew from a release that no longer serves may not.
-    """
-    with store.read() as connection:
-        release = get_in(connection, name)
-        if release.status != "candidate":
-            return
-        judged = select(updates.c.id).where(
-            updates.c.agent == agent,
-            updates.c.candidate == name,
-            updates.c.state == "done",
-            updates.c.verdict == Verdict.PROMOTE,
-            updates.c.mode != "trial",
-        )
-        if connection.execute(judged).first() is None:
-            raise ConflictError(f"the gate has not said promote to {name}: only promote ever serves")
-    if release.parent != serving:
-        raise ConflictError(
-            f"{name} was compared with {release.parent}, but {serving} serves now: let the gate judge a newer candidate"
-        )
-
-
-def waiting_for_yes(store: Store, agent: str) -> list[str]:
-    """Candidates to which the gate said promote in mode approve and nobody said anything yet, oldest first. Whether one
-    is stale is for `require_judged` to say."""
-    query = (
-        select(updates.c.candidate)
-        .join(releases, releases.c.name == updates.c.candidate)
-        .where(
-            updates.c.agent == agent,
-            updates.c.state == "done",
-            updates.c.verdict == Verdict.PROMOTE,
-            updates.c.mode == "approve",
-            releases.c.status == "candidate",
-        )
-        .order_by(updates.c.number)
-    )
-    with store.read() as connection:
-        return list(connection.scalars(query))
-
-
 def file_approved(store: Store, agent: str, name: str, now: float) -> None:
     """`file_learned_in` for a release that a human promoted, in a transaction of its own."""
     with store.write() as connection:
@@ -315,11 +289,21 @@ def _before(connection: Connection, row: Row, lineage: list[str]) -> str:
 def ancestry(store: Store, name: str) -> list[str]:
     """A release and what it grew from, nearest first, ending at the bare base: each place is one promotion earlier."""
     with store.read() as connection:
-        return _lineage(connection, name)
+        return _ancestry(connection, name)
 
 
 def _lineage(connection: Connection, name: str) -> list[str]:
-    """A release and its ancestors, nearest first, ending at the bare base."""
+    """A release and its agent's own ones among its ancestors, nearest first, ending at the agent's bare base: for a
+    tenant's that stands for whatever the shared agent serves."""
+    agent = get_in(connection, name).agent
+    names = _ancestry(connection, name)
+    own = set(connection.scalars(select(releases.c.name).where(releases.c.agent == agent, releases.c.name.in_(names))))
+    bare = connection.scalar(select(releases.c.name).where(releases.c.agent == agent, releases.c.number == 0))
+    return [one for one in names if one in own and one != bare] + ([] if bare is None else [str(bare)])
+
+
+def _ancestry(connection: Connection, name: str) -> list[str]:
+    """A release and its ancestors, of whichever agent, nearest first, ending at a bare base."""
     names: list[str] = []
     current: str | None = name
     while current is not None and current not in names:
