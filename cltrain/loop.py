@@ -106,8 +106,10 @@ def run_update(
     )  # fmt: skip
     if waiting.num_missing:
         return window.nothing_to_learn(rooms.store, rooms.agent, parent, waiting)
-    made = {"is_trial": is_trial, "is_filtered": is_filtered}
-    return finish(rooms, make_plan(rooms, alias, parent, waiting.examples, request=request, **made))
+    plan = make_plan(
+        rooms, alias, parent, waiting.examples, is_trial=is_trial, is_filtered=is_filtered, request=request
+    )
+    return finish(rooms, plan)
 
 
 def run_share(rooms: Rooms, *, strata: Sequence[str] = (), request: int | None = None) -> dict[str, Any]:

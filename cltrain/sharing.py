@@ -87,7 +87,7 @@ def chosen(found: Mapping[str, Mapping[str, Sequence[Example]]], k: int, strata:
     num_missing: list[int] = []
     for stratum in sorted(set(strata) or set(found)):
         had = found.get(stratum, {})
-        common, rare = in_common(had, k) if len(had) >= k else (dict(had), [])
+        common, rare = in_common(had, k) if len(had) >= k else (had, [])
         if len(common) < k:
             num_missing.append(k - len(common))
             refused.append(_too_few(stratum, sorted(had), len(common), k))
