@@ -8,8 +8,9 @@ from cltrain.experience import bench, buffer, window
 from cltrain.experience.baselines import usual_scores
 from cltrain.experience.recording import Recorder
 from cltrain.experience.screens import screen
-from cltrain.experience.window import nothing_to_learn, render
+from cltrain.experience.window import nothing_to_learn
 from cltrain.fitting import count_fitting
+from cltrain.loop import render
 from cltrain.models.base import load_base
 from cltrain.records import Example
 from cltrain.staleness import settle

@@ -22,7 +22,7 @@ STAKES = (0.05, 0.1, 0.25, 0.3, 0.2, 0.1)  # on each; most where the best bet li
 AIM = 0.4  # of alpha: the level of the z-test that planned bets follow; its wealth may end at 1 / (AIM alpha)
 PRIOR_ITEMS, PRIOR_SQUARE = 20, 0.2  # the mean square of (difference - above) before any is known, and its weight
 POWER = 0.8  # of forecasts
-HALVINGS = 16  # of [-1, 1]: a bound within 3e-5, on the cautious side
+HALVINGS = 12  # of [-1, 1]: a bound within 5e-4, on the cautious side
 MAX_ITEMS = 1_000_000  # a forecast beyond this says "never" rather than a number
 
 
@@ -72,12 +72,11 @@ def items_needed(differences: Sequence[float], above: float, alpha: float, effec
     Where these point nowhere, the count is for a true mean of `above + effect` (> 0) at the share of flips seen here.
     """
     values = _checked(differences)
-    mean = float(values.mean()) if values.size else above
-    square = float(((values - above) ** 2).mean()) if values.size else 0.0
+    mean, variance = (float(values.mean()), float(values.var())) if values.size else (above, 0.0)
     if mean <= above:
         flips = float((values != 0).mean()) if values.size else 0.0
-        mean, square = _like(above + effect, flips, above)
-    return _items_to_refute(mean, square, above, alpha)
+        mean, variance = _like(above + effect, flips)
+    return _items_to_refute(mean, variance, above, alpha)
 
 
 def means(differences: Sequence[float], clusters: Sequence[str | None]) -> list[float]:
@@ -96,7 +95,7 @@ def items_for_margin(margin: float, alpha: float, discordance: float = 0.0) -> i
     discordance: the share of items that they answer differently, half of them either way; n = (z_alpha + z_beta)^2 q /
     m^2 where that is not small. Plan suites and pools with it.
     """
-    return _items_to_refute(*_like(0.0, discordance, -margin), -margin, alpha)
+    return _items_to_refute(*_like(0.0, discordance), -margin, alpha)
 
 
 def _checked(differences: Sequence[float]) -> np.ndarray:
@@ -128,17 +127,15 @@ def _planned(values: np.ndarray, above: float, plan: Plan) -> float:
     return float(np.log1p(np.minimum(slope, BETS[-1] / (1 + above)) * excess).sum())
 
 
-def _like(mean: float, flips: float, above: float) -> tuple[float, float]:
-    """Mean, and mean square about `above`, of differences with this mean, at this share of flips or the fewest that
-    give it."""
-    flips = min(1.0, max(flips, abs(mean)))
-    return mean, flips - 2 * above * mean + above**2
+def _like(mean: float, flips: float) -> tuple[float, float]:
+    """Mean and variance of differences with this mean, at this share of flips or the fewest that give it."""
+    return mean, min(1.0, max(flips, abs(mean))) - mean**2
 
 
-def _items_to_refute(mean: float, square: float, above: float, alpha: float) -> int:
+def _items_to_refute(mean: float, variance: float, above: float, alpha: float) -> int:
     """How many items like these the z-test that planned bets follow needs for a power of POWER, and no fewer than the
     largest bets with half of the wealth do (a twentieth more: bets begin lower)."""
     edge = mean - above
-    by_test = (ndtri(AIM * alpha) - ndtri(POWER)) ** 2 * square / edge**2
+    by_test = (ndtri(AIM * alpha) - ndtri(POWER)) ** 2 * variance / edge**2
     by_bets = -1.05 * math.log(alpha / 2) / math.log1p(BETS[-1] / (1 + above) * edge)
     return min(MAX_ITEMS, math.ceil(max(by_test, by_bets)))
