@@ -189,7 +189,7 @@ class Fleet(RuleBasedStateMachine):
         for rejected in releases.list_releases(self.store, AGENT, status="rejected"):
             episodes = Episodes(self.store, AGENT, self.base, 5.0, b"k")
             with pytest.raises(Refusal, match="may not serve"):
-                asyncio.run(episodes.begin(rejected.name, None, "q", []))
+                asyncio.run(episodes.begin(rejected.name, None, "q", [{"role": "user", "content": "hi"}]))
             alias = aliases.read_alias(self.store, AGENT)
             with pytest.raises(ConflictError):
                 aliases.move_alias(

@@ -60,4 +60,4 @@ def test_in_some_orders_what_is_tried_serves_or_goes_back() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_in_many_orders_what_is_tried_serves_or_goes_back() -> None:
-    explore(30, 50, Trials)
+    explore(8, 50, Trials)
