@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import inspect
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -65,15 +66,11 @@ def judge(figures: dict[str, Any], must_have_all: bool) -> list[tuple[str, bool]
     return verdicts
 
 
-def load(name: str) -> Any:
+def load(name: str) -> ModuleType:
     """The module kernels/bench/cpu_`name`.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location(f"bench_cpu_{name}", BENCHES / f"cpu_{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    if str(BENCHES) not in sys.path:
+        sys.path.insert(0, str(BENCHES))
+    return importlib.import_module(f"cpu_{name}")
 
 
 if __name__ == "__main__":

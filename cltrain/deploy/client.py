@@ -128,6 +128,7 @@ class ServerClient:
         seed: int | None = None,
     ) -> Answer:
         """One chat answer by exactly that model. Raises ServerError also when another model's name comes back."""
+        self._check_held(model)
         body: dict[str, Any] = {
             "model": self.name_of(model),
             "messages": list(messages),
@@ -206,6 +207,9 @@ class ServerClient:
     def _ids_in(self, answer: dict[str, Any]) -> tuple[Any, Any]:
         """Token ids of prompt and answer, as far as they are told."""
         return answer.get("prompt_token_ids"), answer["choices"][0].get("token_ids")
+
+    def _check_held(self, model: str) -> None:
+        """Before a server is asked that would answer for a model which it does not hold; this one says 404."""
 
     def _is_not_held(self, response: httpx.Response) -> bool:
         return response.status_code == 404

@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 
 import httpx
 
-from cltrain.deploy.client import SCORE_ROWS, AllScores, Answer, Scores, ServerClient
+from cltrain.deploy.client import SCORE_ROWS, AllScores, Scores, ServerClient
 from cltrain.errors import ConfigError, NotHeldError, ServerError, UnavailableError
-from cltrain.records import Message, Tool
 
 UNKNOWN = ("never been loaded", "Failed to implicitly load", "are not loaded")
 
@@ -80,20 +79,6 @@ class SglangClient(ServerClient):
         if response.status_code != 200 and "does not exist" not in response.text:
             raise ServerError(f"{self.url} did not unload {name}: {response.status_code} {response.text[:200]}")
 
-    def generate(
-        self,
-        model: str,
-        messages: Sequence[Message],
-        tools: Sequence[Tool] = (),
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-    ) -> Answer:
-        """As ServerClient's."""
-        self._check_held(model)
-        return super().generate(model, messages, tools, max_tokens=max_tokens, temperature=temperature, seed=seed)
-
     def score_many(self, model: str, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> AllScores:
         """As ServerClient's, by the native /generate: its OpenAI routes give no log-probs of a prompt."""
         self._check_held(model)
@@ -116,6 +101,7 @@ class SglangClient(ServerClient):
         return found
 
     def _check_held(self, model: str) -> None:
+        """Any other name without a colon would be answered by the bare base."""
         if model != self.model and model not in self.list():
             raise NotHeldError(f"{self.url} does not list {model}", model)
 
