@@ -16,6 +16,7 @@ from cltrain.errors import ServerError
 from cltrain.gate.judge import Contest, chunk_ends, judge
 from cltrain.gate.pool import draw, num_uses
 from cltrain.gate.scoring import Reply, Scoring
+from cltrain.gate.stats import lower_bound
 from cltrain.gate.triggers import AnswerMany, Said, Suspect, make_probes, own_probes, run_probes
 from cltrain.monitoring.report import read_decision
 from cltrain.records import Check, Code, Decision, Message, SuiteItem, Tool, Verdict
@@ -98,6 +99,16 @@ def test_a_candidate_that_learned_is_promoted_early_and_its_items_are_counted(tm
     assert sum(num_uses(store, "support").values()) == len(decision.items_used)
     assert sum(release == "candidate" for release, _ in servers.asked) == len(decision.items_used) + 5
     assert len(set(servers.asked)) == len(servers.asked)  # the high-water mark is the incumbent: asked once
+
+
+def test_the_evidence_of_an_early_look_is_for_all_items_that_were_drawn_and_not_for_those_asked(tmp_path: Path) -> None:
+    """Valid at every look only so: what is planned must not follow what was seen."""
+    decision = _judge(open_store(tmp_path), _servers(), _pool())
+    gain = next(check for check in decision.checks if check.name == "gain in own")
+    won, alpha = [1.0] * gain.num_items, GateConfig().alpha
+    assert gain.num_items < 120, "it stopped early"
+    assert gain.low == lower_bound(won, alpha, num_planned=120)
+    assert gain.low != lower_bound(won, alpha, num_planned=gain.num_items)
 
 
 def test_references_are_never_scored_twice(tmp_path: Path) -> None:
