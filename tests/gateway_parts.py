@@ -196,6 +196,8 @@ def config_in(directory: Path, **sections: dict[str, Any]) -> Config:
 class Gateway:
     """A gateway over a fake server, both on real ports; `clock` is moved by hand."""
 
+    urls: list[str]  # of the servers behind it
+
     def __init__(self, directory: Path, url: str, fake: FakeServer, store: Store, app: Starlette) -> None:
         self.directory = directory
         self.url = url
@@ -239,6 +241,7 @@ def running(
         app = create_gateway(store, config, upstream, lambda: holder[0].now if holder else 1000.0, base_release=BASE)
         with served(app) as url:
             gateway = Gateway(directory, url, fake, store, app)
+            gateway.urls = [upstream.url]
             holder.append(gateway)
             try:
                 yield gateway

@@ -25,7 +25,6 @@ class Fleet(Gateway):
     """A gateway over fake replicas; what a worker would have found is told by `ready` and `out`."""
 
     fakes: list[FakeServer]
-    urls: list[str]
 
     def ready(self, which: int, release: str = R1) -> None:
         readiness.note_listed(self.store, self.urls[which], {release: f"/{release}"}, time.time())

@@ -53,7 +53,7 @@ def try_r2(gateway: Gateway, **settings: Any) -> None:
     """Beside R1, on the only server, which holds and proved both."""
     with contextlib.suppress(IntegrityError):
         add_release(gateway.store, R2, "candidate")
-    say_ready(gateway.store, "http://one", R1, R2)
+    say_ready(gateway.store, gateway.urls[0], R1, R2)
     fence = lease.acquire(gateway.store, "support", "worker", 1e9, 0.0)
     config = RolloutConfig(**{"kind": "canary", **settings}).model_dump(mode="json")
     expected = aliases.read_alias(gateway.store, "support")
@@ -144,9 +144,9 @@ def test_new_episodes_get_the_incumbent_while_no_replica_is_ready_for_the_canary
     with running(tmp_path) as gateway:
         begin(gateway, weights=[0.999999])
         assert adapter(gateway.chat("hello")) == R2
-        readiness.note_out(gateway.store, "http://one", 2.0)
+        readiness.note_out(gateway.store, gateway.urls[0], 2.0)
         assert adapter(gateway.chat("hello")) == R1
-        say_ready(gateway.store, "http://one", R1)
+        say_ready(gateway.store, gateway.urls[0], R1)
         assert adapter(gateway.chat("hello")) == R1
 
 

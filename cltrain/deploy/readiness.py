@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
 from cltrain.errors import ConflictError
 from cltrain.store.database import Store
 from cltrain.store.schema import aliases, releases, replicas
 
 ITSELF = ""  # the row that stands for the server: `up` or `out`
+PROVED = (  # built once: making a statement costs more than running it
+    select(replicas.c.url)
+    .where(replicas.c.release == bindparam("release"), replicas.c.state == "proved")
+    .where(replicas.c.url.in_(bindparam("urls", expanding=True)))
+    .limit(1)
+)
 HELD = ("loaded", "proved", "failed", "draining")  # it answers and listed it
 LOADING_S = 600.0  # a load that nobody saw the end of may still come true for so long
 
@@ -51,12 +57,9 @@ def is_ready(rows: Mapping[str, Row], release: str) -> bool:
     return itself is not None and itself.state == "up" and row is not None and row.state == "proved"
 
 
-def is_ready_somewhere(connection: Connection, release: str) -> bool:
-    """Whether a replica that answers has proved the release."""
-    itself = replicas.alias()
-    up = select(itself.c.url).where(itself.c.release == ITSELF, itself.c.state == "up")
-    proved = (replicas.c.release == release) & (replicas.c.state == "proved") & replicas.c.url.in_(up)
-    return connection.execute(select(replicas.c.url).where(proved).limit(1)).first() is not None
+def is_ready_somewhere(connection: Connection, release: str, urls: Collection[str]) -> bool:
+    """Whether one of these replicas has proved the release and answers: one that is out is ready for nothing."""
+    return connection.execute(PROVED, {"release": release, "urls": list(urls)}).first() is not None
 
 
 def standings(connection: Connection, agent: str, urls: Collection[str]) -> dict[str, str]:

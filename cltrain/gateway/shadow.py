@@ -105,9 +105,7 @@ class Shadow:
             return copied.is_broken(read_answer("chat", raw).message)
         except TimeoutError:
             return True
-        except (
-            UpstreamFailure
-        ) as error:  # of which a replica that went away or is not ready says nothing of the release
+        except UpstreamFailure as error:  # a replica that went away, or is not ready, says nothing of the release
             return None if isinstance(error, NotAnswered) or error.status == 503 else True
         except Refusal:  # not loaded, or a request that the server refuses whoever answers
             return None

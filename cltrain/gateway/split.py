@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, bindparam, select
@@ -28,9 +29,9 @@ class Tried:
     is_ready: bool
 
 
-def read_tried(connection: Connection, agent: str) -> Tried | None:
+def read_tried(connection: Connection, agent: str, urls: Sequence[str]) -> Tried | None:
     row = connection.execute(OPEN, {"agent": agent}).first()
-    return None if row is None else Tried(*row, is_ready=is_ready_somewhere(connection, row.release))
+    return None if row is None else Tried(*row, is_ready=is_ready_somewhere(connection, row.release, urls))
 
 
 def takes(tried: Tried, secret: bytes, unit: str) -> bool:

@@ -12,16 +12,11 @@ from sqlalchemy import Connection, bindparam, select
 
 from cltrain.config import Config
 from cltrain.config_tenants import NAME, agent_of_tenant, is_tenants
+from cltrain.deploy.readiness import is_ready_somewhere
 from cltrain.gateway.keys import Key, read_keys
-from cltrain.store.schema import aliases, replicas
+from cltrain.store.schema import aliases
 
 ALIAS = select(aliases.c.release).where(aliases.c.agent == bindparam("agent"))
-PROVED = (  # its bare base is nowhere proved under a name of its own: who has no more is answered as all are
-    select(replicas.c.release)
-    .where(replicas.c.release == ALIAS.scalar_subquery(), replicas.c.state == "proved")
-    .where(replicas.c.url.in_(bindparam("urls", expanding=True)))
-    .limit(1)
-)
 
 
 def agent_for(config: Config, key: Key | None) -> str:
@@ -43,8 +38,11 @@ def entitled(config: Config) -> list[str]:
 def serving(connection: Connection, shared: str, agent: str, urls: Sequence[str]) -> str | None:
     """What answers new episodes: a tenant's own release once a server has proved it, else what the shared agent serves;
     None where nothing was released yet."""
-    own = connection.scalar(PROVED, {"agent": agent, "urls": list(urls)}) if is_tenants(agent) else None
-    release: str | None = own or connection.scalar(ALIAS, {"agent": shared})
+    if is_tenants(agent):  # its bare base is nowhere proved under a name of its own: who has no more is answered as all
+        own: str | None = connection.scalar(ALIAS, {"agent": agent})
+        if own is not None and is_ready_somewhere(connection, own, urls):
+            return own
+    release: str | None = connection.scalar(ALIAS, {"agent": shared})
     return release
 
 
