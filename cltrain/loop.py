@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cltrain import plans, sharing, staleness, unfinished
+from cltrain import culprits, plans, sharing, staleness, unfinished
 from cltrain.deploy import probes, proof, readiness
 from cltrain.errors import ConflictError, guarded
 from cltrain.experience import window
@@ -40,7 +40,6 @@ from cltrain.records import (
     Release,
     TokenRow,
     Verdict,
-    is_claim,
 )
 from cltrain.registry import aliases, releases, rollouts
 from cltrain.registry.lease import require_fence
@@ -56,10 +55,9 @@ from cltrain.rooms import (
     tidy_server,
     under,
 )
-from cltrain.trainer.update import check_continues, train_update
+from cltrain.trainer.update import UpdateDiscarded, check_continues, train_update
 
 MOST_OF_A_DAY = 0.98  # of the day's displacement: what is left is not worth an update
-SURPRISING = 0.2  # share of a rejected window that the second attempt leaves out
 
 log = logging.getLogger(__name__)
 
@@ -182,23 +180,27 @@ def finish(rooms: Rooms, plan: Plan) -> dict[str, Any]:
     if spent_today(rooms) >= rooms.config.bounds.day_frobenius * MOST_OF_A_DAY:
         return conclude(rooms, plan, Attempt(plan.fresh, _of_window(Verdict.HOLD, day_is_spent(rooms))))
     attempt = try_update(rooms, plan, plan.fresh, number=1, said=unfinished.rejection_of(rooms.store, plan))
-    is_worth_another = attempt.decision.verdict is Verdict.REJECT and attempt.release is not None and not plan.is_trial
-    if is_worth_another and rooms.config.gate.filter_and_retry:
+    codes = attempt.decision.codes
+    is_rejected = attempt.decision.verdict is Verdict.REJECT and attempt.release is not None
+    if is_rejected and Code.CANARY in codes and not plan.is_trial:
+        plan = culprits.scrubbed(rooms, plan)
+    if (is_rejected or Code.TRAINING in codes) and rooms.config.gate.filter_and_retry and not plan.is_trial:
         plan, attempt = second_attempt(rooms, plan, attempt)
     return conclude(rooms, plan, attempt)
 
 
 def second_attempt(rooms: Rooms, plan: Plan, first: Attempt) -> tuple[Plan, Attempt]:
-    """A rejected window once more, without what looks bad in it and on items not used yet.
+    """A window that was rejected, or on which training broke down, once more: without what looks bad in it and on items
+    not used yet.
 
-    Returns what to conclude, with the records that it set aside. What fails here does not take the rejection back.
+    Returns what to conclude, with the records that it set aside. What fails here leaves the first answer as it was.
     """
-    assert first.release is not None
-    unfinished.note_rejection(rooms.store, plan, first.decision)  # a crash from here on must not lose the items used
-    reason = first.decision.reasons[0][:300]
-    releases.set_status(rooms.store, first.release.name, "rejected", now=rooms.clock(), reason=reason)
+    if first.release is not None:
+        unfinished.note_rejection(rooms.store, plan, first.decision)  # a crash from here on must keep the items used
+        reason = first.decision.reasons[0][:300]
+        releases.set_status(rooms.store, first.release.name, "rejected", now=rooms.clock(), reason=reason)
     try:
-        calmer, left_out = without_most_surprising(rooms, plan, first)
+        calmer, left_out = culprits.without_most_surprising(rooms, plan, first.learned, first.candidate)
     except Exception:  # out of memory, a file that went away: the first attempt stands
         log.warning("update %d: there is no second attempt", plan.number, exc_info=True)
         return plan, first
@@ -208,7 +210,8 @@ def second_attempt(rooms: Rooms, plan: Plan, first: Attempt) -> tuple[Plan, Atte
         surplus = [*surplus, *few]
     if not kept:
         return plan, first
-    rooms.on_progress(f"update {plan.number}: rejected; once more on {len(kept)} of {len(plan.fresh)} records")
+    failed = "rejected" if first.release is not None else "training broke down"
+    rooms.on_progress(f"update {plan.number}: {failed}; once more on {len(kept)} of {len(plan.fresh)} records")
     again = try_update(rooms, plan, kept, number=2, used_before=first.decision.items_used)
     if again.decision.verdict is Verdict.ERROR:
         if again.release is not None:
@@ -288,6 +291,8 @@ def try_update(
             assert kept is not None, "`prove` kept them"
             with attempt.timed("roll"), rooms.server_lock:
                 rooms.server.roll(attempt.release.name, directory, kept)
+    except UpdateDiscarded as error:
+        attempt.decision = _failed(f"{type(error).__name__}: {error}", Code.TRAINING)
     except Exception as error:  # memory, torch, disk, server: an update that cannot be judged is an answer
         log.warning("update %d was not judged", plan.number, exc_info=True)
         attempt.decision = _failed(f"{type(error).__name__}: {error}")
@@ -361,23 +366,6 @@ def _of_window(verdict: Verdict, reason: str, num_missing: int = 0) -> Decision:
 
 def _failed(reason: str, code: Code = Code.OUTAGE) -> Decision:
     return Decision(Verdict.ERROR, (reason,), (), codes=(code,))
-
-
-def without_most_surprising(rooms: Rooms, plan: Plan, attempt: Attempt) -> tuple[list[TokenRow], list[Aside]]:
-    """What the window shows to be right, less every suspicious record and the fifth that the rejected candidate itself
-    fits worst; and what that leaves out."""
-    suspicious = {record for suspicion in plan.suspicious for record in suspicion.records}
-    why = {row.record: "it only says what was wrong" for row in attempt.learned if not is_claim(row)}
-    why |= {row.record: "suspicious" for row in attempt.learned if row.record in suspicious}
-    rows = [row for row in attempt.learned if row.record not in why]
-    if attempt.candidate is not None and len(rows) >= 2:
-        values = token_log_probs(rooms.base, read_adapter(Path(attempt.candidate.path)), rows)
-        mean_nll = [-sum(row) / len(row) for row in values]
-        num_kept = len(rows) - max(1, round(SURPRISING * len(rows)))
-        calm = set(sorted(range(len(rows)), key=lambda i: mean_nll[i])[:num_kept])
-        why |= {row.record: "too surprising" for i, row in enumerate(rows) if i not in calm}
-    aside = [Aside(record, "quarantined", f"left out of the second attempt: {word}") for record, word in why.items()]
-    return [row for row in rows if row.record not in why], aside
 
 
 def render(base: Base, examples: Sequence[Example]) -> tuple[list[TokenRow], list[Aside]]:

@@ -336,6 +336,9 @@ def _file_records(
             window.mark(connection, plan.agent, record, one.status, now=began_at, reason=reason, stratum=stratum)
         else:
             window.mark(connection, plan.agent, record, one.status, now=now, reason=one.reason, stratum=stratum)
+    for record in aside.keys() - {record for record, _, _ in plan.window}:  # scrubbed from what is rehearsed
+        one = aside[record]
+        window.forget_rehearsal(connection, plan.agent, [record], reason=one.reason, now=now, status=one.status)
 
 
 def suspicions_of(manifest: dict[str, Any]) -> tuple[Suspicion, ...]:

@@ -55,6 +55,7 @@ class Code(StrEnum):
     HIGH_WATER = "high_water"
     SUITE = "suite"  # a suite is too small for its margin, changed, or does not answer the same twice
     WINDOW = "window"  # there was nothing that may be learned, or the day's displacement is spent
+    TRAINING = "training"  # it broke down, or its result could not be brought within its bounds: no candidate
     OUTAGE = "outage"  # a server, a judge or a disk failed, or something moved meanwhile
 
 

@@ -11,9 +11,7 @@ from sqlalchemy import insert, select, update
 from cltrain import plans
 from cltrain.config import ObjectivesConfig
 from cltrain.experience import window
-from cltrain.experience.triggers import Suspicion
 from cltrain.experience.waiting import rules_mark
-from cltrain.loop import Attempt, without_most_surprising
 from cltrain.records import Alias, Aside, Check, Code, Decision, Feedback, TokenRow, Verdict
 from cltrain.registry import aliases
 from cltrain.store.schema import screenings, updates
@@ -136,16 +134,14 @@ def test_what_turned_out_unusable_comes_back_with_other_rules_or_with_what_was_s
     assert names(learn_from=("agent",)) == ["a", "b", "c", "d"]
 
 
-def test_a_second_attempt_says_of_each_record_why_it_is_left_out():
-    suspicion = Suspicion("moon", "p", {"name": "wire", "arguments": {}}, 1, ("odd",), ("p",))
-    rows = (*ROWS, row_of("odd"))
-    attempt = Attempt(rows, Decision(Verdict.REJECT, ("",), ()))
-    kept, aside = without_most_surprising(None, plan_of(rows, suspicious=(suspicion,)), attempt)
-    assert [row.record for row in kept] == ["right", "fixed"]
-    assert {one.record: one.reason.removeprefix("left out of the second attempt: ") for one in aside} == {
-        "wrong": "it only says what was wrong", "hinted": "it only says what was wrong", "odd": "suspicious"
-    }  # fmt: skip
-    assert {one.status for one in aside} == {"quarantined"}
+def test_what_is_scrubbed_from_what_is_rehearsed_is_filed_with_the_window_and_keeps_who_learned_it(recorder, store):
+    recorder.add_trajectory(good("old"))
+    filed(store, plan_of(ROWS[:1]), Decision(Verdict.PROMOTE, ("",), ()), is_served=True)
+    aside = [Aside("right", "quarantined", "no longer rehearsed: why"), Aside("unread", "quarantined", "not ours")]
+    plan = plan_of(ROWS[3:], aside, window=(("fixed", "mend/good", "p"),))
+    found = filed(store, plan, Decision(Verdict.REJECT, ("",), ()))
+    assert found["right"] == ("quarantined", "no longer rehearsed: why", "u")
+    assert found.keys() == {"right", "fixed"}
 
 
 def test_what_a_human_promotes_is_rehearsed_but_for_its_failures_its_doubts_and_what_was_not_learned(store):

@@ -147,11 +147,13 @@ def mark(
         connection.execute(insert(screenings).values(record=record, agent=agent, **values))
 
 
-def forget_rehearsal(connection: Connection, agent: str, doubtful: Iterable[str], *, reason: str, now: float) -> None:
+def forget_rehearsal(
+    connection: Connection, agent: str, doubtful: Iterable[str], *, reason: str, now: float, status: str = "learned"
+) -> None:
     """What is rehearsed of these records no longer is; which update learned them stays. Not the owner's rehearsal
     episodes: they have no standing."""
     where = (screenings.c.agent == agent) & screenings.c.record.in_(doubtful) & (screenings.c.status == "replay")
-    connection.execute(change(screenings).where(where).values(status="learned", reason=reason, changed_at=now))
+    connection.execute(change(screenings).where(where).values(status=status, reason=reason, changed_at=now))
 
 
 def heldout_items(
