@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from cltrain_kernels import token_logprob, token_logprob_reference
-from cltrain_kernels.testing import assert_as_accurate_as_eager, nan_filled
+from cltrain_kernels.testing import assert_as_accurate_as_eager, guarded, nan_filled
 from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
@@ -42,6 +42,12 @@ def draw(num_rows: int, num_vocabulary: int, dtype: torch.dtype, seed: int = 0) 
 @pytest.mark.parametrize(("num_rows", "num_vocabulary"), SIZES)
 def test_kernel_is_as_accurate_as_eager(kernel: Op, num_rows: int, num_vocabulary: int, dtype: torch.dtype) -> None:
     assert_as_accurate_as_eager(kernel, eager, *draw(num_rows, num_vocabulary, dtype))
+
+
+@pytest.mark.parametrize(("num_rows", "num_vocabulary"), SIZES)
+def test_nothing_is_written_outside_of_the_outputs(kernel: Op, num_rows: int, num_vocabulary: int) -> None:
+    with guarded():
+        assert_as_accurate_as_eager(kernel, eager, *draw(num_rows, num_vocabulary, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
