@@ -22,7 +22,7 @@ from typing import Any
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy", "unsloth")
 STEPS = "steps"  # the name of `peers.py` among the ops
-FOR_STEPS = 0.3  # of the time that the cases leave to it at least; a case that has begun is not stopped
+FOR_STEPS = 1 / 3  # of the time, kept for it; a case that has begun is not stopped
 
 Row = dict[str, Any]
 

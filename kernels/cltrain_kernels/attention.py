@@ -74,7 +74,7 @@ def packed_hidden(
     finally:
         backbone.config._attn_implementation = before
     if "places_M" in extra:
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return output.last_hidden_state
     hidden_TD: Tensor = output.last_hidden_state[0]
     return hidden_TD if places_M is None else picked(hidden_TD, places_M)
 
