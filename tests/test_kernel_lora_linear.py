@@ -12,6 +12,8 @@ from cltrain_kernels import Norm, Projection, lora_linear, lora_linear_reference
 from cltrain_kernels.adamw import AdamW, Corners, adamw_step
 from cltrain_kernels.flat import FlatLoRA
 from cltrain_kernels.lora_concat import concatenate, lora_concat
+from cltrain_kernels.rms_norm import rms_norm_reference
+from cltrain_kernels.swiglu import swiglu_reference
 from cltrain_kernels.testing import assert_as_accurate_as_eager, nan_filled
 from torch import Tensor
 
@@ -188,6 +190,30 @@ def test_wider_factors_get_their_gradients_in_their_own_dtype() -> None:
     assert a.grad.dtype is torch.float32
 
 
+@pytest.mark.parametrize("is_mlp", [False, True])
+def test_a_backward_adds_the_rows_and_columns_of_the_fishers_that_are_asked_for(is_mlp: bool) -> None:
+    """Against autograd, layer by layer: squares of a layer's inputs and of the gradients at its output."""
+    plain, x = mlp() if is_mlp else group(), random(5, K, seed=1)
+    sinks = [None if i == 1 else tuple(torch.ones(n) for n in p.weight_NK.shape) for i, p in enumerate(plain)]
+    asked: list[Any] = [replace(p, fisher=sink) for p, sink in zip(plain, sinks, strict=True)]
+    n = rms_norm_reference(x, norm().weight_K, norm().eps)
+    first = [y.requires_grad_() for y in lora_linear_reference(n, plain[:2] if is_mlp else plain)]
+    inputs, outputs = [n] * len(first), first
+    if is_mlp:
+        h = swiglu_reference(*first)
+        outputs, inputs = [*first, lora_linear_reference(h, plain[2:])[0]], [*inputs, h.detach()]
+        outputs[2].retain_grad()
+    (outputs[2].square().sum() if is_mlp else torch.cat(outputs, -1).square().sum()).backward()
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        y = lora_mlp(leaf, *asked, norm()) if is_mlp else torch.cat(lora_linear(leaf, asked, norm()), -1)
+        y.square().sum().backward()
+    for sink, given, output in zip(sinks, inputs, outputs, strict=True):
+        if sink is not None:
+            for sums, values in zip(sink, (output.grad, given), strict=True):
+                torch.testing.assert_close(sums.double(), 1 + 2 * values.square().sum(0), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("op", "reference", "make"), OPS)
 def test_two_runs_are_bitwise_equal_and_leave_saved_tensors_alone(op: Any, reference: Any, make: Any) -> None:
     projections = make()
@@ -261,6 +287,8 @@ def test_what_does_not_fit_is_named() -> None:
         lora_linear(x, [p], Norm(torch.ones(K).double().requires_grad_(), 1e-6))
     with pytest.raises(ValueError, match=r"norm of \(5,\)"):
         lora_linear(x, [p], Norm(torch.ones(5).double(), 1e-6))
+    with pytest.raises(ValueError, match="a 7 x 6 weight"):
+        lora_linear(x, [replace(p, fisher=(torch.zeros(6), torch.zeros(7)))])
     gate, up, _ = mlp()
     with pytest.raises(ValueError, match=r"weight \(11, 6\)"):
         lora_mlp(x, gate, up, up)
