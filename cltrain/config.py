@@ -137,7 +137,7 @@ class TrainerConfig(Section):
     anchor_tokens: int = Field(64, ge=8)
     anchors: Path | None = None  # JSONL of {"text"} or {"messages"}; None: sampled from the base
     checkpoint_every: int = Field(8, ge=1)  # steps
-    kernels: Kernels = "auto"  # what the trained model runs by: fused ops, those in plain PyTorch, or PEFT's modules
+    kernels: Kernels = "auto"  # what an update runs by: fused ops, those in plain PyTorch, or PEFT's modules
 
 
 class BoundsConfig(Section):

@@ -3,9 +3,7 @@ the interpreter without a GPU, for real on one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from cltrain_kernels import (
     swiglu,
     swiglu_reference,
 )
-from cltrain_kernels.testing import assert_as_accurate_as_eager, nan_filled
+from cltrain_kernels.testing import assert_as_accurate_as_eager, guarded, nan_filled
 from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
@@ -56,28 +54,6 @@ def rotation(function: Op, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Op:
 
 def normed(function: Op) -> Op:
     return lambda x, w: function(x, w, EPS)
-
-
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Inside the block every `torch.empty` is NaN between two guards; after it the guards must be untouched."""
-    original, made = torch.empty, []
-
-    def guarded_empty(shape: Any, **kwargs: Any) -> Tensor:
-        size = torch.Size(shape).numel()
-        buffer = original(size + 512, **kwargs).fill_(7.0)
-        buffer[256 : 256 + size] = torch.nan
-        made.append((buffer, size))
-        return buffer[256 : 256 + size].view(shape)
-
-    torch.empty = guarded_empty  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.empty = original
-    assert made
-    for buffer, size in made:
-        assert bool((buffer[:256] == 7).all() & (buffer[256 + size :] == 7).all()), "written outside of the output"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,10 +193,25 @@ def test_wrong_shapes_and_dtypes_are_named() -> None:
         swiglu(x.long(), x.long())
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="needs 4 GiB of a GPU")
+def test_rows_that_do_not_fit_in_registers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("CLTRAIN_KERNELS", "triton")
+    x = draw(1, 16384)
+    torch.testing.assert_close(rms_norm(x, x[0], EPS), rms_norm_reference(x, x[0], EPS), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="at most 16384 features; got 16385"):
+        rms_norm(draw(1, 16385), draw(16385), EPS)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs 7 GiB of a GPU")
 def test_offsets_beyond_two_to_the_31_are_reached() -> None:
     rows = (1 << 31) // 4096 + 8
     gate = torch.zeros(rows, 4096, dtype=torch.float16, device=DEVICE)
     gate[-1] = 1.0
+    apart = torch.zeros(3 * (1 << 30) + 1, dtype=torch.float16, device=DEVICE).as_strided(
+        (1, 1, 1, 4), (0, 0, 0, 1 << 30)
+    )
+    apart[..., 2] = 1.0
+    cos, sin = (t.half() for t in tables([[1]], 4))
+    torch.testing.assert_close(rope(apart, cos, sin), rope_reference(apart, cos, sin))
     assert float(swiglu(gate, gate)[-1, -1]) == pytest.approx(0.7311, abs=1e-3)
     assert float(rms_norm(gate, gate[-1], EPS)[-1, -1]) == pytest.approx(1.0, abs=1e-3)

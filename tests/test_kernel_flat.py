@@ -10,7 +10,7 @@ import pytest
 import torch
 from cltrain_kernels.adamw import AdamW, Corners, adamw_step, adamw_step_reference
 from cltrain_kernels.flat import FlatLoRA, Layout
-from cltrain_kernels.testing import nan_filled
+from cltrain_kernels.testing import guarded, nan_filled
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -197,6 +197,17 @@ def test_step_is_as_accurate_as_torchs_own_and_repeats_to_the_bit(step: Any, dec
             place += 1
     for buffer in (state.values, state.means, state.squares):
         assert not buffer[used == 0].any(), "the gaps between factors were written"
+
+
+def test_nothing_is_written_behind_the_state(step: Any) -> None:
+    """Before it nothing can lie: a flat buffer begins its storage. Between the factors the test above looks."""
+    factors = live()
+    with guarded(in_front=0):
+        state = FlatLoRA(factors)
+        assert state.values.untyped_storage().nbytes() > state.values.nbytes
+        set_gradients(factors, 0)
+        norm = step(state, torch.tensor([0.01, 0.02], device=DEVICE), AdamW(max_norm=1.0), None)
+    assert bool(norm.isfinite() & state.values.isfinite().all())
 
 
 def test_without_decay_and_clipping_it_is_adam_in_float64() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cltrain_kernels import grams
 from cltrain_kernels.flat import Layout
-from cltrain_kernels.testing import nan_filled
+from cltrain_kernels.testing import guarded, nan_filled
 from torch import Tensor
 
 from cltrain.models.adapter import AdapterFile
@@ -278,6 +278,19 @@ def test_column_sums_are_as_accurate_as_eager_and_repeat(
 def test_column_sums_refuse_what_is_no_matrix_of_floats() -> None:
     with pytest.raises(ValueError, match="int64"):
         grams.column_square_sums(torch.zeros(2, 2, dtype=torch.int64))
+
+
+def test_nothing_is_written_outside_of_grams_and_sums() -> None:
+    pytest.importorskip("triton")
+    from cltrain_kernels.grams_triton import column_square_sums_triton, factor_grams_triton
+
+    end, start = draw(0, torch.float32), draw(1, torch.float32)
+    x = torch.randn(1030, 129, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with guarded():
+        found, sums = factor_grams_triton(LAYOUT, end, start), column_square_sums_triton(x)
+    for ours, true in zip(found, grams.factor_grams_reference(LAYOUT, end, start), strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums, x.square().sum(0))
 
 
 @pytest.mark.parametrize(("rank", "num_modules"), [(1, 2), (17, 1)])

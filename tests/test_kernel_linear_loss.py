@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from cltrain_kernels import LinearLoss, Reference, linear_loss, linear_loss_reference
-from cltrain_kernels.testing import nan_filled
+from cltrain_kernels.testing import guarded, nan_filled
 from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
@@ -120,6 +120,15 @@ def test_loss_gradient_and_figures_are_as_accurate_as_eager(
     case = draw(*sizes, dtype)
     chunk = 4 * sizes[2] * 10  # two or more chunks where there are many rows
     assert_as_accurate(lambda *given: run(linear_loss, *given, max_chunk_bytes=chunk), case, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_written_outside_of_the_outputs(which: str, kind: str) -> None:
+    """Figures, gradients and the chunks of logits, of which the last has fewer rows."""
+    case = draw(17, 33, 65)
+    with guarded():
+        found = gradient(linear_loss, case, kind, max_chunk_bytes=4 * 65 * 10)
+    torch.testing.assert_close(found, gradient(linear_loss_reference, case, kind), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 from cltrain_kernels import Norm, Projection, lora_linear, lora_linear_reference, lora_mlp, lora_mlp_reference
+from cltrain_kernels.adamw import AdamW, Corners, adamw_step
+from cltrain_kernels.flat import FlatLoRA
 from cltrain_kernels.lora_concat import concatenate, lora_concat
+from cltrain_kernels.rms_norm import rms_norm_reference
+from cltrain_kernels.swiglu import swiglu_reference
 from cltrain_kernels.testing import assert_as_accurate_as_eager, nan_filled
 from torch import Tensor
 
@@ -73,7 +77,7 @@ OPS = [(lora_linear, lora_linear_reference, group), (lora_mlp, lora_mlp_referenc
 
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize(("op", "reference", "make"), OPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_op_is_as_accurate_as_eager(op: Any, reference: Any, make: Any, dtype: torch.dtype, has_norm: bool) -> None:
     projections, after = make(), norm() if has_norm else None
     for shape in ((1, K), (17, K), (2, 5, K), (0, K)):
@@ -81,6 +85,36 @@ def test_op_is_as_accurate_as_eager(op: Any, reference: Any, make: Any, dtype: t
         with nan_filled():
             ours, theirs = (of_factors(f, projections, after) for f in (op, reference))
             assert_as_accurate_as_eager(ours, theirs, *inputs)
+
+
+@pytest.mark.parametrize(("op", "reference", "make"), OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter's bfloat16 is wrong
+def test_op_is_as_accurate_as_eager_with_kernels_inside(
+    op: Any, reference: Any, make: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norm in front and the activation by Triton: in the interpreter here, for real on a GPU's machine."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("CLTRAIN_KERNELS", "triton")
+    projections = make()
+    inputs = [random(17, K, seed=1, dtype=dtype), *factors_of(projections, dtype)]
+    with nan_filled():
+        ours, theirs = (of_factors(f, projections, norm()) for f in (op, reference))
+        assert_as_accurate_as_eager(ours, theirs, *inputs)
+
+
+@pytest.mark.parametrize(("op", "reference", "make"), OPS)
+def test_a_scale_in_front_or_inside_of_b_is_the_same(op: Any, reference: Any, make: Any) -> None:
+    """Y and dX alike; by the chain rule dA alike, and dB of s and B is s times that of s B."""
+    found = []
+    for scale, factor in ((1.5, 1.0), (1.0, 1.5)):
+        projections = [replace(p, scale=scale, b_NR=factor * p.b_NR) for p in make()]
+        inputs = [t.requires_grad_() for t in (random(5, K, seed=1), *factors_of(projections))]
+        y = of_factors(op, projections, norm())(*inputs)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        of_b = [t.grad * factor for t in inputs[2::2] if t.grad is not None]
+        found.append([y.detach(), *(t.grad for t in (inputs[0], *inputs[1::2])), *of_b])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("op", "reference", "make"), OPS)
@@ -156,6 +190,30 @@ def test_wider_factors_get_their_gradients_in_their_own_dtype() -> None:
     assert a.grad.dtype is torch.float32
 
 
+@pytest.mark.parametrize("is_mlp", [False, True])
+def test_a_backward_adds_the_rows_and_columns_of_the_fishers_that_are_asked_for(is_mlp: bool) -> None:
+    """Against autograd, layer by layer: squares of a layer's inputs and of the gradients at its output."""
+    plain, x = mlp() if is_mlp else group(), random(5, K, seed=1)
+    sinks = [None if i == 1 else tuple(torch.ones(n) for n in p.weight_NK.shape) for i, p in enumerate(plain)]
+    asked: list[Any] = [replace(p, fisher=sink) for p, sink in zip(plain, sinks, strict=True)]
+    n = rms_norm_reference(x, norm().weight_K, norm().eps)
+    first = [y.requires_grad_() for y in lora_linear_reference(n, plain[:2] if is_mlp else plain)]
+    inputs, outputs = [n] * len(first), first
+    if is_mlp:
+        h = swiglu_reference(*first)
+        outputs, inputs = [*first, lora_linear_reference(h, plain[2:])[0]], [*inputs, h.detach()]
+        outputs[2].retain_grad()
+    (outputs[2].square().sum() if is_mlp else torch.cat(outputs, -1).square().sum()).backward()
+    for _ in range(2):
+        leaf = x.clone().requires_grad_()
+        y = lora_mlp(leaf, *asked, norm()) if is_mlp else torch.cat(lora_linear(leaf, asked, norm()), -1)
+        y.square().sum().backward()
+    for sink, given, output in zip(sinks, inputs, outputs, strict=True):
+        if sink is not None:
+            for sums, values in zip(sink, (output.grad, given), strict=True):
+                torch.testing.assert_close(sums.double(), 1 + 2 * values.square().sum(0), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("op", "reference", "make"), OPS)
 def test_two_runs_are_bitwise_equal_and_leave_saved_tensors_alone(op: Any, reference: Any, make: Any) -> None:
     projections = make()
@@ -229,6 +287,8 @@ def test_what_does_not_fit_is_named() -> None:
         lora_linear(x, [p], Norm(torch.ones(K).double().requires_grad_(), 1e-6))
     with pytest.raises(ValueError, match=r"norm of \(5,\)"):
         lora_linear(x, [p], Norm(torch.ones(5).double(), 1e-6))
+    with pytest.raises(ValueError, match="a 7 x 6 weight"):
+        lora_linear(x, [replace(p, fisher=(torch.zeros(6), torch.zeros(7)))])
     gate, up, _ = mlp()
     with pytest.raises(ValueError, match=r"weight \(11, 6\)"):
         lora_mlp(x, gate, up, up)
@@ -253,6 +313,62 @@ def test_the_concatenated_form_gives_the_same_numbers_and_gradients(has_norm: bo
     assert len(results[0]) == 8
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+class GateAndUp(torch.nn.Module):
+    """Two layers with one input, for PEFT to wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(K, I, bias=False)
+        self.up = torch.nn.Linear(K, 2 * I, bias=False)
+        for i, layer in enumerate((self.gate, self.up)):
+            layer.weight = torch.nn.Parameter(random(*layer.weight.shape, seed=i, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.gate(x), self.up(x)], -1)
+
+
+def wrapped() -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(GateAndUp(), LoraConfig(r=4, lora_alpha=6, target_modules=["gate", "up"]))  # scale 1.5
+    layers = {name: getattr(model.base_model.model, name) for name in ("gate", "up")}
+    live = {name: (m.lora_A["default"].weight, m.lora_B["default"].weight) for name, m in layers.items()}
+    for i, p in enumerate(p for pair in live.values() for p in pair):
+        p.data.copy_(random(*p.shape, seed=10 + i))
+    return model, live
+
+
+def concatenate_of(live: dict[str, tuple[Any, Any]], layers: list[Any]) -> Any:
+    return concatenate(
+        [Projection(m.base_layer.weight.detach(), None, *live[name], 1.5) for name, m in zip(live, layers, strict=True)]
+    )
+
+
+def test_the_concatenated_form_lives_on_the_corners_that_steps_leave_and_stays_pefts() -> None:
+    theirs, their_live = wrapped()
+    parameters = [p for pair in their_live.values() for p in pair]
+    adam = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.0)
+    model, live = wrapped()
+    state = FlatLoRA(live)
+    layers = [getattr(model.base_model.model, name) for name in live]
+    made = concatenate_of(live, layers)
+    corners = Corners(dict(zip(live, made.places(), strict=True)), 1.5)
+    factors = [p for pair in live.values() for p in pair]
+    for step in range(4):
+        x = random(7, K, seed=20 + step, dtype=torch.float32)
+        expected, ours = theirs(x), torch.cat(lora_concat(x, made, factors), -1)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+        for y in (expected, ours):
+            y.square().mean().backward()
+        for mine, other in zip(factors, parameters, strict=True):
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4)
+        adam.step()
+        adam.zero_grad()
+        adamw_step(state, torch.tensor([0.05, 0.05]), AdamW(), corners)
+        state.zero_gradients()
+    assert torch.equal(made.buffer, concatenate_of(live, layers).buffer)
 
 
 def test_the_concatenated_form_follows_its_factors_only_when_refreshed_and_never_under_a_backward() -> None:

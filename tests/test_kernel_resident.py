@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cltrain_kernels.adamw import AdamW, adamw_step_reference
+from cltrain_kernels.apply import apply
 from cltrain_kernels.attention import packed_hidden
 from cltrain_kernels.flat import FlatLoRA
 from cltrain_kernels.grams import trust_region
@@ -48,8 +49,11 @@ def start(base: Base) -> AdapterFile:
     )
 
 
-def resident(base: Base, start: AdapterFile) -> Resident:
+def resident(base: Base, start: AdapterFile, is_applied: bool = False) -> Resident:
+    """Over PEFT's layers, or over the fused ones."""
     model = attach(base, start)
+    if is_applied:
+        assert apply(model).why_not is None
     live: Any = parameters_of(model, start)
     return Resident(model, live, BUCKETS, AdamW(max_norm=1.0))
 
@@ -91,8 +95,9 @@ def flat(factors: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for module in sorted(factors) for p in factors[module]])
 
 
-def test_update_equals_peft_and_torchs_optimiser(base: Base, start: AdapterFile) -> None:
-    trainer = resident(base, start)
+@pytest.mark.parametrize("is_applied", [False, True])
+def test_update_equals_peft_and_torchs_optimiser(base: Base, start: AdapterFile, is_applied: bool) -> None:
+    trainer = resident(base, start, is_applied)
     outcome = trainer.update(batches(), RATES)
     expected, losses = by_peft(base, start)
     assert outcome.losses == pytest.approx(losses, rel=1e-5)
@@ -100,6 +105,47 @@ def test_update_equals_peft_and_torchs_optimiser(base: Base, start: AdapterFile)
     difference = float((moves - expected_moves).norm() / expected_moves.norm())
     assert difference < 1e-3  # in its first steps Adam divides small numbers by themselves, rounding and all
     assert outcome.losses[-1] < outcome.losses[0]
+
+
+@pytest.mark.parametrize("is_tree", [False, True])
+@pytest.mark.parametrize("is_applied", [False, True])
+def test_hidden_states_of_the_sources_alone_are_those_among_all(
+    base: Base, start: AdapterFile, is_applied: bool, is_tree: bool
+) -> None:
+    """Whole hidden states and gradients; a branching token is the source of several, and padding of none."""
+    trainer = resident(base, start, is_applied)
+    packed = pack([segment(rows(0)[:2]) if is_tree else segment(rows(0)[:1]), segment(rows(0)[2:])], BUCKETS[1])
+    attention: Any = "mask" if is_tree else "segments"
+    found = []
+    for is_alone in (True, False):
+        trainer.state.zero_gradients()
+        if is_alone:
+            hidden_MD = packed_hidden(trainer._backbone, packed, attention, packed.sources_M)
+        else:
+            hidden_MD = packed_hidden(trainer._backbone, packed, attention)[packed.sources_M]
+        upstream = torch.randn(hidden_MD.shape, generator=torch.Generator().manual_seed(0))
+        hidden_MD.backward(upstream * (packed.weights_M != 0)[:, None])
+        found.append((hidden_MD.detach(), trainer.state.gradients.clone()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    assert float((found[0][1] - found[1][1]).norm() / found[1][1].norm()) < 1e-5
+
+
+def test_the_last_layer_works_for_the_sources_alone(base: Base, start: AdapterFile) -> None:
+    """The fused last MLP sees as many rows as there are targets in the bucket, not its tokens."""
+    trainer = resident(base, start, is_applied=True)
+    packed = pack(batches(1)[0], Bucket(64, 24, 4))
+    seen: list[int] = []
+
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "aten.silu." in str(function):
+                seen.append(args[0].shape[0])
+            return function(*args, **(kwargs or {}))
+
+    with Rows():
+        trainer._add_gradients(packed)
+    forward = [64] * (len(trainer._backbone.layers) - 1) + [24]
+    assert seen == forward + forward[::-1]  # the backward makes the activations again
 
 
 def test_swapped_in_adapter_trains_as_in_a_new_process_byte_for_byte(
@@ -242,14 +288,15 @@ class NeverWaits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_what_a_graph_captures_never_waits_for_the_device(base: Base, start: AdapterFile) -> None:
+@pytest.mark.parametrize("is_applied", [False, True])
+def test_what_a_graph_captures_never_waits_for_the_device(base: Base, start: AdapterFile, is_applied: bool) -> None:
     """The path of a GPU, with the dense mask and the reference optimiser in the place of what only runs there. That the
     loss head never waits where labels lie on a device is its own tests' claim."""
-    trainer = resident(base, start)
+    trainer = resident(base, start, is_applied)
     packed = pack(batches(1)[0], BUCKETS[1])
     assert packed.is_tree
     with NeverWaits():
-        packed_hidden(trainer._backbone, packed, "mask")[packed.sources_M].square().sum().backward()
+        packed_hidden(trainer._backbone, packed, "mask", packed.sources_M).square().sum().backward()
         adamw_step_reference(trainer.state, trainer._rates_2, trainer.settings)
         trust_region(
             trainer.state.layout, trainer.state.values, trainer.state.values.clone(),

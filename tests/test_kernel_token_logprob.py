@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cltrain_kernels import implementation_for, token_logprob, token_logprob_reference
-from cltrain_kernels.testing import assert_as_accurate_as_eager, nan_filled
+from cltrain_kernels import token_logprob, token_logprob_reference
+from cltrain_kernels.testing import assert_as_accurate_as_eager, guarded, nan_filled
 from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
@@ -44,6 +42,12 @@ def draw(num_rows: int, num_vocabulary: int, dtype: torch.dtype, seed: int = 0) 
 @pytest.mark.parametrize(("num_rows", "num_vocabulary"), SIZES)
 def test_kernel_is_as_accurate_as_eager(kernel: Op, num_rows: int, num_vocabulary: int, dtype: torch.dtype) -> None:
     assert_as_accurate_as_eager(kernel, eager, *draw(num_rows, num_vocabulary, dtype))
+
+
+@pytest.mark.parametrize(("num_rows", "num_vocabulary"), SIZES)
+def test_nothing_is_written_outside_of_the_outputs(kernel: Op, num_rows: int, num_vocabulary: int) -> None:
+    with guarded():
+        assert_as_accurate_as_eager(kernel, eager, *draw(num_rows, num_vocabulary, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,28 +153,9 @@ def test_reference_gradient_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x: token_logprob_reference(x, ids), logits.requires_grad_())
 
 
-def test_dispatch_obeys_or_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("CLTRAIN_KERNELS", raising=False)
-    assert implementation_for(torch.device("cpu")) == "reference"
-    monkeypatch.setenv("CLTRAIN_KERNELS", "reference")
-    assert implementation_for(torch.device("cuda")) == "reference"
-    monkeypatch.setenv("CLTRAIN_KERNELS", "triton")
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
-        implementation_for(torch.device("cpu"))
-    monkeypatch.setenv("CLTRAIN_KERNELS", "fast")
-    with pytest.raises(ValueError, match="'fast'"):
-        implementation_for(torch.device("cpu"))
-
-
 def test_wrong_shapes_and_dtypes_are_named() -> None:
     logits, ids = draw(3, 5, torch.float32)
     with pytest.raises(ValueError, match=r"\(3, 5\) and \(2,\)"):
         token_logprob(logits, ids[:2])
     with pytest.raises(ValueError, match="int32 or int64"):
         token_logprob(logits, ids.float())
-
-
-def test_importing_the_package_imports_no_triton() -> None:
-    code = "import cltrain_kernels, sys; assert not any(m.split('.')[0] == 'triton' for m in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

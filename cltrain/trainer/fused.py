@@ -1,4 +1,4 @@
-"""Which implementation the model in training runs by (`trainer.kernels`), and for how long."""
+"""Which implementation an update runs by (`trainer.kernels`), and for how long."""
 
 from __future__ import annotations
 
@@ -14,21 +14,30 @@ from cltrain.config import Kernels
 
 
 @contextmanager
-def fused(peft_model: Any, kernels: Kernels) -> Iterator[None]:
-    """Inside the block the model's decoder runs by the fused ops, where they can: `auto` takes Triton on a GPU,
-    `reference` plain PyTorch everywhere, and `off` leaves the model to PEFT's modules."""
-    if kernels == "off":
+def run_by(kernels: Kernels) -> Iterator[None]:
+    """Inside the block every op, the loss head too, runs as `kernels` says: `auto` by its device (or by
+    CLTRAIN_KERNELS), `reference` and `off` in plain PyTorch everywhere."""
+    if kernels == "auto":
         yield
         return
     asked = os.environ.get(VARIABLE)
-    if kernels == "reference":
-        os.environ[VARIABLE] = kernels  # read at each op, also by the threads that run backward on a GPU
-    applied = apply(peft_model)
+    os.environ[VARIABLE] = "reference"  # read at each op, also by the threads that run backward on a GPU
     try:
         yield
     finally:
-        applied.remove()
-        if kernels == "reference":
-            os.environ.pop(VARIABLE)
-            if asked is not None:
-                os.environ[VARIABLE] = asked
+        if asked is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = asked
+
+
+@contextmanager
+def fused(peft_model: Any, kernels: Kernels) -> Iterator[None]:
+    """Inside the block the model's decoder runs by the fused ops, where they can; `off` leaves it to PEFT's modules."""
+    with run_by(kernels):
+        applied = None if kernels == "off" else apply(peft_model)
+        try:
+            yield
+        finally:
+            if applied is not None:
+                applied.remove()

@@ -34,7 +34,7 @@ from cltrain.objectives.geometry import combine
 from cltrain.records import BoundReport, Candidate, TokenRow, is_claim
 from cltrain.trainer.draws import Draws
 from cltrain.trainer.fingerprint import fingerprint_of
-from cltrain.trainer.fused import fused
+from cltrain.trainer.fused import fused, run_by
 from cltrain.trainer.health import collapse, vital_signs
 from cltrain.trainer.memory import Memory, write_memory
 from cltrain.trainer.methods import Method, method_of
@@ -85,7 +85,8 @@ def train_update(
     path = work_dir / "candidate"
     shutil.rmtree(path, ignore_errors=True)
     try:
-        return update.run(fresh, replay, anchors, of_base, path, on_step)
+        with run_by(trainer.kernels):
+            return update.run(fresh, replay, anchors, of_base, path, on_step)
     except UpdateDiscarded:
         shutil.rmtree(path, ignore_errors=True)
         for left in work_dir.glob("checkpoint.safetensors*"):

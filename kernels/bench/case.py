@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,13 @@ from torch import Tensor
 
 CASES = Path(__file__).parent / "cases"
 NUM_WARMUP, NUM_TIMED = 5, 20
+MIN_COSINE = 0.99  # to the gradient in float64; below it no speed counts
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do a case's work, ours among them. `run` returns its gradient, or None where it has none."""
+    """One way to do a case's work; the names of ours begin with "ours". `run` returns its gradient, or None where it
+    has none."""
 
     name: str
     run: Callable[[], Tensor | None]
@@ -42,8 +46,15 @@ class Case:
 
 
 def load_cases(quick: bool, ops: list[str] | None = None) -> list[Case]:
-    """The cases of every file in `cases/`, each of which has `def cases(quick: bool) -> list[Case]`."""
-    return [case for op in (ops or case_names()) for case in load(CASES / f"{op}.py").cases(quick)]
+    """The cases of every file in `cases/`, each of which has `def cases(quick: bool) -> list[Case]`. A file that cannot
+    be imported is a case with a problem."""
+    found: list[Case] = []
+    for op in case_names() if ops is None else ops:
+        try:
+            found += load(CASES / f"{op}.py").cases(quick)
+        except Exception:
+            found.append(Case(op, {}, functools.partial(str, traceback.format_exc()[-600:]), lambda: ([], {})))
+    return found
 
 
 def case_names() -> list[str]:
@@ -72,25 +83,47 @@ def installed(name: str) -> str | None:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """The row of one case: a problem, or per contender ms, peak bytes and cosine to float64; a contender that raises is
-    reported with its error."""
+    """The row of one case: a problem and no speed of anybody, or per contender ms, peak bytes and cosine to float64.
+
+    A problem is what `problem` says, any error of ours, and a gradient of ours that points elsewhere. Others that raise
+    or point elsewhere are rows of words.
+    """
     row: dict[str, Any] = {"op": case.op, **case.facts}
+    try:
+        return row | (_problem(case) or _contest(case))
+    except Exception as error:  # whatever a kernel on a new GPU raises, the other cases' rows are wanted
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return row | {"problem": f"{_said(error)} ({Path(where.filename).name}:{where.lineno})"}
+
+
+def _problem(case: Case) -> dict[str, Any]:
     problem = case.problem()
-    if problem:
-        return row | {"problem": problem}
+    return {"problem": problem} if problem else {}
+
+
+def _contest(case: Case) -> dict[str, Any]:
     contenders, absent = case.contenders()
     truth = case.truth() if case.truth else None
-    row |= absent
+    found: dict[str, Any] = dict(absent)
     for contender in contenders:
+        is_ours = contender.name.startswith("ours")
         try:
             gradient = contender.run()
-            found = {} if gradient is None or truth is None else {"cosine": cosine(gradient, truth)}
+            checked = {} if gradient is None or truth is None else {"cosine": cosine(gradient, truth)}
             del gradient
-            row[contender.name] = found | timed(contender.run)
+            if not checked.get("cosine", 1.0) >= MIN_COSINE:  # NaN too
+                raise ArithmeticError(f"its gradient has a cosine of {checked['cosine']:.4f} to float64's")
+            found[contender.name] = checked | timed(contender.run)
         except Exception as error:  # somebody else's code on a GPU of its own kind
-            row[contender.name] = f"failed: {type(error).__name__}: {str(error)[:300]}"
+            if is_ours:
+                return {"problem": f"{contender.name}: {_said(error)}"}
+            found[contender.name] = f"failed: {_said(error)}"
         torch.cuda.empty_cache()
-    return row
+    return found
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def cosine(one: Tensor, other: Tensor) -> float:

@@ -5,10 +5,12 @@ Unsloth.
 
 Every peer gets the same random-initialised model, tokens, mask, rank, optimiser and clipping, no gradient checkpointing
 (the one exception is named so), and a process of its own, because some patch what others use. A step's time is between
-CUDA events around its forward, backward and optimiser, as the peer's own trainer takes them. The losses of the first
-steps stand in each row: a fast peer whose losses are others' is wrong. A peer that is not installed is reported as
-absent, one that fails with its error; nothing is guessed. Refuses without a GPU; --tiny runs a toy model on the CPU and
-prints no times, to see that the script works.
+CUDA events around its forward, backward and optimiser, as the peer's own trainer takes them.
+
+Before anything is timed, our gradient and three losses are compared with those of PEFT's modules: if they differ, that
+is all that is written of the model, and the exit code is 1. So it is when our steps fail. Whoever's first losses are
+not PEFT's gets no speed. A peer that is not installed is reported as absent, one that fails with its error; nothing is
+guessed. Refuses without a GPU; --tiny runs a toy model on the CPU and prints no times, to see that the script works.
 """
 
 from __future__ import annotations
@@ -23,114 +25,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RANK, SUPERVISED, NUM_WARMUP, NUM_TIMED = 16, 0.3, 5, 20
+from steps import (
+    NUM_CHECKED,
+    NUM_TIMED,
+    NUM_WARMUP,
+    RANK,
+    SHAPES,
+    Job,
+    Row,
+    Steps,
+    Watch,
+    are_alike,
+    check,
+    make_base,
+    make_batches,
+    make_model,
+    our_loss,
+    plain_steps,
+)
 
-
-@dataclass(frozen=True)
-class Shape:
-    hidden: int
-    inner: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    vocabulary: int
-
-
-SHAPES = {
-    "0.5B": Shape(896, 4864, 24, 14, 2, 151_936),
-    "8B": Shape(4096, 14336, 32, 32, 8, 128_256),
-    "tiny": Shape(64, 128, 2, 2, 1, 320),
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    model: str
-    num_tokens: int
-    device: str
-
-    @property
-    def num_steps(self) -> int:
-        return 3 if self.device == "cpu" else NUM_WARMUP + NUM_TIMED
-
-
-Steps = list[tuple[float, float]]  # (ms, loss) of each
-
-
-def make_model(job: Job, adapters_in_float32: bool) -> Any:
-    """Random weights in bfloat16 (float32 on a CPU), LoRA on every linear, and B random too: zeros would run faster."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(
-        make_base(job),
-        LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
-        autocast_adapter_dtype=adapters_in_float32,
-    )
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model.train()
-
-
-def make_base(job: Job) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    shape = SHAPES[job.model]
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
-        num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads, max_position_embeddings=max(8192, job.num_tokens),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(job.device):
-        dtype = torch.float32 if job.device == "cpu" else torch.bfloat16
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-
-
-def make_batches(job: Job) -> list[dict[str, Any]]:
-    """One row of random tokens a step; runs of 30% of them are supervised, as answers are."""
-    import torch
-
-    rng, batches = torch.Generator().manual_seed(2), []
-    for _ in range(job.num_steps):
-        ids = torch.randint(SHAPES[job.model].vocabulary, (job.num_tokens,), generator=rng)
-        is_answer = torch.arange(job.num_tokens) % 64 >= round(64 * (1 - SUPERVISED))
-        batches.append({"input_ids": ids, "labels": torch.where(is_answer, ids, -100)})
-    return batches
+CHECK = "check"  # its name beside the peers'
+SPEED = ("ms", "tokens_per_s", "peak_bytes")
 
 
 def ours(job: Job) -> Steps:
     """The ops of this package in a plain loop."""
-    import torch
-    from cltrain_kernels import apply, frozen_head, hidden_at, linear_loss
-
     model = make_model(job, adapters_in_float32=True)
-    applied = apply(model)
-    if applied.why_not:
-        raise RuntimeError(f"the ops do not fit this model: {applied.why_not}")
-    head = frozen_head(model.get_base_model().get_output_embeddings())
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adam = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    steps = []
-    for batch in make_batches(job):
-        places = (batch["labels"][1:] >= 0).nonzero()[:, 0]
-        targets, weights = batch["labels"][1:][places], torch.full((len(places),), 1 / len(places))
-        ids = batch["input_ids"][None].to(job.device)
-        watch = Watch(job)
-        loss = linear_loss(hidden_at(model, ids, places.to(job.device)), head, targets, weights).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        adam.step()
-        adam.zero_grad()
-        steps.append((watch.ms(), float(loss)))
-    return steps
+    return plain_steps(job, model, our_loss(job, model), job.num_steps)[0]
 
 
 def with_trainer(job: Job, adapters_in_float32: bool = True, **options: Any) -> Steps:
@@ -209,27 +133,6 @@ def run(trainer: Any, model: Any, args: Any, job: Job) -> Steps:
     return steps
 
 
-class Watch:
-    """Milliseconds since it was made: by CUDA events on a GPU."""
-
-    def __init__(self, job: Job) -> None:
-        import torch
-
-        self.start = None if job.device == "cpu" else torch.cuda.Event(enable_timing=True)
-        if self.start is not None:
-            self.start.record()
-
-    def ms(self) -> float:
-        import torch
-
-        if self.start is None:
-            return 0.0
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
-        torch.cuda.synchronize()
-        return float(self.start.elapsed_time(end))
-
-
 PEERS: dict[str, tuple[str, Callable[[Job], Steps]]] = {  # name -> the package that it needs, and how it runs
     "ours": ("cltrain_kernels.apply", ours),
     "peft_trainer": ("peft", with_trainer),
@@ -250,10 +153,10 @@ def absent(package: str) -> bool:
         return True
 
 
-def row_of(name: str, job: Job, seconds: float) -> dict[str, Any]:
-    """The row of one peer, from a process of its own."""
-    row: dict[str, Any] = {"peer": name, "model": job.model, "num_tokens": job.num_tokens, "rank": RANK}
-    package, _ = PEERS[name]
+def row_of(name: str, job: Job, seconds: float) -> Row:
+    """The row of one peer, or of the check, from a process of its own."""
+    row: Row = {"op": "steps", "peer": name, "model": job.model, "num_tokens": job.num_tokens, "rank": RANK}
+    package = "peft" if name == CHECK else PEERS[name][0]
     if absent(package):
         return row | {"absent": f"{package} is not installed"}
     if seconds <= 0:
@@ -263,25 +166,56 @@ def row_of(name: str, job: Job, seconds: float) -> dict[str, Any]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return row | {"failed": f"not done after {seconds:.0f} s"}
+        return row | {"not_run": f"not done after the {seconds:.0f} s that were left"}
     if done.returncode:
         return row | {"failed": done.stderr.strip()[-600:]}
     return row | json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measured(name: str, job: Job) -> dict[str, Any]:
+def measured(name: str, job: Job) -> Row:
     """In the peer's own process: its median step, tokens a second, peak memory, first losses."""
     import statistics
 
     import torch
 
     steps = PEERS[name][1](job)
-    found: dict[str, Any] = {"losses": [loss for _, loss in steps[:3]]}
+    found: Row = {"losses": [loss for _, loss in steps[:NUM_CHECKED]]}
     if job.device == "cpu":
         return found
     ms = statistics.median(ms for ms, _ in steps[NUM_WARMUP:])
     peak = torch.cuda.max_memory_allocated()
     return found | {"ms": ms, "tokens_per_s": 1000 * job.num_tokens / ms, "peak_bytes": peak}
+
+
+def judged(row: Row, losses: list[float], job: Job) -> Row:
+    """A row beside PEFT's losses: who has others gets no speed, and it is a problem where ours fail or differ."""
+    if "losses" in row and not are_alike(row["losses"], losses, job):
+        row = {key: value for key, value in row.items() if key not in SPEED}
+        row["failed"] = f"its losses are not PEFT's, {losses}"
+    if row["peer"] != "ours":
+        return row
+    wrong = row.get("failed") or row.get("absent")
+    return row | {"problem": f"our steps: {wrong}"} if wrong else row
+
+
+def jobs_of(models: list[str], num_tokens: int = 2048) -> list[Job]:
+    return [Job(model, num_tokens, "cuda") for model in models]
+
+
+def run_jobs(
+    jobs: list[Job], names: list[str], end: float, add: Callable[[Row], None],
+    row_of: Callable[[str, Job, float], Row] = row_of,
+) -> None:  # fmt: skip
+    """Per model the check's row and then one of each peer, until `end`; after a check that did not pass nothing."""
+    for job in jobs:
+        checked = row_of(CHECK, job, end - time.monotonic())
+        if "failed" in checked or "absent" in checked:
+            checked["problem"] = checked.get("failed") or checked["absent"]
+        add(checked)
+        if "problem" in checked or "not_run" in checked:
+            continue
+        for name in names:
+            add(judged(row_of(name, job, end - time.monotonic()), checked["losses"], job))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -291,13 +225,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", nargs="*", choices=SHAPES, default=["0.5B", "8B"])
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--tokens", type=int, default=2048, help="in one row, a row a step")
-    parser.add_argument("--seconds", type=float, default=420.0, help="start no peer after this time")
+    parser.add_argument("--seconds", type=float, default=460.0, help="whatever is not done by then is not run")
     parser.add_argument("--tiny", action="store_true", help="a toy model on the CPU, without times")
-    parser.add_argument("--one", choices=PEERS, help="only this peer, in this process")
+    parser.add_argument("--one", choices=[CHECK, *PEERS], help="only this peer or the check, in this process")
     args = parser.parse_args(argv)
-    jobs = [Job("tiny", 64, "cpu")] if args.tiny else [Job(model, args.tokens, "cuda") for model in args.model]
+    jobs = [Job("tiny", 64, "cpu")] if args.tiny else jobs_of(args.model, args.tokens)
     if args.one:
-        print(json.dumps(measured(args.one, jobs[0])))
+        print(json.dumps(check(jobs[0]) if args.one == CHECK else measured(args.one, jobs[0])))
         return 0
     if args.out is None:
         parser.error("--out is needed")
@@ -306,17 +240,11 @@ def main(argv: list[str] | None = None) -> int:
     if not args.tiny and not torch.cuda.is_available():
         print("no GPU here: nothing was measured", file=sys.stderr)
         return 2
-    from gpu import versions
+    from gpu import Report, versions
 
-    begun, rows = time.monotonic(), []
-    for job in jobs:
-        for name in args.peer:
-            rows.append(row_of(name, job, args.seconds - (time.monotonic() - begun)))
-            print(json.dumps(rows[-1]), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    report = {"versions": {} if args.tiny else versions(), "num_timed": NUM_TIMED, "rows": rows}
-    (args.out / "peers.json").write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    report = Report(args.out / "peers.json", {"versions": {} if args.tiny else versions(), "num_timed": NUM_TIMED})
+    run_jobs(jobs, args.peer, time.monotonic() + args.seconds, report.add)
+    return 1 if report.is_red else 0
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def adamw_step(state: FlatLoRA, rates_2: Tensor, settings: AdamW, corners: Corne
         )
     if corners is not None:
         corners.check(state.layout)
-    if state.values.dtype is torch.float32 and implementation_for(state.values.device) == "triton":
+    if state.values.dtype is torch.float32 and implementation_for("adamw", state.values.device) == "triton":
         from cltrain_kernels.adamw_triton import adamw_step_triton
 
         return adamw_step_triton(state, rates_2, settings, corners)

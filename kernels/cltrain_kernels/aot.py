@@ -17,8 +17,7 @@ class Compilation:
     """One form of a kernel: `signature` names the type of each run-time argument ("*bf16", "*i64", "fp32", "i32").
 
     `divisible` are the arguments (pointers, sizes, strides) that are multiples of 16 in every launch that matters:
-    without them loads become scalar and the table lies. `has_dot` asks for tensor-core instructions in the machine
-    code.
+    without them loads become scalar and the table lies.
     """
 
     kernel: Any
@@ -27,7 +26,6 @@ class Compilation:
     divisible: tuple[str, ...]
     num_warps: int = 4
     num_stages: int = 3
-    has_dot: bool = False
 
     @property
     def name(self) -> str:

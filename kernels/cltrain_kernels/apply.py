@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cltrain_kernels.decoder import IN_ATTENTION, IN_MLP, Adapters, decode
-from cltrain_kernels.dispatch import implementation_for
+from cltrain_kernels.decoder import IN_ATTENTION, IN_MLP, Adapters, check_adapters, decode, picked, with_slots
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +52,7 @@ def apply(peft_model: Any) -> Applied:
     if why_not is None:
         decoder.forward = _Forward(decoder)
         device = decoder.embed_tokens.weight.device
-        which = implementation_for(device)
-        _say_once(logging.INFO, f"LoRA by fused ops on {device}; rms_norm, rope and swiglu: {which}")
+        _say_once(logging.INFO, f"LoRA by fused ops on {device}")
     else:
         _say_once(logging.WARNING, f"LoRA by PEFT's own modules: {why_not}")
     return Applied(decoder, why_not)
@@ -66,7 +64,9 @@ def hidden_at(
     """hidden_MD, the final hidden states at `places_M` of the flattened tokens of a PeftModel or *ForCausalLM.
 
     Where the ops run, the last layer works for those tokens alone behind its attention. `adapters` needs the ops:
-    ValueError without them.
+    ValueError without them, for a name that no module has, while adapters are merged or disabled, and for slots that
+    do not fit. Slots on a CPU are read for that; to read them elsewhere would be to wait for the device, so there a
+    token whose slot is beyond the names becomes NaN.
     """
     decoder = decoder_of(model)
     kwargs = {"input_ids": input_ids_BT, "use_cache": False, **kwargs}
@@ -74,7 +74,7 @@ def hidden_at(
         return decoder(places_M=places_M, adapters=adapters, **kwargs).last_hidden_state
     if adapters is not None:
         raise ValueError("several adapters in one batch need the fused ops: apply() them to this model first")
-    return decoder(**kwargs).last_hidden_state.flatten(0, 1).index_select(0, places_M)
+    return picked(decoder(**kwargs).last_hidden_state.flatten(0, 1), places_M)
 
 
 def decoder_of(model: Any) -> Any:
@@ -119,6 +119,9 @@ class _Forward:
             if (input_ids is None) == (inputs_embeds is None):
                 raise ValueError("give either input_ids or inputs_embeds")
             hidden_BTD = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            if adapters is not None:
+                check_adapters(adapters, self._linears)
+                hidden_BTD = with_slots(hidden_BTD, adapters)
             with torch.autocast(hidden_BTD.device.type, enabled=False):  # it would cast what is in one dtype already
                 hidden = decode(decoder, hidden_BTD, attention_mask, position_ids, places_M, adapters, **kwargs)
             return BaseModelOutputWithPast(last_hidden_state=hidden)
@@ -130,7 +133,7 @@ class _Forward:
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
         )  # fmt: skip
         if places_M is not None:
-            output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, places_M)
+            output.last_hidden_state = picked(output.last_hidden_state.flatten(0, 1), places_M)
         return output
 
     def _look(self) -> None:

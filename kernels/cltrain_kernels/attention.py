@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cltrain_kernels.apply import is_applied
+from cltrain_kernels.decoder import picked
 from cltrain_kernels.packing import Packed
 
 log = logging.getLogger(__name__)
@@ -41,10 +43,14 @@ def attention_for(device: torch.device, dtype: torch.dtype, *, is_tree: bool) ->
     return chosen
 
 
-def packed_hidden(backbone: Any, packed: Packed, attention: Attention) -> Tensor:
+def packed_hidden(
+    backbone: Any, packed: Packed, attention: Attention, places_M: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Final hidden states hidden_TD of a bucket from the decoder under a Llama, Qwen2, Qwen3 or Mistral.
 
-    Raises ValueError for a tree that `attention` cannot do, and where a segment is longer than a sliding window.
+    With `places_M` only those there, hidden_MD: where the fused ops run, the last layer works for no other token behind
+    its attention. Raises ValueError for a tree that `attention` cannot do, and where a segment is longer than a sliding
+    window.
     """
     if packed.is_tree and attention != "mask":
         raise ValueError(f"{attention} attention knows rows only, and the bucket holds a tree: use mask")
@@ -59,14 +65,18 @@ def packed_hidden(backbone: Any, packed: Packed, attention: Attention) -> Tensor
         extra["segment_starts"] = [start for start in packed.starts_S.tolist() if start < len(packed.ids_T)]
     else:
         extra["segment_starts"] = packed.starts_S
+    if places_M is not None and is_applied(backbone):
+        extra["places_M"] = places_M
     before = backbone.config._attn_implementation
     try:
         backbone.config._attn_implementation = "sdpa" if attention == "mask" else _registered()
         output = backbone(input_ids=packed.ids_T[None], position_ids=packed.positions_T[None], use_cache=False, **extra)
     finally:
         backbone.config._attn_implementation = before
+    if "places_M" in extra:
+        return output.last_hidden_state
     hidden_TD: Tensor = output.last_hidden_state[0]
-    return hidden_TD
+    return hidden_TD if places_M is None else picked(hidden_TD, places_M)
 
 
 def dense_mask(packed: Packed) -> Tensor:

@@ -9,6 +9,7 @@ B rows, T tokens, D hidden, M chosen tokens, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +53,46 @@ def decode(
         attn, mlp = layer.self_attn, layer.mlp
         mixed_BTN = _attend(attn, x, _norm(layer.input_layernorm), tables, masks[window], window, adapters, attention)
         if places_M is not None and i == len(decoder.layers) - 1:
-            x, mixed_BTN = (t.flatten(0, 1).index_select(0, places_M) for t in (x, mixed_BTN))
+            x, mixed_BTN = (picked(t.flatten(0, 1), places_M) for t in (x, mixed_BTN))
             adapters = adapters and Adapters(adapters.names, adapters.slot_BT.flatten()[places_M])
         x = x + lora_linear(mixed_BTN, [_projection(attn.o_proj, adapters)])[0]
         gate, up, down = (_projection(getattr(mlp, name), adapters) for name in IN_MLP)
         x = x + lora_mlp(x, gate, up, down, _norm(layer.post_attention_layernorm))
     return rms_norm(x, decoder.norm.weight, decoder.norm.variance_epsilon)
+
+
+def check_adapters(adapters: Adapters, linears: Iterable[Any]) -> None:
+    """Raise ValueError where tokens would get the numbers of the bare or merged base instead of their adapter's."""
+    adapted = [module for module in linears if hasattr(module, "lora_A")]
+    there = {name for module in adapted for name in module.lora_A}
+    if missing := [name for name in adapters.names if name not in there]:
+        raise ValueError(f"no module has an adapter {missing[0]!r}; there are {', '.join(sorted(there)) or 'none'}")
+    if len(set(adapters.names)) < len(adapters.names):
+        raise ValueError(f"an adapter has one slot, but a name repeats: {', '.join(adapters.names)}")
+    for module in adapted:
+        if module.merged or module.disable_adapters:
+            state = "merged into the base" if module.merged else "disabled"
+            raise ValueError(f"adapters are {state}, so no slot would get its own: undo that first")
+
+
+def with_slots(hidden_BTD: Tensor, adapters: Adapters) -> Tensor:
+    """Embedded tokens whose slots all exist. ValueError for another shape, and on a CPU for slots beyond the names;
+    elsewhere nobody waits for the device and such tokens are NaN."""
+    slots, num = adapters.slot_BT, len(adapters.names)
+    if slots.shape != hidden_BTD.shape[:2]:
+        raise ValueError(f"slots of shape {tuple(slots.shape)} for tokens of shape {tuple(hidden_BTD.shape[:2])}")
+    is_beyond_BT = (slots < -1) | (slots >= num)
+    if slots.device.type != "cpu":
+        return hidden_BTD.masked_fill(is_beyond_BT[..., None], torch.nan)
+    if is_beyond_BT.any():
+        raise ValueError(f"slot {int(slots[is_beyond_BT][0])} is beyond the {num} adapters; -1 is none")
+    return hidden_BTD
+
+
+def picked(x_TD: Tensor, places_M: Tensor) -> Tensor:
+    """Rows at places that may repeat, whose gradients then add up in the same order each time: on a CPU those of
+    index_select do, on CUDA those of an index."""
+    return x_TD.index_select(0, places_M) if x_TD.device.type == "cpu" else x_TD[places_M]
 
 
 def _attend(

@@ -34,7 +34,7 @@ def delta_norms(layout: Layout, values_S: Tensor, scale: float) -> Tensor:
 
 def product_grams(layout: Layout, values_S: Tensor, start_S: Tensor) -> Tensor:
     """<P_i, P_j> in float64 for the products P = (B A, B dA, dB A, dB dA) of every module, grams_M44."""
-    if values_S.dtype is torch.float32 and implementation_for(values_S.device) == "triton":
+    if values_S.dtype is torch.float32 and implementation_for("grams", values_S.device) == "triton":
         from cltrain_kernels.grams_triton import factor_grams_triton
 
         a_M2R2R, b_M2R2R = factor_grams_triton(layout, values_S, start_S)
@@ -199,7 +199,7 @@ def column_square_sums(x_TK: Tensor) -> Tensor:
     """
     if x_TK.ndim != 2 or not x_TK.is_floating_point():
         raise ValueError(f"expected floats (T, K); got {x_TK.dtype} {tuple(x_TK.shape)}")
-    if x_TK.dtype is not torch.float64 and implementation_for(x_TK.device) == "triton":
+    if x_TK.dtype is not torch.float64 and implementation_for("grams", x_TK.device) == "triton":
         from cltrain_kernels.grams_triton import column_square_sums_triton
 
         return column_square_sums_triton(x_TK)

@@ -48,7 +48,9 @@ def linear_loss(
         raise ValueError("no supervised token: the batch has no rows")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows = {max_rows}: at least one row is needed; leave it out to size it by the batch")
-    has_triton = hidden_MD.dtype is not torch.float64 and implementation_for(hidden_MD.device) == "triton"
+    has_triton = (
+        hidden_MD.dtype is not torch.float64 and implementation_for("linear_loss", hidden_MD.device) == "triton"
+    )
     other_M = divergence_weights(reference, weights_M)
     is_on_host = ids_M.device.type == weights_M.device.type == other_M.device.type == "cpu"
     choose = rows_on_host if is_on_host else rows_on_device

@@ -1,11 +1,12 @@
-"""LoRA inside the base's own matrix product: projections with one input over a single buffer [[W, B], [s A, .]].
+"""LoRA inside the base's own matrix product: projections with one input over a single buffer [[W, s B], [A, .]].
 
-    Y = [X | U] [W | B]^T   with U = X (s A)^T          dX = [dY | S] [[W], [s A]]   with S = dY B
+    Y = [X | U] [W | s B]^T   with U = X A^T          dX = [dY | S] [[W], [A]]   with S = dY (s B)
 
-Two products forward and two for dX; the two branches of `lora_linear` have one more for each projection, which reads
-and writes Y or dX again. On one CPU thread (float32, r = 16, 1024 tokens, all linears of a layer) the sum of forward
-and backward took 236 ms against 250 of the two branches at width 384, and 677 against 658 for gate and up at width 896:
-no reason for a second form, so `apply` uses `lora_linear` everywhere. A GPU may differ: kernels/bench/gpu.py measures.
+The corners A and s B are what an optimiser step leaves (`adamw.Corners` of `places()`). Two products forward and two
+for dX; the two branches of `lora_linear` have one more for each projection, which reads and writes Y or dX again. On
+one CPU thread (float32, r = 16, 1024 tokens, all linears of a layer) the sum of forward and backward took 236 ms
+against 250 of the two branches at width 384, and 677 against 658 for gate and up at width 896: no reason for a second
+form, so `apply` uses `lora_linear` everywhere. A GPU may differ: kernels/bench/gpu.py measures.
 
 M rows (tokens), K in, N out of all projections, R rank of all adapters.
 """
@@ -46,17 +47,21 @@ class Concatenated:
         """Each projection's weight, a view."""
         return self.buffer[: self.num_out, : self.num_in].split(self.outs)
 
+    def places(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Where each projection's (A_RK, scale * B_NR) lie, views: what `adamw.Corners` takes."""
+        a_rows = self.buffer[self.num_out :, : self.num_in].split(self.ranks)
+        b_columns = self.buffer[: self.num_out, self.num_in :].split(self.ranks, dim=1)
+        b_blocks = [columns.split(self.outs)[i] for i, columns in enumerate(b_columns)]
+        return tuple(zip(a_rows, b_blocks, strict=True))
+
     def refresh(self, factors: Sequence[Tensor]) -> None:
-        """Copy A, B, A, B, ... into the buffer: after each change of theirs, never between forward and backward."""
-        rows, columns = self.num_out, self.num_in
-        start = 0
+        """Copy A, B, A, B, ... into the buffer: after each change that no `adamw.Corners` brings there, and never
+        between forward and backward."""
+        pairs = zip(factors[::2], factors[1::2], strict=True)
         with torch.no_grad():
-            for a_RK, b_NR, num_out, rank, scale in zip(
-                factors[::2], factors[1::2], self.outs, self.ranks, self.scales, strict=True
-            ):
-                torch.mul(a_RK, scale, out=self.buffer[rows : rows + rank, : self.num_in])
-                self.buffer[start : start + num_out, columns : columns + rank].copy_(b_NR)
-                rows, columns, start = rows + rank, columns + rank, start + num_out
+            for (a_place, b_place), (a_RK, b_NR), scale in zip(self.places(), pairs, self.scales, strict=True):
+                a_place.copy_(a_RK)
+                b_place.copy_(b_NR * scale)
 
 
 def concatenate(projections: Sequence[Projection]) -> Concatenated:
@@ -127,5 +132,5 @@ class _LoraConcat(torch.autograd.Function):
         gradients: list[Tensor] = []
         parts = zip(dys, da_RK.split(group.ranks), u_MR.split(group.ranks, dim=1), group.scales, strict=True)
         for dy_MN, da, u, scale in parts:
-            gradients += [da * scale, dy_MN.t() @ u]
+            gradients += [da, dy_MN.t() @ (u * scale)]
         return dx_MK, None, None, None, *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from cltrain_kernels.grams import column_square_sums
 from cltrain_kernels.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
 from cltrain_kernels.swiglu import swiglu_backward, swiglu_forward, swiglu_reference
 
@@ -29,6 +30,7 @@ class Projection:
 
     `scale` is alpha / rank, or a tensor that broadcasts to (M, R): with the factors of several adapters stacked along R
     and their scales at the rows of each, zero elsewhere, every row is computed by its own adapter and trains no other.
+    To `fisher` (rows_N, columns_K) a backward adds sum_m dY[m]^2 and sum_m X[m]^2: a Fisher's rows and columns.
     """
 
     weight_NK: Tensor  # frozen; or bitsandbytes' Params4bit, dequantised where it is used
@@ -36,6 +38,7 @@ class Projection:
     a_RK: Tensor | None = None  # None, with b_NR: no adapter here
     b_NR: Tensor | None = None
     scale: float | Tensor = 1.0
+    fisher: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class _LoraLinear(torch.autograd.Function):
         x_MK, inverse, *rest = ctx.saved_tensors
         n_MK = normed(x_MK, ctx.norm)[0]
         dn_MK, gradients = _backward(dys, n_MK, ctx.projections, rest[:count], rest[count:], ctx.needs_input_grad[0])
+        _add_to_fisher(ctx.projections, dys, n_MK)
         return through_norm(dn_MK, x_MK, inverse, ctx.norm), None, None, *gradients
 
 
@@ -140,11 +144,13 @@ class _LoraMlp(torch.autograd.Function):
         d_gate_MI, d_up_MI, h_MI = swiglu_backward(dh_MI, gate_MI, up_MI)
         del dh_MI
         of_down = _factor_gradients(dy_MK, h_MI, u_down, s_down[0])
+        _add_to_fisher((down,), (dy_MK,), h_MI)
         del h_MI
         n_MK = normed(x_MK, ctx.norm)[0]
         dn_MK, gradients = _backward(
             (d_gate_MI, d_up_MI), n_MK, (gate, up), (u_gate, u_up), factors[:4], ctx.needs_input_grad[0]
         )
+        _add_to_fisher((gate, up), (d_gate_MI, d_up_MI), n_MK)
         return through_norm(dn_MK, x_MK, inverse, ctx.norm), None, None, *gradients, *of_down
 
 
@@ -198,6 +204,17 @@ def _factor_gradients(
     return (None, None) if u_MR is None or s_MR is None else (s_MR.t() @ x_MK, dy_MN.t() @ u_MR)
 
 
+def _add_to_fisher(projections: Sequence[Projection], dys: Sequence[Tensor], x_MK: Tensor) -> None:
+    """Rows and columns of the Fishers that are asked for, in a fixed order; nothing is computed where none is."""
+    asked = [(p.fisher, dy_MN) for p, dy_MN in zip(projections, dys, strict=True) if p.fisher is not None]
+    if not asked:
+        return
+    columns_K = column_square_sums(x_MK)
+    for (rows_N, into_K), dy_MN in asked:
+        rows_N += column_square_sums(dy_MN)
+        into_K += columns_K
+
+
 def normed(x_MK: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
     """x after the norm in front, if there is one, and what that norm saves."""
     return (x_MK, None) if norm is None else rms_norm_forward(x_MK, norm.weight_K, norm.eps)
@@ -215,7 +232,7 @@ def _pairs(factors: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor
 
 
 def _frozen(projections: Sequence[Projection]) -> tuple[Projection, ...]:
-    return tuple(Projection(p.weight_NK, p.bias_N, scale=p.scale) for p in projections)
+    return tuple(Projection(p.weight_NK, p.bias_N, scale=p.scale, fisher=p.fisher) for p in projections)
 
 
 def _factors(x: Tensor, projections: Sequence[Projection]) -> list[Tensor | None]:
@@ -239,6 +256,8 @@ def _check(x: Tensor, projections: Sequence[Projection], norm: Norm | None) -> N
         num_out = _shape(p.weight_NK)[0]
         if _shape(p.weight_NK) != (num_out, num_in) or (p.bias_N is not None and p.bias_N.shape != (num_out,)):
             raise ValueError(f"weight {_shape(p.weight_NK)} and its bias do not fit x {tuple(x.shape)}")
+        if p.fisher is not None and [tuple(sums.shape) for sums in p.fisher] != [(num_out,), (num_in,)]:
+            raise ValueError(f"a Fisher's rows and columns do not fit a {num_out} x {num_in} weight")
         if (p.a_RK is None) != (p.b_NR is None):
             raise ValueError("a projection has both factors or none")
         if p.a_RK is not None and p.b_NR is not None:

@@ -167,7 +167,7 @@ class Resident:
 
     def _add_gradients(self, packed: Packed) -> None:
         attention = attention_for(self._device, self._dtype, is_tree=packed.is_tree)
-        hidden_MD = packed_hidden(self._backbone, packed, attention)[packed.sources_M]
+        hidden_MD = packed_hidden(self._backbone, packed, attention, packed.sources_M)
         num_rows = len(packed.targets_M) if self._device.type == "cuda" else None  # a graph's shapes are fixed
         ids_M, weights_M = packed.targets_M, packed.weights_M
         loss = linear_loss(hidden_MD, self._head_VD, ids_M, weights_M, max_rows=num_rows).loss

@@ -34,7 +34,7 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def rms_norm_forward(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y, 1 / rms of each row (..., 1) in float32): `rms_norm` without autograd, for ops that contain a norm."""
-    if x.dtype is not torch.float64 and implementation_for(x.device) == "triton":
+    if x.dtype is not torch.float64 and implementation_for("rms_norm", x.device) == "triton":
         from cltrain_kernels import rms_norm_triton
 
         return rms_norm_triton.forward(x, weight_D, eps)
@@ -45,7 +45,7 @@ def rms_norm_forward(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, T
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight_D: Tensor, inverse: Tensor) -> Tensor:
     """dx of `rms_norm_forward`: with h = x / rms and g = dy * w, `(g - h mean(g h)) / rms`."""
-    if x.dtype is not torch.float64 and implementation_for(x.device) == "triton":
+    if x.dtype is not torch.float64 and implementation_for("rms_norm", x.device) == "triton":
         from cltrain_kernels import rms_norm_triton
 
         return rms_norm_triton.backward(dy, x, weight_D, inverse)

@@ -35,7 +35,7 @@ def rope_reference(x_BTHD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
 
 def _rotate(x_BTHD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, sign: float) -> Tensor:
     """Rotation by sign times the angles; sign -1 is the transpose, which is the gradient."""
-    if x_BTHD.dtype is not torch.float64 and implementation_for(x_BTHD.device) == "triton":
+    if x_BTHD.dtype is not torch.float64 and implementation_for("rope", x_BTHD.device) == "triton":
         from cltrain_kernels import rope_triton
 
         return rope_triton.rotate(x_BTHD, cos_BTD, sin_BTD, sign)

@@ -9,6 +9,7 @@ import triton.language as tl
 from cltrain_kernels.aot import Compilation
 
 HEADS = 16
+MAX_OFFSET = 1 << 31  # within a head offsets are 32-bit; heads, tokens and rows are 64-bit
 
 
 @triton.jit
@@ -35,8 +36,10 @@ def rotate_kernel(
 def rotate(x_BTHD, cos_BTD, sin_BTD, sign):
     """`rope` by sign times the angles; the arguments are already checked."""
     num_rows, num_tokens, num_heads, size = x_BTHD.shape
+    if size * x_BTHD.stride(3) >= MAX_OFFSET:
+        x_BTHD = x_BTHD.contiguous()
     y = torch.empty(x_BTHD.shape, dtype=x_BTHD.dtype, device=x_BTHD.device)
-    if sin_BTD.stride() != cos_BTD.stride():
+    if sin_BTD.stride() != cos_BTD.stride() or size * cos_BTD.stride(2) >= MAX_OFFSET:
         cos_BTD, sin_BTD = cos_BTD.contiguous(), sin_BTD.contiguous()
     table_batch = 0 if cos_BTD.shape[0] == 1 else cos_BTD.stride(0)
     if y.numel():

@@ -29,7 +29,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """`swiglu` without autograd, for ops that contain one."""
-    if gate.dtype is not torch.float64 and implementation_for(gate.device) == "triton":
+    if gate.dtype is not torch.float64 and implementation_for("swiglu", gate.device) == "triton":
         from cltrain_kernels import swiglu_triton
 
         return swiglu_triton.forward(gate, up)
@@ -38,7 +38,7 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(d gate, d up, silu(gate) * up made again); with s = sigmoid(gate), silu' = s (1 + gate (1 - s))."""
-    if gate.dtype is not torch.float64 and implementation_for(gate.device) == "triton":
+    if gate.dtype is not torch.float64 and implementation_for("swiglu", gate.device) == "triton":
         from cltrain_kernels import swiglu_triton
 
         return swiglu_triton.backward(dh, gate, up)

@@ -1,13 +1,15 @@
-"""What kernel tests and benchmarks share: the twice-eager tolerance and memory that starts as NaN."""
+"""What kernel tests and benchmarks share: the twice-eager tolerance, memory that starts as NaN and between guards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Make = Callable[..., Tensor]
 
 
 def assert_as_accurate_as_eager(
@@ -57,18 +59,54 @@ def _largest(x: Tensor) -> float:
 
 @contextmanager
 def nan_filled() -> Iterator[None]:
-    """Inside the block `torch.empty` and `torch.empty_like` return NaN (or the most negative integer), never zeros."""
-    originals = torch.empty, torch.empty_like
+    """Inside the block `torch.empty`, `torch.empty_like` and `Tensor.new_empty` return NaN (or the most negative
+    integer), never zeros."""
 
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def fill(*args: Any, **kwargs: Any) -> Tensor:
+    def poisoned(make: Make, _: bool) -> Make:
+        return lambda *args, **kwargs: _poison(make(*args, **kwargs))
+
+    with _replaced(poisoned, ("empty", "empty_like", "new_empty")):
+        yield
+
+
+@contextmanager
+def guarded(*, in_front: int = 256) -> Iterator[None]:
+    """Inside the block what those three and `torch.zeros` make lies between guards, which must be untouched at its end;
+    what has no values yet is NaN. `in_front = 0` leaves out the guard before, for who wants a whole storage."""
+    guards: list[Tensor] = []
+
+    def between(make: Make, is_zero: bool) -> Make:
+        def place(*args: Any, **kwargs: Any) -> Tensor:
             made = make(*args, **kwargs)
-            return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).min)
+            size = made.numel()
+            buffer = torch.full((in_front + size + 256,), 7, dtype=made.dtype, device=made.device)
+            guards.extend((buffer[:in_front], buffer[in_front + size :]))
+            found = buffer[in_front : in_front + size].view(made.shape)
+            return found.zero_() if is_zero else _poison(found)
 
-        return fill
+        return place
 
-    torch.empty, torch.empty_like = poisoned(originals[0]), poisoned(originals[1])
+    with _replaced(between, ("empty", "empty_like", "new_empty", "zeros")):
+        yield
+    assert guards, "nothing was made inside the block"
+    assert all(bool((guard == 7).all()) for guard in guards), "something wrote outside of what it was given"
+
+
+@contextmanager
+def _replaced(around: Callable[[Make, bool], Make], names: Sequence[str]) -> Iterator[None]:
+    """Inside the block torch's makers of these names are what `around(maker, whether it makes zeros)` returns."""
+    owners: list[Any] = [torch.Tensor if name.startswith("new_") else torch for name in names]
+    before = [getattr(owner, name) for owner, name in zip(owners, names, strict=True)]
     try:
+        for owner, name, make in zip(owners, names, before, strict=True):
+            setattr(owner, name, around(make, name == "zeros"))
         yield
     finally:
-        torch.empty, torch.empty_like = originals
+        for owner, name, make in zip(owners, names, before, strict=True):
+            setattr(owner, name, make)
+
+
+def _poison(made: Tensor) -> Tensor:
+    if made.dtype is torch.bool:
+        return made.fill_(True)
+    return made.fill_(torch.nan if made.is_floating_point() else torch.iinfo(made.dtype).min)

@@ -20,7 +20,7 @@ def token_logprob(logits_MV: Tensor, ids_M: Tensor) -> Tensor:
     always runs the reference). Raises ValueError on shapes, dtypes or devices that do not fit.
     """
     _check(logits_MV, ids_M)
-    if logits_MV.dtype is not torch.float64 and implementation_for(logits_MV.device) == "triton":
+    if logits_MV.dtype is not torch.float64 and implementation_for("token_logprob", logits_MV.device) == "triton":
         from cltrain_kernels.token_logprob_triton import token_logprob_triton
 
         return token_logprob_triton(logits_MV, ids_M)

@@ -60,7 +60,7 @@ def contenders(model: str, rank: int) -> tuple[list[Contender], dict[str, str]]:
         "ours": lambda: product_grams(layout, end, start),
         "batched_float64": lambda: factor_grams_reference(layout, end, start),
         "norms_batched": lambda: delta_norms(layout, end, 1.0),
-        "column_sums": lambda: column_square_sums_triton(x),
+        "ours_column_sums": lambda: column_square_sums_triton(x),
         "column_sums_eager": lambda: column_square_sums_reference(x),
     }
     return [Contender(name, lambda run=run: nothing(run())) for name, run in runs.items()], {}

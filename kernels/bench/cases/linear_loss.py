@@ -104,8 +104,8 @@ def problem(model: str, kind: str) -> str | None:
         return f"with labels on the device: {error}"
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(fixed, ours)
-    return None
+    difference = float((fixed.double() - true).abs().max())
+    return None if difference <= limit else f"fixed shape: gradient error {difference:.3g} exceeds {float(limit):.3g}"
 
 
 def float64_gradient(batch: Batch, kind: str) -> Tensor:

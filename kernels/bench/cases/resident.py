@@ -133,25 +133,29 @@ def peer(num_tokens: int) -> Any:
 
 def problem(num_tokens: int) -> str | None:
     """Two updates from one start are equal to the bit, and move the factors as PEFT's layers do, as far as bfloat16
-    and Adam's first steps, which look at signs, let them."""
-    ours = Ours(num_tokens, is_applied=False)
-    first, again, theirs = ours.update(), ours.update(), peer(num_tokens)()
-    if not all(torch.equal(one, other) for one, other in zip(first, again, strict=True)):
-        return "two updates from one start differ"
-    start = torch.cat([p.flatten() for pair in ours.start.values() for p in pair]).cpu()
-    moves, expected = (torch.cat([p.flatten() for p in result]) - start for result in (first, theirs))
-    cosine = float(moves @ expected / (moves.norm() * expected.norm()))
-    return None if cosine > 0.8 else f"the update's direction has a cosine of {cosine:.3f} to PEFT's"
+    and Adam's first steps, which look at signs, let them; over PEFT's layers and over the fused ones."""
+    theirs = peer(num_tokens)()
+    for is_applied in (False, True):
+        ours = Ours(num_tokens, is_applied)
+        first, again = ours.update(), ours.update()
+        what = "fused layers" if is_applied else "PEFT's layers"
+        if not all(torch.equal(one, other) for one, other in zip(first, again, strict=True)):
+            return f"{what}: two updates from one start differ"
+        start = torch.cat([p.flatten() for pair in ours.start.values() for p in pair]).cpu()
+        moves, expected = (torch.cat([p.flatten() for p in result]) - start for result in (first, theirs))
+        cosine = float(moves @ expected / (moves.norm() * expected.norm()))
+        if not cosine > 0.8:
+            return f"{what}: the update's direction has a cosine of {cosine:.3f} to PEFT's"
+    return None
 
 
 def contenders(num_tokens: int) -> tuple[list[Contender], dict[str, str]]:
-    found = [Contender("ours_peft_layers", quiet(Ours(num_tokens, is_applied=False).update))]
-    absent = {}
-    try:
-        found.insert(0, Contender("ours", quiet(Ours(num_tokens, is_applied=True).update)))
-    except (ImportError, RuntimeError) as error:
-        absent["ours"] = f"the fused layers do not run: {error}"
-    return [*found, Contender("peft", quiet(peer(num_tokens)))], absent
+    updates = {
+        "ours": Ours(num_tokens, is_applied=True).update,
+        "ours_peft_layers": Ours(num_tokens, is_applied=False).update,
+        "peft": peer(num_tokens),
+    }
+    return [Contender(name, quiet(update)) for name, update in updates.items()], {}
 
 
 def quiet(update: Any) -> Any:
