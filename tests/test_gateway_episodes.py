@@ -20,6 +20,7 @@ from cltrain.gateway.episodes import Episodes, prefix_hashes
 from cltrain.store.database import open_store
 from cltrain.store.schema import records
 from tests.gateway_parts import BASE, R1, R2, Gateway, add_release, point_alias, running, set_release
+from tests.test_gateway_failures import until
 
 S1 = {"X-Session-Id": "s1"}
 
@@ -141,7 +142,11 @@ def test_an_idle_episode_ends(tmp_path: Path) -> None:
 
 def test_an_episode_that_another_gateway_is_answering_is_not_idle(tmp_path: Path) -> None:
     quick = {"experience": {"idle_end_s": 0.4}}  # looked at every 0.1 s of real time
-    with running(tmp_path, **quick) as one, running(tmp_path, **quick) as other, ThreadPoolExecutor(1) as pool:
+    with (
+        running(tmp_path, **quick) as one,
+        running(tmp_path, timeout_s=30.0, **quick) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
 
         def last_seen() -> float:
             with one.store.read() as connection:
@@ -149,15 +154,15 @@ def test_an_episode_that_another_gateway_is_answering_is_not_idle(tmp_path: Path
 
         first = one.chat("one", headers=S1)
         turn = pool.submit(other.chat, "one", said(first), "hold", headers=S1)
-        while not other.fake.bodies:
-            threading.Event().wait(0.01)
-        other.now += 0.4
-        while last_seen() < other.now:
-            threading.Event().wait(0.02)
-        one.now += 0.7
-        threading.Event().wait(0.3)
-        assert [t.end for t in read_trajectories(one.store, "support")] == ["open"]
-        other.fake.lets_go.set()
+        try:
+            until(lambda: bool(other.fake.bodies), "the turn did not begin")
+            other.now += 0.4
+            until(lambda: last_seen() == other.now, "nobody noted that it is being answered")
+            one.now += 0.7
+            threading.Event().wait(0.3)
+            assert [t.end for t in read_trajectories(one.store, "support")] == ["open"]
+        finally:
+            other.fake.lets_go.set()
         assert turn.result().headers["x-cltrain-trajectory"] == first.headers["x-cltrain-trajectory"]
 
 
