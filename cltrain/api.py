@@ -272,7 +272,7 @@ class Deployment:
         Raises ConfigError when it learns with other settings than were given here, ServerError after `wait_s` seconds
         and when there is no worker any more.
         """
-        theirs = lease.settings_of(self.store, self.agent)
+        theirs = lease.settings_of(self.store, shared_of(self.agent))  # the same worker has tenants in turn
         if theirs is not None and (unlike := self.config.unlike(theirs)):
             raise ConfigError(
                 f"the running worker learns with settings of its own: {'; '.join(unlike)}. Stop it and start it with "

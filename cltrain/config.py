@@ -15,7 +15,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from cltrain import settings
 from cltrain.config_gate import GateConfig
@@ -32,8 +32,13 @@ Kernels = Literal["auto", "reference", "off"]
 Remember = Literal["replay", "kl", "ewc", "l2sp", "oplora", "agem", "ema", "distill"]
 
 
-Url = Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")]  # no password: clients are shown it
+Url = Annotated[  # no password: clients are shown it
+    str,
+    Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$"),
+    AfterValidator(lambda url: url.rstrip("/").removesuffix("/v1")),
+]
 NOT_SHAPING = ("home", "server", "gateway", "signing", "monitoring")  # where an update happens and who hears of it
+OF_TENANT = {"agent": {"name"}, "experience": {"principal_quota"}, "rollout": {"kind"}}  # what `of_agent` sets
 
 
 class AgentConfig(Section):
@@ -210,8 +215,7 @@ class ServerConfig(Section):
     @property
     def replicas(self) -> tuple[str, ...]:
         """The URL of every server, also where there is one; by it worker and gateway mean the same replica."""
-        urls = tuple(url.rstrip("/").removesuffix("/v1") for url in self.urls)
-        return urls or (self.url or f"http://{self.host}:{self.port}",)
+        return self.urls or (self.url or f"http://{self.host}:{self.port}",)
 
 
 class GatewayConfig(Section):
@@ -315,20 +319,25 @@ class Config(Section):
 
     def of_agent(self, name: str) -> Config:
         """The same for another agent of the family. What a tenant's learns has one principal, whose quota is all; one
-        tenant's traffic is too little to try candidates on."""
+        tenant's traffic is too little to try candidates on: they take over at once."""
         agent = self.agent.model_copy(update={"name": name})
         if not is_tenants(name):
             return self.model_copy(update={"agent": agent})
         experience = self.experience.model_copy(update={"principal_quota": 1.0})
-        return self.model_copy(update={"agent": agent, "experience": experience, "rollout": RolloutConfig()})
+        rollout = self.rollout.model_copy(update={"kind": "all"}) if self.rollout.is_tried else self.rollout
+        return self.model_copy(update={"agent": agent, "experience": experience, "rollout": rollout})
 
     def digest(self) -> str:
         """sha256 of `shaping`."""
         return hashlib.sha256(json.dumps(self.shaping(), sort_keys=True).encode()).hexdigest()
 
     def unlike(self, shaping: dict[str, Any]) -> list[str]:
-        """Which settings, of those that somebody gave here, are others in that `shaping`; defaults do not count."""
-        given = self.model_dump(mode="json", exclude_unset=True, exclude=set(NOT_SHAPING))
+        """Which settings, of those that somebody gave here, are others in that `shaping`; defaults do not count. Of a
+        tenant's, `shaping` may be the shared agent's."""
+        left_out: dict[str, Any] = dict.fromkeys(NOT_SHAPING, True)
+        if is_tenants(self.agent.name):
+            left_out |= OF_TENANT
+        given = self.model_dump(mode="json", exclude_unset=True, exclude=left_out)
         return list(settings.differences(given, shaping))
 
     def check_files(self) -> None:

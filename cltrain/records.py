@@ -17,6 +17,9 @@ Tool = dict[str, Any]
 
 Split = Literal["train", "eval"]
 
+UNDONE = frozenset({"rejected", "rolled_back", "deleted"})
+"""Statuses of a release that answers nobody any more: an episode that is pinned to one goes on elsewhere."""
+
 Objective = Literal["sft", "dpo", "kto", "policy", "hindsight"]
 """What a record is learned by: likelihood, a pair, a lone label, a scored sample, or itself having seen a hint."""
 

@@ -16,7 +16,7 @@ from cltrain.deploy import readiness
 from cltrain.errors import DataError
 from cltrain.experience import rows, waiting
 from cltrain.monitoring.outbox import lags
-from cltrain.registry import decisions, rollouts
+from cltrain.registry import decisions, lease, rollouts
 from cltrain.store import schema as s
 from cltrain.store.database import Store
 
@@ -94,7 +94,6 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
         chain_state, num_decisions = "unbroken", decisions.verify_chain(store).num_entries
     except DataError as error:
         chain_state, num_decisions = f"BROKEN: {error}", -1
-    is_worked_on = switch is not None and switch.lease_until is not None and switch.lease_until > now
     return {
         **state,
         "immature": waiting.num_immature(store, agent, config.experience.mature_after_s, now),
@@ -105,7 +104,7 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
         "processes": {
             "gateway": launch.health_of(launch.gateway_url(config)),
             "server": launch.health_of_servers(config),
-            "worker": "up" if is_worked_on else "down",
+            "worker": "up" if lease.lease_until(store, agent) > now else "down",
         },
     }
 
@@ -168,7 +167,7 @@ def _most_said(connection: Connection, agent: str, status: str) -> str:
     """One reason of those that are the same but for names and numbers and are given most often."""
     of_status = (s.screenings.c.agent == agent) & (s.screenings.c.status == status)
     told = [
-        (str(row.reason).partition(" (rules ")[0], row.record)
+        (waiting.without_rules(str(row.reason)), row.record)
         for row in connection.execute(select(s.screenings.c.record, s.screenings.c.reason).where(of_status))
     ]
     kinds = [re.sub(r"\d+", "#", reason.replace(record, "#")) for reason, record in told]

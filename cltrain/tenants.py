@@ -9,6 +9,7 @@ from sqlalchemy import func, select
 
 from cltrain.config import Config
 from cltrain.config_tenants import is_tenants
+from cltrain.deploy.readiness import is_ready_somewhere
 from cltrain.errors import DataError
 from cltrain.experience import waiting
 from cltrain.registry.tenants import incumbent_in, tenants_in
@@ -32,7 +33,7 @@ def known_tenants(config: Config, store: Store) -> list[str]:
 
 def standing_of(config: Config, store: Store, now: float) -> list[dict[str, Any]]:
     """One row a tenant: `release` is its own (None: it is answered by what all are served, `answers`), `is_loaded`
-    whether a server has proved that; `ready` the episodes that its next update may read."""
+    whether a server of these has proved that; `ready` the episodes that its next update may read."""
     names = known_tenants(config, store)
     with store.read() as connection:
 
@@ -56,7 +57,7 @@ def standing_of(config: Config, store: Store, now: float) -> list[dict[str, Any]
             is_ready = waiting.is_unread(agent, is_mature=waiting.mature(now, config.experience.mature_after_s))
             rows.append({
                 "agent": agent, "release": own, "answers": answers,
-                "is_loaded": bool(count(s.replicas, s.replicas.c.release == own, s.replicas.c.state == "proved")),
+                "is_loaded": own is not None and is_ready_somewhere(connection, own, config.server.replicas),
                 "frozen": bool(switch is not None and switch.is_frozen),
                 "records": count(s.records, s.records.c.agent == agent),
                 "ready": count(waiting.WITH_SCREENING, is_ready), "verdict": last_verdict(agent),

@@ -11,13 +11,15 @@ from collections import deque
 from sqlalchemy import exists, select
 
 from cltrain import audit
+from cltrain.deploy.readiness import is_ready_somewhere
 from cltrain.errors import ConflictError, DataError
 from cltrain.gateway.tenants import entitled
 from cltrain.records import LearningMode
 from cltrain.registry import aliases, releases
 from cltrain.registry.lease import LeaseKeeper
 from cltrain.rooms import under
-from cltrain.store.schema import replicas, requests, updates
+from cltrain.store.families import of_tenants
+from cltrain.store.schema import requests, updates
 from cltrain.worker import RETRY_S, TEND_S, Worker
 
 log = logging.getLogger(__name__)
@@ -73,9 +75,8 @@ class TenantWorker(Worker):
         if audit.due(self.store, self.config, time.time()) is None:
             return False
         serving = aliases.read_alias(self.store, self.config.agent.name).release
-        is_there = replicas.c.release == serving, replicas.c.state == "proved"  # else when it is asked for again
-        with self.store.read() as connection:
-            return bool(connection.scalar(select(exists().where(*is_there))))
+        with self.store.read() as connection:  # not there: when it is asked for again
+            return is_ready_somewhere(connection, serving, self.config.server.replicas)
 
 
 class Turns:
@@ -93,7 +94,7 @@ class Turns:
         if time.monotonic() < self._next_look:
             return None
         try:
-            self._queue = deque(self._in_order(entitled(self._worker.config)))
+            self._queue = deque(self._in_order(self._candidates()))
         except DataError as error:  # the keys: the shared agent learns all the same
             log.warning("no tenant has a turn: %s", error)
             self._next_look = time.monotonic() + RETRY_S
@@ -105,6 +106,14 @@ class Turns:
                 return agent
         self._next_look = time.monotonic() + TEND_S
         return None
+
+    def _candidates(self) -> list[str]:
+        """Who may have an adapter, and whoever else somebody waits for: one whose key was revoked, say."""
+        config = self._worker.config
+        is_asked = of_tenants(requests.c.agent, config.agent.name) & requests.c.outcome.is_(None)
+        with self._worker.store.read() as connection:
+            asked = connection.scalars(select(requests.c.agent).where(is_asked).distinct()).all()
+        return list(dict.fromkeys([*entitled(config), *asked]))
 
     def _in_order(self, names: list[str]) -> list[str]:
         """Those in the queue as they stand there, then the new ones."""

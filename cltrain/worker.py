@@ -55,6 +55,23 @@ SERVER_WAIT_S = 120.0
 log = logging.getLogger(__name__)
 
 
+class Every:
+    """Something that is due at once, and again `seconds` after it began."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._next = seconds, 0.0
+
+    def begin(self) -> bool:
+        """Whether it is due; then it has begun."""
+        if time.monotonic() < self._next:
+            return False
+        self.wait(self._seconds)
+        return True
+
+    def wait(self, seconds: float) -> None:
+        self._next = time.monotonic() + seconds
+
+
 class Worker:
     """One agent's learner; use as a context manager. Takes the lease (ConflictError while another holds it)."""
 
@@ -73,13 +90,10 @@ class Worker:
         self._stack = ExitStack()
         self._stop = threading.Event()
         self._keeper: LeaseKeeper | None = None
-        self._next_look = 0.0
-        self._next_finish = 0.0
-        self._next_answer = 0.0
-        self._next_room = 0.0
-        self._next_pages = 0.0
-        self._next_audit = 0.0
-        self._next_probes = 0.0
+        self._look, self._pages = Every(TEND_S), Every(TEND_S)
+        self._audits, self._probes = Every(RETRY_S), Every(RETRY_S)  # whatever becomes of them, the rest has its turn
+        self._room = Every(ROOM_S)
+        self._answers, self._finishes = Every(0.0), Every(math.inf)
 
     def __enter__(self) -> Worker:
         config, agent = self.config, self.config.agent.name
@@ -246,37 +260,31 @@ class Worker:
         """Log what failed and wait before the next try. Raises ConflictError when it failed for want of the lease."""
         self._make_sure_of_lease()
         log.warning("something failed; the next try comes in %g s", self._retry_s, exc_info=error)
-        self._next_look = self._next_finish = time.monotonic() + self._retry_s
+        self._look.wait(self._retry_s)
+        self._finishes.wait(self._retry_s)
 
     def _keep_room(self) -> None:
         """What an emergency on a full disk used is set aside again once there is space."""
-        if time.monotonic() >= self._next_room:
-            self._next_room = time.monotonic() + ROOM_S
+        if self._room.begin():
             remake_reserve(self.config.state_dir)
 
     def _keep_probes(self) -> None:
-        if time.monotonic() >= self._next_probes:
-            self._next_probes = time.monotonic() + RETRY_S  # whatever becomes of them, the rest has its turn
-            if tending.make_missing_probes(self.rooms):
-                self._next_probes = time.monotonic() + TEND_S
+        if self._probes.begin() and tending.make_missing_probes(self.rooms):
+            self._probes.wait(TEND_S)
 
     def _finish_what_is_open(self) -> None:
         """At the start, and once more after something failed: a conclusion that was not written can be made up for."""
-        if (
-            time.monotonic() < self._next_finish
-            or aliases.frozen_reason(self.store, self.config.agent.name) is not None
-        ):
+        if not self._finishes.begin():
             return
-        self.finish_interrupted()
-        self._next_finish = math.inf
+        if aliases.frozen_reason(self.store, self.config.agent.name) is None:
+            self.finish_interrupted()
+        else:
+            self._finishes.wait(0.0)
 
     def _keep_pages_true(self) -> None:
         """What a person decided (a yes, a rollback, a freeze) shows on the pages soon after."""
-        if not self.config.monitoring.report or time.monotonic() < self._next_pages:
-            return
-        self._next_pages = time.monotonic() + TEND_S
-        if not self._write_pages():
-            self._next_pages += RETRY_S
+        if self.config.monitoring.report and self._pages.begin() and not self._write_pages():
+            self._pages.wait(RETRY_S)
 
     def _write_pages(self) -> bool:
         """Whether what is on the pages is true now, or nobody wants them."""
@@ -289,15 +297,13 @@ class Worker:
         return True
 
     def _audit_by_itself(self) -> None:
-        if time.monotonic() < self._next_audit:
-            return
-        self._next_audit = time.monotonic() + RETRY_S  # later where it cannot be written down
-        self.audit_when_due()
-        self._next_audit = time.monotonic() + TEND_S
+        if self._audits.begin():  # the next is later where it cannot be written down
+            self.audit_when_due()
+            self._audits.wait(TEND_S)
 
     def _answer_request(self) -> bool:
         """Do what was asked for first; whether anything was. An answer that cannot be written is given later."""
-        if time.monotonic() < self._next_answer:
+        if not self._answers.begin():
             return False
         agent = self.config.agent.name
         query = select(requests).where(requests.c.agent == agent, requests.c.outcome.is_(None)).order_by(requests.c.id)
@@ -319,7 +325,7 @@ class Worker:
                 connection.execute(update(requests).where(is_open).values(outcome=outcome))
         except Exception as error:  # a full disk, most likely
             self._go_on_after(error)
-            self._next_answer = self._next_look
+            self._answers.wait(self._retry_s)
         return True
 
     def _outcome_of(self, row: Row) -> dict[str, Any]:
@@ -341,9 +347,8 @@ class Worker:
         agent = self.config.agent
         if agent.mode is LearningMode.OFF or aliases.frozen_reason(self.store, agent.name) is not None:
             return
-        if agent.updates == "on_request" or time.monotonic() < self._next_look:
+        if agent.updates == "on_request" or not self._look.begin():
             return
-        self._next_look = time.monotonic() + TEND_S
         if rollouts.read_open(self.store, agent.name) is not None:
             return
         if self._has_news() and self.rooms.server.health():  # training for a server that is away ends in an error

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cltrain.config import Config, from_dict
 from cltrain.gateway.app import create_gateway
 from cltrain.gateway.upstream import Upstream
+from cltrain.gateway.wire import Http
 from cltrain.store.database import Store, open_store
 from cltrain.store.schema import aliases, releases
 
@@ -172,9 +173,9 @@ def _truth(body: dict[str, Any], ids: list[int], kind: str) -> dict[str, Any]:
 
 
 @contextmanager
-def served(app: FastAPI) -> Iterator[str]:
+def served(app: FastAPI | Starlette, **given: Any) -> Iterator[str]:
     """The app's address; it listens on a free loopback port until the block ends."""
-    options = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=2)
+    options = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=2, **given)
     server = uvicorn.Server(options)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -239,7 +240,7 @@ def running(
         holder: list[Gateway] = []
         upstream = Upstream(upstream_url, kind=kind, base_model="base", timeout_s=timeout_s)  # type: ignore[arg-type]
         app = create_gateway(store, config, upstream, lambda: holder[0].now if holder else 1000.0, base_release=BASE)
-        with served(app) as url:
+        with served(app, http=Http) as url:
             gateway = Gateway(directory, url, fake, store, app)
             gateway.urls = [upstream.url]
             holder.append(gateway)

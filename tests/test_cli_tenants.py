@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from cltrain.config import load
+from cltrain.deploy.readiness import mark_proved
 from cltrain.gateway.keys import add_key
 from cltrain.registry.aliases import frozen_reason, read_alias
 from cltrain.registry.lease import acquire
+from cltrain.store.database import open_store
+from cltrain.turns import TenantWorker
+from cltrain.worker import Worker
 from tests.command import Command, cltrain
 from tests.registry_parts import BASE, promoted
 from tests.test_tenants_registry import ACME, ZORG, family, learned, own_base
@@ -42,8 +47,6 @@ def test_status_lists_tenants_and_one_is_rolled_back_alone(cltrain: Command, hom
 
 
 def test_all_of_them_at_once(cltrain: Command, home: Path, tmp_path: Path) -> None:
-    from cltrain.store.database import open_store
-
     frozen = cltrain("freeze", "--tenants", f"--home={home}", "--reason=audit", "--json").json
     assert [one["agent"] for one in frozen["done"]] == ["support", ACME, ZORG]
     assert cltrain("unfreeze", "--tenants", f"--home={home}").out.count("learning goes on") == 3
@@ -55,6 +58,29 @@ def test_all_of_them_at_once(cltrain: Command, home: Path, tmp_path: Path) -> No
     assert read_alias(store, ACME).release == own_base(ACME)
     assert frozen_reason(store, ACME) is not None
     assert frozen_reason(store, ZORG) is None
+    store.close()
+
+
+def test_a_rollback_that_did_nothing_for_anybody_says_so_by_its_exit_code(cltrain: Command, home: Path) -> None:
+    assert cltrain("rollback", "--tenants", f"--home={home}").code == 0
+    again = cltrain("rollback", "--tenants", f"--home={home}", "--json")
+    assert (again.code, again.json["done"], set(again.json["left"])) == (4, [], {"support", ACME, ZORG})
+
+
+def test_what_a_server_of_earlier_days_proved_is_not_loaded_and_not_audited(cltrain: Command, home: Path) -> None:
+    store = open_store(home)
+    serving = read_alias(store, ACME).release
+    config = load((), [f"home={home}", "agent.updates=on_request", "gate.audit_hours=1.0"])
+    learner = TenantWorker(Worker(config, store), ACME)
+
+    def seen() -> tuple[bool, bool]:
+        rows = cltrain("status", f"--home={home}", "--json").json["tenants"]
+        return next(t["is_loaded"] for t in rows if t["agent"] == ACME), learner.has_work()
+
+    mark_proved(store, "http://gone:1", serving, "/x", 1.0)
+    assert seen() == (False, False)
+    mark_proved(store, config.server.replicas[0], serving, "/x", 1.0)
+    assert seen() == (True, True)
     store.close()
 
 

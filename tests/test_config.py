@@ -87,6 +87,13 @@ def test_a_shadow_is_not_judged_by_what_nobody_sees() -> None:
     assert load((), ["rollout.kind=canary"]).rollout.judged_by == ("faults", "score")
 
 
+def test_a_tenants_candidates_are_not_tried_and_all_else_of_the_rollout_holds() -> None:
+    two = 'server.urls=["http://a", "http://b"]'
+    for kind, expected in (("canary", "all"), ("shadow", "all"), ("rolling", "rolling"), ("blue_green", "blue_green")):
+        given = load((), [two, f"rollout.kind={kind}", "rollout.grace_s=600", "agent.name=support@acme"]).rollout
+        assert (given.kind, given.grace_s) == (expected, 600)
+
+
 @pytest.mark.parametrize("name", ["base.path", "gate.suite", "trainer.anchors", "experience.rehearsal"])
 def test_config_check_says_what_is_not_there(cltrain: Command, tmp_path: Path, name: str) -> None:
     done = cltrain("config", "check", f"--set={name}={tmp_path / 'nowhere'}")
@@ -106,7 +113,10 @@ def test_replicas_are_named_by_urls_alone() -> None:
     assert load((), two).server.replicas == ("http://a:8000", "http://b:8000")
     assert load((), ['server.urls=["http://a/v1/", "http://b/"]']).server.replicas == ("http://a", "http://b")
     assert needed(load((), two)) == ("gateway", "worker"), "they run already"
-    assert load((), ["server.url=http://a"]).server.replicas == ("http://a",)
+    for url in ("http://a", "http://a/", "http://a/v1", "http://a/v1/"):
+        assert load((), [f"server.url={url}"]).server.replicas == ("http://a",), url
+    with pytest.raises(ConfigError, match="listed twice"):
+        load((), ['server.urls=["http://a", "http://a/v1"]'])
     assert load().server.replicas == ("http://127.0.0.1:8101",)
     with pytest.raises(ConfigError, match=r"server\.url and server\.urls are both given"):
         load((), [*two, "server.url=http://c:8000"])

@@ -93,6 +93,15 @@ def test_everything_somebody_may_need_is_wanted(store, tmp_path):
     assert list(directories) == ["s-5", "s-4", "s-6", "s-3", "s-1"], "serving, what a rollback goes to, the newest"
 
 
+@pytest.mark.parametrize("status", ["rejected", "rolled_back", "deleted"])
+def test_what_answers_nobody_any_more_keeps_no_place_however_many_episodes_were_on_it(store, tmp_path, status):
+    with store.write() as connection:
+        connection.execute(update(releases).where(releases.c.name == "s-1").values(status=status))
+    with store.read() as connection:
+        assert "s-1" not in wanted_releases(connection, "support")
+        assert list(desired(connection, tmp_path, "support").directories) == ["s-5", "s-4", "s-6", "s-3"]
+
+
 def test_reconcile_loads_what_a_restart_lost():
     shelf, wanted = Shelf(), {"a": Path("/x/a"), "b": Path("/x/b")}
     shelf.held = {"a": "/x/a", "stranger": "/y"}
@@ -264,6 +273,11 @@ def test_what_a_server_lists_or_an_episode_needs_may_not_be_deleted(store):
             unlisted(connection, [one, two], "support")
     two.held, two.is_down = {}, False
     with store.write() as connection:
-        connection.execute(update(records).values(release="s-7"))
+        connection.execute(update(updates).values(state="done", verdict="hold"))
+        connection.execute(update(records).values(release="s-6"))
     with store.read() as connection:
-        assert unlisted(connection, [one, two], "support") == ()
+        assert unlisted(connection, [one, two], "support") == ("s-7",), "a candidate that nobody waits for, in use"
+    with store.write() as connection:
+        connection.execute(update(records).values(status="ended"))
+    with store.read() as connection:
+        assert unlisted(connection, [one, two], "support") == ("s-6", "s-7")

@@ -13,11 +13,14 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import select
 
 from cltrain.experience.recording import read_trajectories
 from cltrain.gateway.episodes import Episodes, prefix_hashes
 from cltrain.store.database import open_store
+from cltrain.store.schema import records
 from tests.gateway_parts import BASE, R1, R2, Gateway, add_release, point_alias, running, set_release
+from tests.test_gateway_failures import until
 
 S1 = {"X-Session-Id": "s1"}
 
@@ -137,6 +140,32 @@ def test_an_idle_episode_ends(tmp_path: Path) -> None:
             pytest.fail("the idle episode is still open")
 
 
+def test_an_episode_that_another_gateway_is_answering_is_not_idle(tmp_path: Path) -> None:
+    quick = {"experience": {"idle_end_s": 0.4}}  # looked at every 0.1 s of real time
+    with (
+        running(tmp_path, **quick) as one,
+        running(tmp_path, timeout_s=30.0, **quick) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+
+        def last_seen() -> float:
+            with one.store.read() as connection:
+                return float(connection.scalar(select(records.c.updated_at)))
+
+        first = one.chat("one", headers=S1)
+        turn = pool.submit(other.chat, "one", said(first), "hold", headers=S1)
+        try:
+            until(lambda: bool(other.fake.bodies), "the turn did not begin")
+            other.now += 0.4
+            until(lambda: last_seen() == other.now, "nobody noted that it is being answered")
+            one.now += 0.7
+            threading.Event().wait(0.3)
+            assert [t.end for t in read_trajectories(one.store, "support")] == ["open"]
+        finally:
+            other.fake.lets_go.set()
+        assert turn.result().headers["x-cltrain-trajectory"] == first.headers["x-cltrain-trajectory"]
+
+
 def test_an_exact_release_name_pins_and_the_alias_does_not_matter(tmp_path: Path) -> None:
     with running(tmp_path) as gateway:
         two_releases(gateway)
@@ -249,6 +278,17 @@ def test_with_the_store_gone_the_last_alias_serves_unrecorded_and_says_so(tmp_pa
     assert '"cltrain":{"recorded":0' in streamed.text
     assert feedback.status_code == 503
     assert 'cltrain_unrecorded_total{reason="store unreachable"} 3.0' in metrics
+
+
+def test_with_the_store_gone_new_episodes_get_what_was_promoted_while_only_old_ones_asked(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        two_releases(gateway)
+        live = gateway.chat("one", headers=S1)
+        point_alias(gateway.store, R2)
+        pinned = gateway.chat("one", said(live), "two", headers=S1)
+        gateway.app.state.door.episodes.watch.failed("for this test")
+        fresh = gateway.chat("new")
+    assert [adapter(a) for a in (live, pinned, fresh)] == [R1, R1, R2]
 
 
 def test_a_full_queue_sends_answers_out_unrecorded_and_counts_them(tmp_path: Path) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
 import pytest
 
+from cltrain.gateway.wire import MAX_HEAD_BYTES
 from tests.gateway_parts import Gateway, running
 from tests.test_gateway_faults import CHAT, MESSAGES, check_shape
 
@@ -74,6 +78,37 @@ def test_names_in_headers_are_checked_too(gateway: Gateway, headers: dict[str, s
     assert answer.status_code == 400, answer.text
     check_shape(answer.json(), path)
     assert num_errors(gateway) == before + 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        ([b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"], 400, "no_http"),  # TLS on a port without it
+        ([b"hello\r\n\r\n"], 400, "no_http"),
+        ([b"POST /v1/messages HTTP/1.1\r\nhost: a\r\ncontent-length: x\r\n\r\n"], 400, "no_http"),
+        ([b"GET /health HTTP/1.1\r\nx: ", *[b"a" * 1000] * (MAX_HEAD_BYTES // 1000 + 2)], 431, "headers_too_long"),
+    ],
+    ids=["TLS", "a word", "a broken header", "a header without end"],
+)
+def test_what_reaches_no_route_is_answered_in_the_apis_shape_and_counted(
+    gateway: Gateway, sent: list[bytes], status: int, code: str
+) -> None:
+    before = gateway.errors(code)
+    with closing(HTTPConnection(gateway.url.removeprefix("http://"), timeout=10)) as client:
+        client.connect()
+        for part in sent:
+            client.sock.sendall(part)
+            time.sleep(0.002)  # each a packet of its own
+        answer = HTTPResponse(client.sock)
+        answer.begin()
+        assert (answer.status, answer.headers["content-type"]) == (status, "application/json")
+        check_shape(json.loads(answer.read()), CHAT, code)
+        assert client.sock.recv(1) == b"", "the connection is closed"
+    assert gateway.errors(code) == before + 1
+
+
+def test_long_headers_that_end_and_long_bodies_are_taken(gateway: Gateway) -> None:
+    assert gateway.chat("x" * 4 * MAX_HEAD_BYTES, "hi", headers={"x-long": "a" * 20_000}).status_code == 200
 
 
 def test_feedback_sent_again_is_counted_and_stored_once(gateway: Gateway) -> None:

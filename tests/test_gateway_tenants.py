@@ -13,7 +13,7 @@ from sqlalchemy import select
 
 from cltrain.gateway.keys import add_key
 from cltrain.store.schema import aliases, records, releases, replicas
-from tests.gateway_parts import BASE, R1, R2, FakeServer, Gateway, add_release, point_alias, running
+from tests.gateway_parts import BASE, R1, R2, FakeServer, Gateway, add_release, point_alias, running, set_release
 
 ACME1 = "support@acme-v000001-333333333333"
 ACME2 = "support@acme-v000002-555555555555"
@@ -138,6 +138,26 @@ def test_a_rolled_back_tenant_is_answered_by_the_shared_release_at_its_next_turn
         )
     assert door.served("acme", "second", **session) == R1
     assert door.served("zorg") == ZORG1
+
+
+def test_with_the_store_gone_a_name_is_good_for_whoever_it_was_good_for(door: Door) -> None:
+    assert (door.served("acme", "a", model=ACME1), door.served("zorg", "b")) == (ACME1, ZORG1)
+    assert door.served("late", "c", model=R2) == R2
+    door.gateway.app.state.door.episodes.watch.failed("for this test")
+    assert door.served("zorg", "d", model=R2) == R2, "the shared agent's is everybody's"
+    refused = [("zorg", ACME1), ("late", ACME1), ("acme", ZORG1), ("acme", R1)]
+    assert [door.ask(who, f"e {who}", model=name).status_code for who, name in refused] == [503] * 4
+    assert door.served("acme", "f", model=ACME1) == ACME1
+    assert [door.served(who, f"g {who}") for who in ("acme", "zorg", "late")] == [ACME1, ZORG1, R1]
+
+
+def test_with_the_store_gone_nobody_gets_what_was_seen_undone_or_never_served(door: Door) -> None:
+    assert door.served("late", "a", model=R2) == R2
+    set_release(door.gateway.store, R2, "rolled_back")
+    assert door.ask("zorg", "b", model=R2).status_code == 404
+    door.gateway.app.state.door.episodes.watch.failed("for this test")
+    assert door.ask("late", "c", model=R2).status_code == 503
+    assert door.served("late", "d") == R1
 
 
 def test_each_sees_its_own_models_only(door: Door) -> None:

@@ -29,6 +29,9 @@ DECISION = Decision(
 README = Path(__file__).parent.parent / "README.md"
 
 
+TENANTS = ("support@ann", "support@bob", "support@cat")
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     with closing(open_store(tmp_path / "state")) as store:
@@ -106,6 +109,27 @@ def test_a_scrape_shows_what_serves_what_waits_what_was_decided_and_how_far_it_w
         assert line in lines, line
     assert not any("sales" in line for line in lines), "its own gateway shows it"
     assert {f"adapter/{name}" for name in BoundReport.__dataclass_fields__} <= LAST_VALUES.keys()
+
+
+def test_tenants_are_counted_together_and_never_a_label_each(store: Store) -> None:
+    row = {"previous": None, "anchor": "a", "high_water": "a", "version": 1, "fence": 1, "changed_at": 0.0}
+    add_release(store, R1)
+    add_records(store, "a", agent="support")
+    add_records(store, "b", "c", agent=TENANTS[0])
+    add_records(store, "d", agent="sales@ann")
+    with store.write() as connection:
+        for agent, release in zip((*TENANTS, "sales@ann"), (R1, "bare", "bare", R1), strict=True):
+            connection.execute(aliases.insert().values(agent=agent, release=release, **row))
+        connection.execute(agents.insert().values(agent=TENANTS[1], is_frozen=True, fence=0))
+        connection.execute(agents.insert().values(agent=TENANTS[2], is_frozen=False, fence=0))
+    lines = scrape(store)
+    assert {line for line in lines if line.startswith("cltrain_tenants")} == {
+        'cltrain_tenants{agent="support",which="all"} 3.0',
+        'cltrain_tenants{agent="support",which="own_release"} 1.0',
+        'cltrain_tenants{agent="support",which="frozen"} 1.0',
+        'cltrain_tenants_records{agent="support",status="ended"} 2.0',
+    }
+    assert not any("@" in line for line in lines)
 
 
 def test_metrics_of_gateway_and_learning_share_a_page_without_a_clash(tmp_path: Path) -> None:

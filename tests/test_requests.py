@@ -124,6 +124,27 @@ def test_settings_that_the_running_worker_does_not_learn_with_are_refused(cltrai
     assert len(all_asked(store)) == 3
 
 
+def test_a_tenant_is_worked_on_by_the_worker_that_holds_the_shared_lease(cltrain: Command, tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    of_worker = config_of(tmp_path, "trainer.lr=0.001", "rollout.kind=canary")
+    for agent in ("support", "support@acme"):
+        ensure_base_release(store, agent, load_base(None).digest, now=1.0)
+    of_tenant = of_worker.of_agent("support@acme").shaping()
+    lease.acquire(store, "support@acme", "elsewhere:1", 1.0, 1.0, settings={**of_tenant, "trainer": {"lr": 1.0}})
+    tenant = (f"--home={tmp_path}", "--agent=support@acme")
+    assert cltrain("status", *tenant, "--json").json["processes"]["worker"] == "down", "its last turn is long over"
+    taken(store, of_worker)
+    assert cltrain("status", *tenant, "--json").json["processes"]["worker"] == "up"
+    with Answering(store):
+        assert cltrain("update", *tenant, "--set=trainer.lr=0.001", "--set=rollout.kind=canary").code == 10
+        unlike = cltrain("update", *tenant, "--set=trainer.lr=1.0")
+    assert (unlike.code, "trainer.lr = 0.001, not 1.0" in unlike.err) == (2, True), unlike
+    assert [row.agent for row in all_asked(store)] == ["support@acme"]
+    number = requests.post(store, "support@acme", "update", {}, time.time())
+    with pytest.raises(ServerError, match="did not answer request"):
+        requests.wait_for(store, "support@acme", number, wait_s=0.5, on_progress=pytest.fail, gone_s=0.1)
+
+
 def test_the_next_holder_of_the_lease_speaks_for_itself(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     taken(store, config_of(tmp_path, "trainer.lr=0.001"), ttl_s=0.0)

@@ -132,6 +132,19 @@ def test_a_turn_that_a_kill_cut_off_is_carried_on_by_the_next(tmp_path: Path, se
     assert not list((config.state_dir / "updates").iterdir())
 
 
+def test_whoever_is_asked_for_has_a_turn_without_a_key_too(tmp_path: Path, server: str) -> None:
+    quick = {"num_steps": 2, "num_anchors": 2, "anchor_tokens": 16}
+    config = config_for(tmp_path / "demo", server, tenants=TENANTS, trainer=quick)
+    deployment = Deployment(config)
+    with worker(config, deployment.store) as learner:
+        request = Deployment(config.of_agent(ACME)).post_request("update")
+        turns = Turns(learner)
+        assert (turns.take(), turns.take()) == (ACME, None)
+    outcome = deployment.request_outcome(request)
+    assert outcome is not None
+    assert (outcome["agent"], outcome["verdict"]) == (ACME, "hold")
+
+
 def of_few_words(agent: str, place: int, num_words: int = 8) -> list[world.Ticket]:
     """Repair tickets on a few items and names: of every three of them one for each of three tenants, so that each has
     every word and none the same ticket as another."""

@@ -194,7 +194,8 @@ def test_probes_that_cannot_be_made_keep_nobody_waiting(made, keeps_signals, tmp
         assert not tending.make_missing_probes(learner.rooms)
         said = [line for line in caplog.records if "cannot be proved" in line.getMessage()]
         assert [line.exc_info is not None for line in said] == [True], "said once, with where it happened"
-        learner.rooms, learner._next_probes = None, 0.0
+        learner.rooms = None
+        learner._probes.wait(0.0)
         with pytest.raises(AttributeError):
             learner._keep_probes()
         learner._keep_probes()  # not again at once

@@ -101,7 +101,8 @@ def _print_each(
     line: Callable[[dict[str, Any]], str],
 ) -> None:
     """Do it to one agent, and with `with_tenants` to every tenant of it: whatever cannot be done to one of them, most
-    often for want of anything to roll back, keeps none of the others from it and is said."""
+    often for want of anything to roll back, keeps none of the others from it and is said. Exit code 4 where nothing was
+    done to anybody."""
     if not with_tenants:
         state = switch(first)
         print_out(state, as_json, [line(state)])
@@ -115,6 +116,8 @@ def _print_each(
             left[deployment.agent] = str(error)
     lines = [*map(line, done), *(f"{agent}: nothing was done: {why}" for agent, why in left.items())]
     print_out({"done": done, "left": left}, as_json, lines)
+    if not done:
+        raise typer.Exit(ConflictError.exit_code)
 
 
 @about_one

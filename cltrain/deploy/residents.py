@@ -15,7 +15,7 @@ from sqlalchemy import Connection, select
 
 from cltrain.deploy import readiness
 from cltrain.errors import ServerError, UnavailableError
-from cltrain.records import Verdict
+from cltrain.records import UNDONE, Verdict
 from cltrain.store.database import Store
 from cltrain.store.families import of_family
 from cltrain.store.schema import aliases, records, releases, rollouts, updates
@@ -55,15 +55,16 @@ class Wanted:
 
 def wanted_releases(connection: Connection, agent: str) -> set[str]:
     """Serving, previous, anchor, high-water, candidates of unfinished updates, what is tried on live traffic, and
-    whatever an open episode is pinned to, those of its tenants as well. The bare base may be among them: it needs no
-    adapter. What waits for approval is loaded by the approval."""
+    whatever an open episode is pinned to, those of its tenants as well, unless its next turn goes elsewhere. The bare
+    base may be among them: it needs no adapter. What waits for approval is loaded by the approval."""
     names: set[str | None] = set()
     for row in connection.execute(select(aliases).where(aliases.c.agent == agent)):
         names |= {row.release, row.previous, row.anchor, row.high_water}
     names |= under_way(connection, agent)
     names.add(_tried(connection, agent))
     pinned = select(records.c.release).where(of_family(records.c.agent, agent), records.c.status == "open").distinct()
-    names |= set(connection.execute(pinned).scalars())
+    undone = select(releases.c.name).where(releases.c.status.in_(UNDONE))
+    names |= set(connection.execute(pinned.where(records.c.release.not_in(undone))).scalars())
     return {name for name in names if name is not None}
 
 

@@ -165,10 +165,12 @@ class Recorder:
         return self._submit(lambda connection: end_episode(connection, record, end, now), wait=False)
 
     def sweep_idle(self, agent: str, *, idle_s: float, now: float, busy: frozenset[str] = frozenset()) -> Future[int]:
-        """End the open records of the agent and its tenants that saw no turn for `idle_s`, except the `busy` ones."""
+        """End the open records of the agent and its tenants that saw no turn for `idle_s`. The `busy` ones see one now:
+        for other gateways too, which do not know them."""
 
         def work(connection: Connection) -> int:
             is_open = of_family(records.c.agent, agent) & (records.c.status == "open")
+            connection.execute(update(records).where(is_open, records.c.id.in_(busy)).values(updated_at=now))
             is_idle = is_open & (records.c.updated_at <= now - idle_s)
             ids = [i for i in connection.scalars(select(records.c.id).where(is_idle)) if i not in busy]
             for part in parts(ids):

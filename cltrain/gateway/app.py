@@ -36,6 +36,7 @@ from cltrain.gateway.shadow import Shadow
 from cltrain.gateway.tokens import Route
 from cltrain.gateway.upstream import Upstream
 from cltrain.gateway.upstreams import Upstreams
+from cltrain.gateway.wire import Http
 from cltrain.models.digest import base_digest, base_path
 from cltrain.monitoring.prometheus import StoreCollector
 from cltrain.store.database import Store, open_store
@@ -149,6 +150,7 @@ def run_gateway(config: Config) -> None:
                 app,
                 log_level="warning",
                 access_log=False,
+                http=Http,
                 timeout_keep_alive=KEEPALIVE_S,
                 timeout_graceful_shutdown=GRACE_S,
             )
@@ -179,11 +181,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def _sweep(door: Door, idle_s: float) -> NoReturn:
-    """End the episodes that went quiet."""
+    """End the episodes that went quiet. One round is added to `idle_s`: in it every gateway notes what it answers."""
+    pause_s = min(MAX_SWEEP_PAUSE_S, idle_s / 4)
     while True:
         try:
             now, busy = door.clock(), door.episodes.busy
-            await asyncio.wrap_future(door.recorder.sweep_idle(door.agent, idle_s=idle_s, now=now, busy=busy))
+            await asyncio.wrap_future(door.recorder.sweep_idle(door.agent, idle_s=idle_s + pause_s, now=now, busy=busy))
         except Exception as error:  # the next round tries again; answering goes on meanwhile
             log.warning("idle episodes were not ended: %s", error)
-        await asyncio.sleep(min(MAX_SWEEP_PAUSE_S, idle_s / 4))
+        await asyncio.sleep(pause_s)

@@ -26,14 +26,13 @@ from cltrain.experience.strict_json import loads
 from cltrain.gateway.errors import Refusal, unknown_model
 from cltrain.gateway.split import Tried, read_tried, takes
 from cltrain.gateway.tenants import serving
-from cltrain.records import Message
+from cltrain.records import UNDONE, Message
 from cltrain.store.database import Store
 from cltrain.store.schema import records, releases
 
 log = logging.getLogger(__name__)
 
-UNDONE = frozenset({"rolled_back", "deleted", "rejected"})
-MAX_REMEMBERED = 10_000  # pins kept in memory for the time when the store cannot be read
+MAX_REMEMBERED = 10_000  # pins and names kept in memory for the time when the store cannot be read
 MAX_LOOKED_UP = 400  # of the newest prefixes of one conversation
 STORE_RETRY_S = 2.0
 
@@ -162,7 +161,7 @@ OPEN = (
 OPEN_IN_SESSION = OPEN.where(records.c.session == bindparam("session"))
 OPEN_BY_PREFIX = OPEN.where(records.c.prefix.in_(bindparam("prefixes", expanding=True)))
 PAYLOADS = select(records.c.id, records.c.payload).where(records.c.id.in_(bindparam("ids", expanding=True)))
-RELEASES = select(releases.c.name, releases.c.status, releases.c.path).where(
+RELEASES = select(releases.c.name, releases.c.agent, releases.c.status, releases.c.path).where(
     releases.c.agent.in_(bindparam("agents", expanding=True)), releases.c.name.in_(bindparam("names", expanding=True))
 )
 
@@ -205,8 +204,8 @@ class Episodes:
         self._lock = asyncio.Lock()  # looking and claiming are one step
         self._leases: list[Lease] = []
         self._remembered: OrderedDict[tuple[str, str, str], Lease] = OrderedDict()
-        self._last_alias: dict[str, str] = {}  # by agent: the shared one and tenants
-        self._is_base: dict[str, bool] = {}  # of every release that answered since the start
+        self._last_alias: dict[str, tuple[str, bool]] = {}  # by agent, the shared one and tenants: and if it is bare
+        self._named: OrderedDict[str, tuple[str, bool]] = OrderedDict()  # asked for by name and allowed: whose, if bare
 
     @property
     def busy(self) -> frozenset[str]:
@@ -272,7 +271,11 @@ class Episodes:
         return seen
 
     def _decide(self, seen: Seen, wish: Wish) -> Lease:
-        alias = self._last_alias[wish.agent] = seen.alias or self.base_release
+        alias = seen.alias or self.base_release
+        self._last_alias[wish.agent] = alias, self._is_base(alias, seen)
+        for row in seen.releases.values():
+            if row.status in UNDONE:
+                self._named.pop(row.name, None)
         is_alias = self._is_alias(wish)
         position = {prefix: i for i, prefix in enumerate(wish.hashes)}
         named = seen.releases.get(wish.model)
@@ -291,8 +294,6 @@ class Episodes:
             release = alias
         elif pinned is None and not is_alias:
             self._check_named(wish.model, seen)
-        is_base = release == self.base_release or (release in seen.releases and seen.releases[release].path is None)
-        self._is_base[release] = is_base
         known: tuple[str | None, ...] = ()
         if match is not None:
             known = seen.producers.get(match.id, ())[: position[match.prefix] + 1]
@@ -306,7 +307,7 @@ class Episodes:
             session=wish.session or episode_of(record),
             principal=wish.principal,
             release=release,
-            is_base=is_base,
+            is_base=self._is_base(release, seen),
             is_alias=is_alias,
             prefix=wish.prefix,
             after=None if match is None else match.prefix,
@@ -317,6 +318,9 @@ class Episodes:
 
     def _is_alias(self, wish: Wish) -> bool:
         return wish.model in (self._agent, wish.agent)
+
+    def _is_base(self, release: str, seen: Seen) -> bool:
+        return release == self.base_release or (release in seen.releases and seen.releases[release].path is None)
 
     def _of_new(self, alias: str, tried: Tried | None, unit: str) -> str:
         """Which release begins to answer a new episode: no client can tell beforehand, and none can choose."""
@@ -345,13 +349,16 @@ class Episodes:
         return max(free, key=lambda row: position[row.prefix], default=None)
 
     def _check_named(self, model: str, seen: Seen) -> None:
+        """Raise Refusal 404 unless it may serve whoever asks; what may is remembered."""
         row = seen.releases.get(model)
-        if model == self.base_release and (row is None or row.status not in UNDONE):
-            return
-        if row is None:
+        is_bare = model == self.base_release and (row is None or row.status not in UNDONE)
+        if row is None and not is_bare:
             raise unknown_model(model, self._agent)
-        if row.status != "released":
+        if row is not None and row.status != "released" and not is_bare:
             raise unknown_model(model, self._agent, f"may not serve (it is {row.status.replace('_', ' ')})")
+        self._named[model] = self._agent if row is None else row.agent, self._is_base(model, seen)
+        if len(self._named) > MAX_REMEMBERED:
+            self._named.popitem(last=False)
 
     def _from_memory(self, wish: Wish) -> Lease:
         """The store cannot be read: an episode keeps its release, a new one gets the alias that was read last."""
@@ -360,14 +367,16 @@ class Episodes:
         before = next((self._remembered[key] for key in keys if key in self._remembered), None)
         is_alias = self._is_alias(wish)
         if before is not None and (is_alias or wish.model == before.release):
-            episode, release = before.episode, before.release
+            episode, release, is_base = before.episode, before.release, before.is_base
         else:
-            last = self._last_alias.get(wish.agent) or self._last_alias.get(self._agent)
-            named = last if is_alias else wish.model
-            if named is None or named not in self._is_base:
+            known = self._last_alias.get(wish.agent) or self._last_alias.get(self._agent)
+            if not is_alias:
+                owner, is_bare = self._named.get(wish.model, ("", False))
+                known = (wish.model, is_bare) if owner in (self._agent, wish.agent) else None
+            if known is None:
                 message = f"the store cannot be read, and {wish.model!r} was never resolved before"
                 raise Refusal(503, message, kind="api_error", code="store_unreachable")
-            episode, release = f"traj-{uuid.uuid4().hex}", named
+            episode, (release, is_base) = f"traj-{uuid.uuid4().hex}", known
         return Lease(
             episode=episode,
             record=episode,
@@ -375,7 +384,7 @@ class Episodes:
             session=wish.session or episode,
             principal=wish.principal,
             release=release,
-            is_base=self._is_base[release],
+            is_base=is_base,
             is_alias=is_alias,
             prefix=wish.prefix,
             is_recordable=False,

@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cltrain.errors import DataError
 from cltrain.monitoring.outbox import lags
+from cltrain.monitoring.tenants import tenant_metrics
 from cltrain.monitoring.tried import tried_metrics
 from cltrain.store.database import Store
 from cltrain.store.schema import agents, aliases, feedback, outbox, records, releases, screenings, updates
@@ -95,6 +96,7 @@ def _state(connection: Connection, agent: str, now: float) -> Iterable[Metric]:
     yield _unread(connection, agent)
     yield from _serving(connection, agent)
     yield from tried_metrics(connection, agent)
+    yield from tenant_metrics(connection, agent)
     yield from _last_update(connection, agent, now)
     lag = GaugeMetricFamily("cltrain_sink_lag_events", "Events that a sink has not kept yet.", labels=["sink"])
     for sink, number in lags(connection).items():

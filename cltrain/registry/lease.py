@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from cltrain.config_tenants import shared_of
 from cltrain.errors import ConflictError, DataError
 from cltrain.store.database import Store
 from cltrain.store.schema import agents, workers
@@ -76,9 +77,11 @@ def check(store: Store, agent: str, fence: int, now: float) -> None:
 
 
 def lease_until(store: Store, agent: str) -> float:
-    """When the newest lease of the agent ends, epoch seconds; 0 where nobody has one."""
+    """When the newest lease of whoever works on the agent ends, epoch seconds; 0 where nobody has one. A tenant's own
+    is held for its turn only: the worker that gives it its turns holds that of the shared agent."""
+    ours = agents.c.agent.in_((agent, shared_of(agent)))
     with store.read() as connection:
-        return float(connection.scalar(select(agents.c.lease_until).where(agents.c.agent == agent)) or 0.0)
+        return float(connection.scalar(select(func.max(agents.c.lease_until)).where(ours)) or 0.0)
 
 
 def settings_of(store: Store, agent: str) -> dict[str, Any] | None:

@@ -223,7 +223,7 @@ requests = Table(  # asked of the running worker by CLI and API; the worker alon
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=True),
     Column("agent", String, nullable=False, index=True),
-    Column("kind", String, nullable=False),  # update | trial | audit
+    Column("kind", String, nullable=False),  # update | trial | share | audit
     Column("options", JSON, nullable=False),
     Column("outcome", JSON),  # None until done
     Column("created_at", Float, nullable=False),
