@@ -8,7 +8,7 @@ from there. Needs no accelerator.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -21,10 +21,10 @@ from cltrain.experience.examples import decisive, score_of
 from cltrain.experience.faults import fault_of
 from cltrain.experience.reading import read_trajectories
 from cltrain.gate.sequential import Evidence, Outcome, judge, weigh
-from cltrain.records import Alias, Trajectory, Verdict
+from cltrain.records import Alias, LearningMode, Trajectory, Verdict
 from cltrain.registry import aliases, rollouts
 from cltrain.registry.rollouts import Rollout
-from cltrain.rooms import Rooms, required_ready
+from cltrain.rooms import Rooms, desired, required_ready
 from cltrain.store.schema import records, updates
 
 Action = Literal["go on", "step up", "promote", "harm", "back"]
@@ -49,9 +49,11 @@ def look(rooms: Rooms) -> str | None:
     num_tried = sum(outcome.arm == "candidate" for outcome in outcomes)
     evidence = weigh(outcomes, settings.judged_by, settings.margin)
     began_with = tried.evidence.get("step_began_with", 0)
+    barred = desired(rooms).barred  # no trusted key signed these: hashed here, where no write waits for it
     with rooms.store.write() as connection:
         rollouts.require_same(connection, tried, rooms.fence)
         try:
+            _require_leave(rooms, tried, barred)
             readiness.require_ready(connection, rooms.server.urls, tried.release, required_ready(rooms))
             action, reason = next_action(settings, tried, evidence, num_tried, num_tried - began_with, now)
         except ConflictError as error:
@@ -73,6 +75,14 @@ def look(rooms: Rooms) -> str | None:
     said = f"{tried.release} ({tried.kind}): {action}: {reason}"
     rooms.on_progress(said)
     return said
+
+
+def _require_leave(rooms: Rooms, tried: Rollout, barred: Collection[str]) -> None:
+    """Raise ConflictError where a worker that was started with other settings than it began under must not go on."""
+    if (mode := rooms.config.agent.mode) is not LearningMode.AUTO:
+        raise ConflictError(f"agent.mode is {mode}: only in auto is a candidate tried and promoted without a person")
+    if tried.release in barred:
+        raise ConflictError(f"{tried.release} is signed by none of the keys that are trusted now (signing)")
 
 
 def next_action(

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy import func, select
 
 from cltrain import plans
+from cltrain.config import from_dict
 from cltrain.deploy import readiness
 from cltrain.errors import ConflictError
 from cltrain.loop import Attempt, conclude
@@ -193,6 +196,36 @@ def test_what_was_imported_or_moved_midway_is_no_evidence(tmp_path: Path) -> Non
         made.now += 20.0
         look(made.rooms)
         assert evidence(made)["episodes"] == {}
+
+
+def begun_anew(made: Trial, **sections: dict[str, Any]) -> None:
+    """The worker as it is after a restart with these settings."""
+    made.rooms.config = from_dict({**made.rooms.config.model_dump(mode="json", exclude_unset=True), **sections})
+
+
+@pytest.mark.parametrize("mode", ["off", "observe", "approve"])
+def test_a_worker_begun_anew_in_a_mode_that_promotes_nothing_takes_it_back_without_blame(
+    tmp_path: Path, mode: str
+) -> None:
+    with trial(tmp_path) as made:
+        made.start()
+        made.pairs(60)  # enough to promote
+        begun_anew(made, agent={"name": AGENT, "mode": mode})
+        look(made.rooms)
+        why = f"agent.mode is {mode}: only in auto is a candidate tried and promoted without a person"
+        assert (made.state, made.serving, made.standing()) == (("back", why), made.incumbent, "waiting")
+
+
+def test_what_no_key_signed_that_is_trusted_now_is_taken_back(tmp_path: Path) -> None:
+    key = Ed25519PrivateKey.generate().public_key()
+    (tmp_path / "key.pub").write_bytes(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    with trial(tmp_path) as made:
+        made.start()
+        made.pairs(60)
+        begun_anew(made, signing={"trusted": [str(tmp_path / "key.pub")]})
+        look(made.rooms)
+        assert (made.state[0], made.serving, made.standing()) == ("back", made.incumbent, "waiting")
+        assert "is signed by none of the keys that are trusted now" in str(made.state[1])
 
 
 @pytest.mark.parametrize(("on_timeout", "num_pairs", "state"), [
