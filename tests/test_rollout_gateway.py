@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from cltrain.config_rollout import RolloutConfig
 from cltrain.deploy import readiness
 from cltrain.experience.recording import read_trajectories
-from cltrain.gateway.split import Tried, takes
+from cltrain.gateway.split import Tried, read_tried, takes
 from cltrain.registry import aliases, lease, rollouts
 from tests.gateway_parts import BASE, R1, R2, FakeServer, Gateway, add_release, point_alias, running, set_release
 from tests.rollout_parts import FIND, say_ready, until
@@ -54,13 +55,14 @@ def try_r2(gateway: Gateway, **settings: Any) -> None:
     with contextlib.suppress(IntegrityError):
         add_release(gateway.store, R2, "candidate")
     say_ready(gateway.store, gateway.urls[0], R1, R2)
-    fence = lease.acquire(gateway.store, "support", "worker", 1e9, 0.0)
+    now = time.time()
+    fence = lease.acquire(gateway.store, "support", "worker", 60.0, now)
     config = RolloutConfig(**{"kind": "canary", **settings}).model_dump(mode="json")
     expected = aliases.read_alias(gateway.store, "support")
     with gateway.store.write() as connection:
         rollouts.start_in(
             connection, expected, release=R2, update_id="u", settings=config, raises_high_water=False, fence=fence,
-            now=gateway.now,
+            now=now,
         )  # fmt: skip
 
 
@@ -148,6 +150,38 @@ def test_new_episodes_get_the_incumbent_while_no_replica_is_ready_for_the_canary
         assert adapter(gateway.chat("hello")) == R1
         say_ready(gateway.store, gateway.urls[0], R1)
         assert adapter(gateway.chat("hello")) == R1
+
+
+@pytest.mark.parametrize("kind", ["canary", "shadow"])
+@pytest.mark.parametrize("what", ["worker", "time"])
+def test_nobody_new_gets_the_candidate_once_no_worker_would_take_it_back(tmp_path: Path, kind: str, what: str) -> None:
+    with running(tmp_path) as gateway:
+        begin(gateway, kind=kind, weights=[0.999999], max_hours=1.0)
+
+        def tried(later_s: float) -> bool:
+            with gateway.store.read() as connection:
+                return read_tried(connection, "support", gateway.urls, time.time() + later_s) is not None
+
+        if what == "worker":  # its lease of 60 s is not renewed
+            assert [tried(later_s) for later_s in (0.0, 110.0, 130.0)] == [True, True, False]
+            lease.acquire(gateway.store, "support", "worker", 60.0, time.time() - 130.0)
+        else:
+            lease.acquire(gateway.store, "support", "worker", 1e4, time.time())
+            assert [tried(later_s) for later_s in (0.0, 3500.0, 3700.0)] == [True, True, False]
+            with gateway.store.write() as connection:
+                connection.exec_driver_sql("UPDATE rollouts SET started_at = started_at - 3700")
+        assert [adapter(gateway.chat(f"hello {i}")) for i in range(3)] == [R1] * 3
+        assert {body["model"] for body in gateway.fake.bodies} == {R1}
+
+
+def test_an_episode_that_a_candidate_began_goes_on_with_it_while_no_worker_looks(tmp_path: Path) -> None:
+    session = {"X-Session-Id": "s"}
+    with running(tmp_path) as gateway:
+        begin(gateway, weights=[0.999999])
+        first = gateway.chat("one", headers=session)
+        lease.release_lease(gateway.store, "support", 1)
+        second = gateway.chat("one", said(first), "two", headers=session)
+        assert [adapter(a) for a in (first, second, gateway.chat("new"))] == [R2, R2, R1]
 
 
 def test_a_replica_that_is_cut_off_in_the_middle_fails_no_request_of_either_arm(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from cltrain.registry.lease import agent_row, require_fence
 from cltrain.registry.releases import retire
 from cltrain.store.database import Store
 from cltrain.store.schema import aliases, rollout_outcomes, rollouts, screenings, updates
+from cltrain.store.trials import is_open
 
 Arms = Mapping[Literal["incumbent", "candidate"], tuple[bool, float | None]]
 
@@ -58,9 +59,8 @@ def require_none(store: Store, agent: str) -> None:
 
 def open_in(connection: Connection, agent: str) -> Rollout | None:
     """The agent's open rollout, None where there is none."""
-    is_open = (rollouts.c.agent == agent) & (rollouts.c.state == "open")
     columns = [rollouts.c[name] for name in Rollout.__dataclass_fields__]
-    row = connection.execute(select(*columns).where(is_open)).first()
+    row = connection.execute(select(*columns).where(is_open(agent))).first()
     return None if row is None else Rollout(*row)
 
 
