@@ -25,7 +25,7 @@ from cltrain.records import Alias, LearningMode, Trajectory, Verdict
 from cltrain.registry import aliases, rollouts
 from cltrain.registry.rollouts import Rollout
 from cltrain.rooms import Rooms, desired, required_ready
-from cltrain.store.schema import records, updates
+from cltrain.store.schema import named_records, records, updates
 
 Action = Literal["go on", "step up", "promote", "harm", "back"]
 NEVER_CAME = ("timeout", "aborted", "error")  # ends of an episode: a fault of whoever answered, and no score
@@ -42,7 +42,7 @@ def look(rooms: Rooms) -> str | None:
     if tried is None:
         return None
     settings, now = RolloutConfig(**tried.settings), rooms.clock()
-    fresh, seq = _settled(rooms, tried, now - settings.settle_s) if tried.kind == "canary" else ([], 0)
+    fresh, seq = _settled(rooms, tried, settings.settle_s, now) if tried.kind == "canary" else ([], 0)
     with rooms.store.read() as connection:
         known = [Outcome(*row) for row in rollouts.outcomes_of(connection, tried.id)]
     outcomes = [*known, *(outcome for _, outcome in fresh)]
@@ -131,9 +131,10 @@ def _act(connection: Connection, rooms: Rooms, tried: Rollout, action: Action, r
         connection.execute(update(updates).where(of_update).values(summary=served))
 
 
-def _settled(rooms: Rooms, tried: Rollout, by: float) -> tuple[list[tuple[str, Outcome]], int]:
-    """(record, outcome) of the episodes that settled since the last look, in the order in which they began, and the
-    last one's number. One that has not settled keeps later ones waiting: an order by outcome would favour the quick."""
+def _settled(rooms: Rooms, tried: Rollout, settle_s: float, now: float) -> tuple[list[tuple[str, Outcome]], int]:
+    """(record, outcome) of the episodes that settled since the last look, in the order in which their first answers
+    were stored, and the last one's number. One that has not settled keeps later ones waiting: an order by outcome would
+    favour the quick."""
     last = int(tried.evidence.get("seq", 0))
     columns = (records.c.id, records.c.seq, records.c.created_at, records.c.release, records.c.end, records.c.is_mixed)
     query = (
@@ -141,27 +142,28 @@ def _settled(rooms: Rooms, tried: Rollout, by: float) -> tuple[list[tuple[str, O
         .where(records.c.agent == rooms.agent, records.c.seq > last, records.c.created_at >= tried.started_at)
         .where(records.c.release.in_((tried.incumbent, tried.release)))
         .where(records.c.prefix.is_not(None))  # the gateway saw it: imported ones have none
+        .where(records.c.id.not_in(select(named_records.c.record)))  # for these nobody drew lots
         .order_by(records.c.seq)
         .limit(MAX_READ)
     )
     rows: list[Any] = []
     with rooms.store.read() as connection:
         for row in connection.execute(query):
-            if row.created_at > by:
+            if row.created_at > now - settle_s:
                 break
             rows.append(row)
     whole = [row for row in rows if not row.is_mixed and "~" not in row.id]  # a branch is no episode of its own
     read = {one.id: one for one in read_trajectories(rooms.store, rooms.agent, records_in=[row.id for row in whole])}
-    found = [(row.id, _outcome(row, read[row.id], tried.release)) for row in whole]
+    found = [(row.id, _outcome(row, read[row.id], tried.release, settle_s)) for row in whole]
     return found, rows[-1].seq if rows else last
 
 
-def _outcome(row: Row[Any], episode: Trajectory, candidate: str) -> Outcome:
-    """How an episode went. Where an answer never came its score is missing: whatever was said is said of the rest."""
+def _outcome(row: Row[Any], episode: Trajectory, candidate: str, settle_s: float) -> Outcome:
+    """How an episode went, by what was said of it in its first seconds, however late it is looked at. Where an answer never came its score is missing: whatever was said is said of the rest."""
     arm: Literal["candidate", "incumbent"] = "candidate" if row.release == candidate else "incumbent"
     if row.end in NEVER_CAME:
         return Outcome(arm, True)
     turns = [generation.turn for generation in episode.generations]
-    said = decisive(episode.feedback)
+    said = decisive([given for given in episode.feedback if given.created_at <= row.created_at + settle_s])
     is_fault = fault_of(episode.messages, turns, episode.tools) is not None
     return Outcome(arm, is_fault, None if said is None else score_of(said))

@@ -12,6 +12,7 @@ import pytest
 from fastapi import Request
 from fastapi.responses import Response
 from scipy.stats import binom
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from cltrain.config_rollout import RolloutConfig
@@ -19,6 +20,7 @@ from cltrain.deploy import readiness
 from cltrain.experience.recording import read_trajectories
 from cltrain.gateway.split import Tried, read_tried, takes
 from cltrain.registry import aliases, lease, rollouts
+from cltrain.store.schema import named_records
 from tests.gateway_parts import BASE, R1, R2, FakeServer, Gateway, add_release, point_alias, running, set_release
 from tests.rollout_parts import FIND, say_ready, until
 from tests.test_gateway_replicas import fleet_of
@@ -27,11 +29,11 @@ SHADOW = {"kind": "shadow", "weights": [0.999999]}
 
 
 class Broken(FakeServer):
-    """Under one release it calls tools with what is no JSON, or never answers."""
+    """Under one release it calls tools with what is no JSON, never answers, or fails with that status."""
 
-    def __init__(self, release: str, *, hangs: bool = False) -> None:
+    def __init__(self, release: str, *, hangs: bool = False, status: int | None = None) -> None:
         super().__init__()
-        self.release, self.hangs = release, hangs
+        self.release, self.hangs, self.status = release, hangs, status
 
     async def _answer(
         self, request: Request, body: dict[str, Any], order: str, message: dict[str, Any], kind: str
@@ -39,6 +41,8 @@ class Broken(FakeServer):
         if body["model"] == self.release and self.hangs:
             while not self.lets_go.is_set():
                 await asyncio.sleep(0.01)
+        if body["model"] == self.release and self.status is not None:
+            return Response("broken", self.status)
         if body["model"] == self.release and message.get("tool_calls"):
             message["tool_calls"][0]["function"]["arguments"] = '{"item": '
         return await super()._answer(request, body, order, message, kind)
@@ -140,6 +144,17 @@ def test_no_client_can_ask_for_the_canary(tmp_path: Path) -> None:
         begin(gateway, weights=[0.5])
         answer = gateway.chat("me first", model=R2)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_an_episode_is_known_whose_client_named_the_incumbent_when_it_began(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        begin(gateway, weights=[0.000001])
+        answers = [gateway.chat("one", model=model) for model in (R1, "support", "support")]
+        for first, model in zip(answers, ("support", R1, "support"), strict=True):  # as what is asked for later
+            gateway.chat("one", said(first), "two", model=model)
+        with gateway.store.read() as connection:
+            named = list(connection.scalars(select(named_records.c.record)))
+        assert named == [answers[0].headers["x-cltrain-trajectory"]]
 
 
 def test_new_episodes_get_the_incumbent_while_no_replica_is_ready_for_the_canary(tmp_path: Path) -> None:
@@ -255,11 +270,26 @@ def test_no_answer_waits_for_a_shadow_that_hangs(tmp_path: Path) -> None:
         until(lambda: len(outcomes(gateway)) == 4, "the copies were lost")
 
 
-def test_a_copy_that_takes_too_long_is_a_fault_of_the_candidate(tmp_path: Path) -> None:
-    with running(tmp_path, fake=Broken(R2, hangs=True), rollout={"shadow_timeout_s": 0.2}) as gateway:
+@pytest.mark.parametrize("status", [None, 500, 502, 504])
+def test_a_copy_without_an_answer_is_missing_as_the_incumbents_would_be(tmp_path: Path, status: int | None) -> None:
+    fake = Broken(R2, hangs=status is None, status=status)
+    with running(tmp_path, fake=fake, rollout={"shadow_timeout_s": 0.2}) as gateway:
         begin(gateway, **SHADOW)
         assert adapter(gateway.chat("hello")) == R1
-        until(lambda: outcomes(gateway) == [("incumbent", False), ("candidate", True)], "it is never given up")
+        until(lambda: shadowed(gateway, "missing") == 1, "it is never given up")
+        assert outcomes(gateway) == []
+
+
+def test_a_note_that_the_database_refuses_is_counted_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(tmp_path) as gateway:
+        begin(gateway, **SHADOW)
+        with gateway.store.write() as connection:
+            connection.exec_driver_sql("ALTER TABLE rollout_outcomes RENAME TO gone")
+        assert adapter(gateway.chat("hello")) == R1
+        until(lambda: shadowed(gateway, "missing") == 1, "it is lost")
+    assert f"what {R2} said in the shadow is not kept" in caplog.text
 
 
 def shadowed(gateway: Gateway, outcome: str) -> float:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Table, bindparam, delete, exists, func, inser
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.records import Feedback, Generation, Message, Split, Tool, Trajectory
-from cltrain.store.schema import feedback, generations, records, screenings, set_aside
+from cltrain.store.schema import feedback, generations, named_records, records, screenings, set_aside
 
 # Built once: making a statement costs more than running it.
 STATE_OF_RECORD = select(records.c.prefix, records.c.status, records.c.is_mixed).where(records.c.id == bindparam("id"))
@@ -53,6 +53,7 @@ class Turn:
     end: str = "ok"
     is_mixed: bool = False
     is_done: bool = False
+    is_named: bool = False  # the client asked for the release, not for the agent
 
 
 def episode_of(record: str) -> str:
@@ -86,6 +87,8 @@ def write_turn(connection: Connection, turn: Turn, split: Split, now: float) -> 
     else:
         origin = {"id": record, "agent": turn.agent, "session": turn.session, "principal": turn.principal}
         _insert(connection, records, {**origin, "split": split, "created_at": now, **values})
+        if turn.is_named:
+            _insert(connection, named_records, {"record": record})
     if turn.generation is not None:
         write_generation(connection, replace(turn.generation, record=record), now)
     if turn.is_done:
