@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, select
 
 from cltrain.config_rollout import RolloutConfig
 from cltrain.deploy import readiness
@@ -25,7 +25,7 @@ from cltrain.records import Alias, LearningMode, Trajectory, Verdict
 from cltrain.registry import aliases, rollouts
 from cltrain.registry.rollouts import Rollout
 from cltrain.rooms import Rooms, desired, required_ready
-from cltrain.store.schema import named_records, records, updates
+from cltrain.store.schema import named_records, records
 
 Action = Literal["go on", "step up", "promote", "harm", "back"]
 NEVER_CAME = ("timeout", "aborted", "error")  # ends of an episode: a fault of whoever answered, and no score
@@ -120,15 +120,10 @@ def _act(connection: Connection, rooms: Rooms, tried: Rollout, action: Action, r
         rollouts.take_back_in(connection, rooms.agent, reason=reason, now=now, is_to_blame=action == "harm")
     elif action == "promote":
         then = Alias(rooms.agent, tried.incumbent, tried.alias_version, None, 0)
-        aliases.move_alias_in(
+        aliases.serve_in(
             connection, rooms.agent, expected=then, to=tried.release, fence=rooms.fence, now=now,
-            raises_high_water=tried.raises_high_water,
+            reason=f"promoted as {tried.kind}", raises_high_water=tried.raises_high_water,
         )  # fmt: skip
-        aliases.file_learned_in(connection, rooms.agent, tried.release, f"promoted as {tried.kind}", now)
-        of_update = updates.c.id == tried.update
-        summary = connection.execute(select(updates.c.summary).where(of_update)).scalar_one()
-        served = {**summary, "is_served": True, "serving": tried.release}
-        connection.execute(update(updates).where(of_update).values(summary=served))
 
 
 def _settled(rooms: Rooms, tried: Rollout, settle_s: float, now: float) -> tuple[list[tuple[str, Outcome]], int]:
