@@ -154,7 +154,8 @@ def _settled(rooms: Rooms, tried: Rollout, settle_s: float, now: float) -> tuple
 
 
 def _outcome(row: Row[Any], episode: Trajectory, candidate: str, settle_s: float) -> Outcome:
-    """How an episode went, by what was said of it in its first seconds, however late it is looked at. Where an answer never came its score is missing: whatever was said is said of the rest."""
+    """How an episode went, by what was said of it in its first seconds, however late it is looked at. Where an answer
+    never came its score is missing: whatever was said is said of the rest."""
     arm: Literal["candidate", "incumbent"] = "candidate" if row.release == candidate else "incumbent"
     if row.end in NEVER_CAME:
         return Outcome(arm, True)

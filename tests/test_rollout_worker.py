@@ -24,6 +24,7 @@ from cltrain.registry import aliases, lease, releases, rollouts
 from cltrain.registry.decisions import verify_chain
 from cltrain.rollout import look
 from cltrain.store.schema import named_records, rollout_outcomes, screenings, updates
+from cltrain.worker import Worker
 from tests.registry_parts import sealed
 from tests.rollout_parts import AGENT, Trial, trial
 
@@ -304,6 +305,22 @@ def test_one_of_two_replicas_is_enough_where_one_is_asked_for(tmp_path: Path) ->
         readiness.note_out(made.store, "http://two", made.now)
         look(made.rooms)
         assert made.state[0] == "open"
+
+
+def test_no_update_begins_beside_one_that_was_cut_off_and_is_tried_once_it_is_finished(tmp_path: Path) -> None:
+    with trial(tmp_path) as made:
+
+        class Restarted(Worker):
+            def _check_anchors(self) -> None:
+                pass
+
+            def finish_interrupted(self) -> None:
+                made.start()
+
+        learner = Restarted(made.rooms.config, made.store)
+        learner.rooms = made.rooms
+        with pytest.raises(ConflictError, match=f"{made.candidate} is tried as canary"):
+            learner.update()
 
 
 def test_a_worker_without_the_lease_decides_nothing(tmp_path: Path) -> None:
