@@ -20,7 +20,7 @@ from cltrain.errors import ConflictError
 from cltrain.experience.examples import decisive, score_of
 from cltrain.experience.faults import fault_of
 from cltrain.experience.reading import read_trajectories
-from cltrain.gate.sequential import Evidence, Outcome, judge, weigh
+from cltrain.gate.sequential import Outcome, Weighed, judge, weigh
 from cltrain.records import Alias, LearningMode, Trajectory, Verdict
 from cltrain.registry import aliases, rollouts
 from cltrain.registry.rollouts import Rollout
@@ -66,9 +66,8 @@ def look(rooms: Rooms) -> str | None:
         }
         if action == "go on" and found == tried.evidence:
             return None
-        for unit, outcome in fresh:
-            rollouts.add_outcome_in(connection, tried.id, unit, {outcome.arm: (outcome.fault, outcome.score)})
-        rollouts.note_evidence_in(connection, tried, found)
+        rollouts.add_outcomes_in(connection, tried.id, [(unit, *outcome) for unit, outcome in fresh])
+        tried = rollouts.note_evidence_in(connection, tried, found)
         _act(connection, rooms, tried, action, reason, now)
     if action == "go on":
         return None
@@ -88,7 +87,7 @@ def _require_leave(rooms: Rooms, tried: Rollout, barred: Collection[str]) -> Non
 def next_action(
     settings: RolloutConfig,
     tried: Rollout,
-    evidence: Sequence[Evidence],
+    evidence: Sequence[Weighed],
     num_tried: int,
     num_at_weight: int,
     now: float,

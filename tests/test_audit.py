@@ -179,7 +179,8 @@ def tampered(learner, deployment, tmp_path: Path):
             file.write_bytes(content(file))
             file.chmod(0o444)
         with learner.rooms.server_lock:
-            learner.rooms.server.unload(name)
+            for member in learner.rooms.server.members:
+                member.unload(name)
         tending.tend(learner.rooms)
 
     try:

@@ -21,7 +21,7 @@ from cltrain.errors import ConflictError
 from cltrain.loop import Attempt, conclude
 from cltrain.records import Check, Code, Decision, Verdict
 from cltrain.registry import aliases, lease, releases, rollouts
-from cltrain.registry.decisions import verify_chain
+from cltrain.registry.decisions import read_decisions, verify_chain
 from cltrain.rollout import look
 from cltrain.store.schema import named_records, rollout_outcomes, screenings, updates
 from cltrain.worker import Worker
@@ -135,6 +135,8 @@ def test_an_equal_grows_step_by_step_and_is_promoted(tmp_path: Path) -> None:
         )
         assert (references.high_water, made.standing()) == (made.candidate, "replay")
         assert made.log() == ["begun", "weight", "promoted"]
+        grown = read_decisions(made.store, AGENT, kind="rollout")[1].payload
+        assert (grown["weight"], grown["evidence"]["episodes"]) == (0.5, {"incumbent": 15, "candidate": 15})
 
 
 def test_an_episode_is_not_judged_before_it_settled_and_later_ones_wait_for_it(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from cltrain.gateway.split import Tried, takes
 from cltrain.gateway.tokens import read_answer
 from cltrain.gateway.upstreams import Upstreams
 from cltrain.records import Message
-from cltrain.registry.rollouts import add_outcome_in
+from cltrain.registry.rollouts import UnitOutcome, add_outcomes_in
 
 NOT_COPIED = ("stream", "stream_options")
 
@@ -85,12 +85,9 @@ class Shadow:
             self._count.labels("missing").inc()
             return
         theirs = copied.is_broken(copied.said[-1])
+        pair: list[UnitOutcome] = [(copied.record, "incumbent", theirs, None), (copied.record, "candidate", ours, None)]
         try:
-            note = self._recorder.write(
-                lambda connection: add_outcome_in(
-                    connection, tried.rollout, copied.record, {"incumbent": (theirs, None), "candidate": (ours, None)}
-                )
-            )
+            note = self._recorder.write(lambda connection: add_outcomes_in(connection, tried.rollout, pair))
             await asyncio.wrap_future(note)
         except (DataError, SQLAlchemyError) as error:
             self._count.labels("missing").inc()
