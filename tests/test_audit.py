@@ -133,7 +133,7 @@ def test_a_changed_file_alarms_and_freezes_learning_with_its_reason(made):
 
 def test_a_server_that_answers_with_other_weights_alarms(made, tmp_path):
     learner, deployment = made
-    client, lock = learner.rooms.server, learner.rooms.server_lock  # the lock keeps the tender from putting it right
+    (client,), lock = learner.rooms.server.members, learner.rooms.server_lock  # that the tender does not put it right
     name = aliases.read_alias(deployment.store, "support").release
     directory = releases.release_dir(learner.config.state_dir, releases.get(deployment.store, name))
     other = random_adapter(load_base(None), tmp_path / "other", 4)

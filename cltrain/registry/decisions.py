@@ -1,7 +1,7 @@
 """The log of decisions: append-only, each entry hashed over the one before it.
 
-It holds names and numbers, never what people wrote. A cut-off tail cannot be seen from the inside: note
-the head that `verify_chain` returns somewhere else if that matters.
+It holds names and numbers, never what people wrote. A cut-off tail cannot be seen from the inside: note the head that
+`verify_chain` returns somewhere else if that matters.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Chain:
 def append(connection: Connection, agent: str, kind: str, payload: dict[str, Any], at: float) -> str:
     """Add one entry inside the caller's write transaction; returns its hash.
 
-    Raises DataError for a payload that is no finite JSON or holds a text longer than 500 characters:
-    names and numbers fit, content does not.
+    Raises DataError for a payload that is no finite JSON or holds a text longer than 500 characters: names
+    and numbers fit, content does not.
     """
     try:
         clean = json.loads(_canonical(payload))

@@ -163,8 +163,8 @@ def quarantine_learned(connection: Connection, agent: str, releases: Collection[
 
 def add_outcomes_in(connection: Connection, rollout: int, outcomes: Sequence[UnitOutcome]) -> None:
     """Those that are new, in this order; none once the rollout is over."""
-    is_open = select(rollouts.c.id).where(rollouts.c.id == rollout, rollouts.c.state == "open")
-    if not outcomes or connection.scalar(is_open) is None:
+    state = select(rollouts.c.state).where(rollouts.c.id == rollout)
+    if not outcomes or connection.scalar(state) != "open":
         return
     rows = [{"rollout": rollout, **dict(zip(OUTCOME, outcome, strict=True))} for outcome in outcomes]
     connection.execute(insert(rollout_outcomes).prefix_with("OR IGNORE", dialect="sqlite"), rows)
