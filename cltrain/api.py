@@ -163,11 +163,11 @@ class Deployment:
         approvals.require_judged(self.store, self.agent, release, incumbent(self.store, self.agent, alias.release))
         if directory is not None:
             load_and_prove(self.config, self.store, release, directory)
-        now = time.time()
-        moved = aliases.move_alias(
-            self.store, self.agent, expected=alias, to=release, fence=None, now=now, is_human=True
-        )
-        aliases.file_approved(self.store, self.agent, release, now)
+        with self.store.write() as connection:
+            moved = aliases.serve_in(
+                connection, self.agent, expected=alias, to=release, fence=None, now=time.time(),
+                reason="promoted by a human", is_human=True,
+            )  # fmt: skip
         return asdict(moved)
 
     def approve(self, release: str | None = None) -> dict[str, Any]:

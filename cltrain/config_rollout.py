@@ -25,7 +25,7 @@ class RolloutConfig(Section):
     weights: tuple[float, ...] = Field((0.05, 0.25), min_length=1)
     step_episodes: int = Field(50, ge=1)  # of the candidate's (shadow: answers), at each weight, before the next
     settle_s: float = Field(300.0, ge=0)  # after its first answer an episode counts with what was said of it by then
-    # faults: broken tool calls, empty answers, errors and time-outs of the server; score: feedback.
+    # faults: broken tool calls, empty answers, of a canary errors and time-outs of the server too; score: feedback.
     metrics: tuple[Metric, ...] | None = Field(
         None, min_length=1
     )  # None: both; shadow: faults, nobody rates its answers

@@ -8,11 +8,11 @@ from there. Needs no accelerator.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, select
 
 from cltrain.config_rollout import RolloutConfig
 from cltrain.deploy import readiness
@@ -20,12 +20,12 @@ from cltrain.errors import ConflictError
 from cltrain.experience.examples import decisive, score_of
 from cltrain.experience.faults import fault_of
 from cltrain.experience.reading import read_trajectories
-from cltrain.gate.sequential import Evidence, Outcome, judge, weigh
-from cltrain.records import Alias, Trajectory, Verdict
+from cltrain.gate.sequential import Outcome, Weighed, judge, weigh
+from cltrain.records import Alias, LearningMode, Trajectory, Verdict
 from cltrain.registry import aliases, rollouts
 from cltrain.registry.rollouts import Rollout
-from cltrain.rooms import Rooms, required_ready
-from cltrain.store.schema import records, updates
+from cltrain.rooms import Rooms, desired, required_ready
+from cltrain.store.schema import named_records, records
 
 Action = Literal["go on", "step up", "promote", "harm", "back"]
 NEVER_CAME = ("timeout", "aborted", "error")  # ends of an episode: a fault of whoever answered, and no score
@@ -42,16 +42,18 @@ def look(rooms: Rooms) -> str | None:
     if tried is None:
         return None
     settings, now = RolloutConfig(**tried.settings), rooms.clock()
-    fresh, seq = _settled(rooms, tried, now - settings.settle_s) if tried.kind == "canary" else ([], 0)
+    fresh, seq = _settled(rooms, tried, settings.settle_s, now) if tried.kind == "canary" else ([], 0)
     with rooms.store.read() as connection:
         known = [Outcome(*row) for row in rollouts.outcomes_of(connection, tried.id)]
     outcomes = [*known, *(outcome for _, outcome in fresh)]
     num_tried = sum(outcome.arm == "candidate" for outcome in outcomes)
     evidence = weigh(outcomes, settings.judged_by, settings.margin)
     began_with = tried.evidence.get("step_began_with", 0)
+    barred = desired(rooms).barred  # no trusted key signed these: hashed here, where no write waits for it
     with rooms.store.write() as connection:
         rollouts.require_same(connection, tried, rooms.fence)
         try:
+            _require_leave(rooms, tried, barred)
             readiness.require_ready(connection, rooms.server.urls, tried.release, required_ready(rooms))
             action, reason = next_action(settings, tried, evidence, num_tried, num_tried - began_with, now)
         except ConflictError as error:
@@ -64,9 +66,8 @@ def look(rooms: Rooms) -> str | None:
         }
         if action == "go on" and found == tried.evidence:
             return None
-        for unit, outcome in fresh:
-            rollouts.add_outcome_in(connection, tried.id, unit, {outcome.arm: (outcome.fault, outcome.score)})
-        rollouts.note_evidence_in(connection, tried, found)
+        rollouts.add_outcomes_in(connection, tried.id, [(unit, *outcome) for unit, outcome in fresh])
+        tried = rollouts.note_evidence_in(connection, tried, found)
         _act(connection, rooms, tried, action, reason, now)
     if action == "go on":
         return None
@@ -75,10 +76,18 @@ def look(rooms: Rooms) -> str | None:
     return said
 
 
+def _require_leave(rooms: Rooms, tried: Rollout, barred: Collection[str]) -> None:
+    """Raise ConflictError where a worker that was started with other settings than it began under must not go on."""
+    if (mode := rooms.config.agent.mode) is not LearningMode.AUTO:
+        raise ConflictError(f"agent.mode is {mode}: only in auto is a candidate tried and promoted without a person")
+    if tried.release in barred:
+        raise ConflictError(f"{tried.release} is signed by none of the keys that are trusted now (signing)")
+
+
 def next_action(
     settings: RolloutConfig,
     tried: Rollout,
-    evidence: Sequence[Evidence],
+    evidence: Sequence[Weighed],
     num_tried: int,
     num_at_weight: int,
     now: float,
@@ -110,20 +119,16 @@ def _act(connection: Connection, rooms: Rooms, tried: Rollout, action: Action, r
         rollouts.take_back_in(connection, rooms.agent, reason=reason, now=now, is_to_blame=action == "harm")
     elif action == "promote":
         then = Alias(rooms.agent, tried.incumbent, tried.alias_version, None, 0)
-        aliases.move_alias_in(
+        aliases.serve_in(
             connection, rooms.agent, expected=then, to=tried.release, fence=rooms.fence, now=now,
-            raises_high_water=tried.raises_high_water,
+            reason=f"promoted as {tried.kind}", raises_high_water=tried.raises_high_water,
         )  # fmt: skip
-        aliases.file_learned_in(connection, rooms.agent, tried.release, f"promoted as {tried.kind}", now)
-        of_update = updates.c.id == tried.update
-        summary = connection.execute(select(updates.c.summary).where(of_update)).scalar_one()
-        served = {**summary, "is_served": True, "serving": tried.release}
-        connection.execute(update(updates).where(of_update).values(summary=served))
 
 
-def _settled(rooms: Rooms, tried: Rollout, by: float) -> tuple[list[tuple[str, Outcome]], int]:
-    """(record, outcome) of the episodes that settled since the last look, in the order in which they began, and the
-    last one's number. One that has not settled keeps later ones waiting: an order by outcome would favour the quick."""
+def _settled(rooms: Rooms, tried: Rollout, settle_s: float, now: float) -> tuple[list[tuple[str, Outcome]], int]:
+    """(record, outcome) of the episodes that settled since the last look, in the order in which their first answers
+    were stored, and the last one's number. One that has not settled keeps later ones waiting: an order by outcome would
+    favour the quick."""
     last = int(tried.evidence.get("seq", 0))
     columns = (records.c.id, records.c.seq, records.c.created_at, records.c.release, records.c.end, records.c.is_mixed)
     query = (
@@ -131,27 +136,29 @@ def _settled(rooms: Rooms, tried: Rollout, by: float) -> tuple[list[tuple[str, O
         .where(records.c.agent == rooms.agent, records.c.seq > last, records.c.created_at >= tried.started_at)
         .where(records.c.release.in_((tried.incumbent, tried.release)))
         .where(records.c.prefix.is_not(None))  # the gateway saw it: imported ones have none
+        .where(records.c.id.not_in(select(named_records.c.record)))  # for these nobody drew lots
         .order_by(records.c.seq)
         .limit(MAX_READ)
     )
     rows: list[Any] = []
     with rooms.store.read() as connection:
         for row in connection.execute(query):
-            if row.created_at > by:
+            if row.created_at > now - settle_s:
                 break
             rows.append(row)
     whole = [row for row in rows if not row.is_mixed and "~" not in row.id]  # a branch is no episode of its own
     read = {one.id: one for one in read_trajectories(rooms.store, rooms.agent, records_in=[row.id for row in whole])}
-    found = [(row.id, _outcome(row, read[row.id], tried.release)) for row in whole]
+    found = [(row.id, _outcome(row, read[row.id], tried.release, settle_s)) for row in whole]
     return found, rows[-1].seq if rows else last
 
 
-def _outcome(row: Row[Any], episode: Trajectory, candidate: str) -> Outcome:
-    """How an episode went. Where an answer never came its score is missing: whatever was said is said of the rest."""
+def _outcome(row: Row[Any], episode: Trajectory, candidate: str, settle_s: float) -> Outcome:
+    """How an episode went, by what was said of it in its first seconds, however late it is looked at. Where an answer
+    never came its score is missing: whatever was said is said of the rest."""
     arm: Literal["candidate", "incumbent"] = "candidate" if row.release == candidate else "incumbent"
     if row.end in NEVER_CAME:
         return Outcome(arm, True)
     turns = [generation.turn for generation in episode.generations]
-    said = decisive(episode.feedback)
+    said = decisive([given for given in episode.feedback if given.created_at <= row.created_at + settle_s])
     is_fault = fault_of(episode.messages, turns, episode.tools) is not None
     return Outcome(arm, is_fault, None if said is None else score_of(said))

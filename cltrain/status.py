@@ -138,7 +138,7 @@ def lines_of(state: dict[str, Any]) -> list[str]:
 
 
 def _tried(found: rollouts.Rollout | None) -> dict[str, Any] | None:
-    """A candidate on live traffic beside what serves; `metrics` as gate.sequential.Evidence."""
+    """A candidate on live traffic beside what serves; `metrics` as gate.sequential.Weighed."""
     if found is None:
         return None
     return {

@@ -157,11 +157,11 @@ class Worker:
             raise ConflictError(f"{self.config.agent.name} is frozen ({reason}): cltrain unfreeze lets it learn again")
         if self.config.agent.mode is LearningMode.OFF:
             raise ConflictError(f"{self.config.agent.name} has learning mode off: choose observe, approve or auto")
-        rollouts.require_none(self.store, self.config.agent.name)
         self._check_anchors()
         self.finish_interrupted()
         if request is not None and (made := plans.answer_to(self.store, request)) is not None:
             return made
+        rollouts.require_none(self.store, self.config.agent.name)  # one that was finished just now may be tried
         if share is not None:
             summary = run_share(self.rooms, strata=share, request=request)
         else:

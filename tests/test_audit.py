@@ -133,7 +133,7 @@ def test_a_changed_file_alarms_and_freezes_learning_with_its_reason(made):
 
 def test_a_server_that_answers_with_other_weights_alarms(made, tmp_path):
     learner, deployment = made
-    client, lock = learner.rooms.server, learner.rooms.server_lock  # the lock keeps the tender from putting it right
+    (client,), lock = learner.rooms.server.members, learner.rooms.server_lock  # that the tender does not put it right
     name = aliases.read_alias(deployment.store, "support").release
     directory = releases.release_dir(learner.config.state_dir, releases.get(deployment.store, name))
     other = random_adapter(load_base(None), tmp_path / "other", 4)
@@ -179,7 +179,8 @@ def tampered(learner, deployment, tmp_path: Path):
             file.write_bytes(content(file))
             file.chmod(0o444)
         with learner.rooms.server_lock:
-            learner.rooms.server.unload(name)
+            for member in learner.rooms.server.members:
+                member.unload(name)
         tending.tend(learner.rooms)
 
     try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, event, func, insert, select, update
 
+from cltrain.api import Deployment
+from cltrain.config import from_dict
 from cltrain.models.base import load_base
 from cltrain.registry.aliases import move_alias, read_alias
 from cltrain.registry.decisions import append, verify_chain
@@ -64,6 +66,20 @@ def test_approve_without_a_name_serves_the_newest_that_waits_and_makes_it_the_an
     assert read_alias(store, "support").release == newer
     named = waiting(store, tmp_path, 5)
     assert cltrain(*words, named[:-4]).json["release"] == named
+
+
+def test_a_yes_that_is_cut_off_moved_nothing(store: Store, tmp_path: Path, url: str) -> None:
+    name, serving = waiting(store, tmp_path, 1), read_alias(store, "support").release
+    deployment = Deployment(from_dict({"home": str(tmp_path / "state"), "server": {"url": url}}))
+
+    @event.listens_for(deployment.store.engine, "before_cursor_execute")
+    def cut_off(connection: object, cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("UPDATE screenings"):
+            raise RuntimeError("cut off")
+
+    with pytest.raises(RuntimeError, match="cut off"):
+        deployment.promote(name)
+    assert read_alias(store, "support").release == serving
 
 
 def logged(store: Store) -> None:

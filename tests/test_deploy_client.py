@@ -69,7 +69,6 @@ def test_scores_are_the_adapters_log_probs(server, base, adapters):
     for name, path in (("base", None), ("a", adapters[0])):
         for seen, expected in zip(server.score_many(name, PROBES), truth(base, path), strict=True):
             assert seen == pytest.approx(expected, abs=1e-4)
-    assert server.score("a", *PROBES[1]) == pytest.approx(truth(base, adapters[0])[1], abs=1e-4)
     assert len(server.score_many("a", PROBES * 20)) == 40
 
 
@@ -79,7 +78,7 @@ def test_generated_tokens_score_as_they_were_reported(server):
     assert answer.model == "base"
     assert answer.message["role"] == "assistant"
     assert len(answer.completion_ids) == len(answer.logprobs)
-    scored = server.score("base", answer.prompt_ids, answer.completion_ids)
+    (scored,) = server.score_many("base", [(answer.prompt_ids, answer.completion_ids)])
     assert scored == pytest.approx(list(answer.logprobs), abs=1e-4)
 
 
@@ -97,7 +96,7 @@ def test_many_answers_keep_their_order(server):
 def test_an_absent_server_is_a_server_error(base):
     with ServerClient("http://127.0.0.1:9", "base", 2) as client:
         assert not client.health()
-        for call in (client.list, lambda: client.score("base", [1], [2]), lambda: client.unload("a")):
+        for call in (client.list, lambda: client.score_many("base", [([1], [2])]), lambda: client.unload("a")):
             with pytest.raises(ServerError, match="cannot be reached"):
                 call()
 

@@ -188,7 +188,7 @@ def test_an_unknown_adapter_is_an_error_and_never_the_base(served, versions, row
     with pytest.raises(ServerError, match=r"does not (exist|list)"):
         served.client.generate(first.name, ASK, max_tokens=1)
     with pytest.raises(ServerError, match=r"does not (exist|list)"):
-        served.client.score(first.name, *last_answer(rows[0]))
+        served.client.score_many(first.name, [last_answer(rows[0])])
     with pytest.raises(ServerError, match="did not load"):
         served.client.load(first.name, tmp_path / "nowhere")
     served.client.unload(first.name)

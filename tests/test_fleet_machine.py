@@ -51,12 +51,14 @@ class Fleet(RuleBasedStateMachine):
         super().__init__()
         self.home = Path(tempfile.mkdtemp())
         self.store = open_store(self.home)
-        self.now = 1000.0
+        self.now = 4e9  # later than the gateway's clock, whose trials and leases then last
         self.shelves = [Shelf(f"http://{letter}") for letter in "abc"]
         servers = Replicas(self.store, self.shelves, 2, clock=lambda: self.now)
         self.base = releases.ensure_base_release(self.store, AGENT, "ab" * 32, now=self.now).name
         fence = lease.acquire(self.store, AGENT, "machine", 1e9, self.now)
-        config = from_dict({"home": str(self.home), "agent": {"name": AGENT}, "server": {"max_adapters": 12}})
+        config = from_dict(
+            {"home": str(self.home), "agent": {"name": AGENT, "mode": "auto"}, "server": {"max_adapters": 12}}
+        )
         nothing: Any = None  # what only a training and the gate need
         self.rooms = Rooms(
             config, self.store, nothing, servers, nothing, b"", (), "", (), nothing, fence, clock=lambda: self.now
@@ -203,7 +205,8 @@ class Fleet(RuleBasedStateMachine):
 
     async def ask(self, session: str) -> None:
         """One request through the gateway's own parts; an answer's text says whose weights gave it."""
-        episodes = Episodes(self.store, AGENT, self.base, 5.0, b"k")
+        urls = [shelf.url for shelf in self.shelves]
+        episodes = Episodes(self.store, AGENT, self.base, 5.0, b"k", urls)
         upstreams = Upstreams(
             self.store,
             [Upstream(s.url, base_model="base", transport=httpx.MockTransport(s.answer)) for s in self.shelves],

@@ -28,8 +28,9 @@ class Trials(Fleet):
         assert tried is not None
         with self.store.write() as connection:
             for number in range(num_episodes):
-                arms = {"incumbent": (False, None), "candidate": (not is_good, None)}
-                rollouts.add_outcome_in(connection, tried.id, f"{self.now}-{number}", arms)
+                unit = f"{self.now}-{number}"
+                pair = [(unit, "incumbent", False, None), (unit, "candidate", not is_good, None)]
+                rollouts.add_outcomes_in(connection, tried.id, pair)
         is_ready = len(self.ready(tried.release)) >= self.rooms.server.min_ready
         look(self.rooms)
         serves = aliases.read_alias(self.store, self.rooms.agent).release == tried.release

@@ -144,17 +144,20 @@ def test_what_is_scrubbed_from_what_is_rehearsed_is_filed_with_the_window_and_ke
     assert found.keys() == {"right", "fixed"}
 
 
-def test_what_a_human_promotes_is_rehearsed_but_for_its_failures_its_doubts_and_what_was_not_learned(store):
+def test_what_is_promoted_later_is_rehearsed_but_for_its_failures_its_doubts_and_what_was_not_learned(store):
     aside = [Aside("surplus", "waiting", "quota: it has enough")]
     read = (*((name, "mend/good", "p") for name in ("right", "odd", "surplus")), ("wrong", "mend/bad", "p"))
     plan = plan_of((*ROWS[:2], row_of("odd")), aside, window=read)
     filed(store, plan, Decision(Verdict.PROMOTE, ("",), ()), doubtful={"odd"})
     with store.write() as connection:
-        connection.execute(update(updates).values(summary={"doubtful": ["odd"]}))
-    aliases.file_approved(store, "support", "y", 30.0)
+        connection.execute(update(updates).values(summary={"doubtful": ["odd", "old", "older"]}))
+        for record, made_by in (("old", "u"), ("older", "before"), ("sure", "before")):
+            window.mark(connection, "support", record, "replay", now=1.0, update=made_by)
+        aliases.file_learned_in(connection, "support", "y", "promoted by a human", 30.0)
     with store.read() as connection:
         found = dict(map(tuple, connection.execute(select(screenings.c.record, screenings.c.status))))
-    assert found == {"right": "replay", "wrong": "learned", "odd": "learned", "surplus": "waiting"}
+    expected = {"right": "replay", "wrong": "learned", "odd": "learned", "surplus": "waiting"}
+    assert found == {**expected, "old": "learned", "older": "learned", "sure": "replay"}
 
 
 def test_a_plan_with_partners_and_notes_comes_back_from_disk():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 from fastapi import Request
 from fastapi.responses import Response
 from scipy.stats import binom
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from cltrain.config_rollout import RolloutConfig
 from cltrain.deploy import readiness
 from cltrain.experience.recording import read_trajectories
-from cltrain.gateway.split import Tried, takes
+from cltrain.gateway.split import Tried, read_tried, takes
 from cltrain.registry import aliases, lease, rollouts
+from cltrain.store.schema import named_records
 from tests.gateway_parts import BASE, R1, R2, FakeServer, Gateway, add_release, point_alias, running, set_release
 from tests.rollout_parts import FIND, say_ready, until
 from tests.test_gateway_replicas import fleet_of
@@ -26,11 +29,11 @@ SHADOW = {"kind": "shadow", "weights": [0.999999]}
 
 
 class Broken(FakeServer):
-    """Under one release it calls tools with what is no JSON, or never answers."""
+    """Under one release it calls tools with what is no JSON, never answers, or fails with that status."""
 
-    def __init__(self, release: str, *, hangs: bool = False) -> None:
+    def __init__(self, release: str, *, hangs: bool = False, status: int | None = None) -> None:
         super().__init__()
-        self.release, self.hangs = release, hangs
+        self.release, self.hangs, self.status = release, hangs, status
 
     async def _answer(
         self, request: Request, body: dict[str, Any], order: str, message: dict[str, Any], kind: str
@@ -38,6 +41,8 @@ class Broken(FakeServer):
         if body["model"] == self.release and self.hangs:
             while not self.lets_go.is_set():
                 await asyncio.sleep(0.01)
+        if body["model"] == self.release and self.status is not None:
+            return Response("broken", self.status)
         if body["model"] == self.release and message.get("tool_calls"):
             message["tool_calls"][0]["function"]["arguments"] = '{"item": '
         return await super()._answer(request, body, order, message, kind)
@@ -54,13 +59,14 @@ def try_r2(gateway: Gateway, **settings: Any) -> None:
     with contextlib.suppress(IntegrityError):
         add_release(gateway.store, R2, "candidate")
     say_ready(gateway.store, gateway.urls[0], R1, R2)
-    fence = lease.acquire(gateway.store, "support", "worker", 1e9, 0.0)
+    now = time.time()
+    fence = lease.acquire(gateway.store, "support", "worker", 60.0, now)
     config = RolloutConfig(**{"kind": "canary", **settings}).model_dump(mode="json")
     expected = aliases.read_alias(gateway.store, "support")
     with gateway.store.write() as connection:
         rollouts.start_in(
             connection, expected, release=R2, update_id="u", settings=config, raises_high_water=False, fence=fence,
-            now=gateway.now,
+            now=now,
         )  # fmt: skip
 
 
@@ -140,6 +146,17 @@ def test_no_client_can_ask_for_the_canary(tmp_path: Path) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
+def test_an_episode_is_known_whose_client_named_the_incumbent_when_it_began(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        begin(gateway, weights=[0.000001])
+        answers = [gateway.chat("one", model=model) for model in (R1, "support", "support")]
+        for first, model in zip(answers, ("support", R1, "support"), strict=True):  # as what is asked for later
+            gateway.chat("one", said(first), "two", model=model)
+        with gateway.store.read() as connection:
+            named = list(connection.scalars(select(named_records.c.record)))
+        assert named == [answers[0].headers["x-cltrain-trajectory"]]
+
+
 def test_new_episodes_get_the_incumbent_while_no_replica_is_ready_for_the_canary(tmp_path: Path) -> None:
     with running(tmp_path) as gateway:
         begin(gateway, weights=[0.999999])
@@ -148,6 +165,38 @@ def test_new_episodes_get_the_incumbent_while_no_replica_is_ready_for_the_canary
         assert adapter(gateway.chat("hello")) == R1
         say_ready(gateway.store, gateway.urls[0], R1)
         assert adapter(gateway.chat("hello")) == R1
+
+
+@pytest.mark.parametrize("kind", ["canary", "shadow"])
+@pytest.mark.parametrize("what", ["worker", "time"])
+def test_nobody_new_gets_the_candidate_once_no_worker_would_take_it_back(tmp_path: Path, kind: str, what: str) -> None:
+    with running(tmp_path) as gateway:
+        begin(gateway, kind=kind, weights=[0.999999], max_hours=1.0)
+
+        def tried(later_s: float) -> bool:
+            with gateway.store.read() as connection:
+                return read_tried(connection, "support", gateway.urls, time.time() + later_s) is not None
+
+        if what == "worker":  # its lease of 60 s is not renewed
+            assert [tried(later_s) for later_s in (0.0, 110.0, 130.0)] == [True, True, False]
+            lease.acquire(gateway.store, "support", "worker", 60.0, time.time() - 130.0)
+        else:
+            lease.acquire(gateway.store, "support", "worker", 1e4, time.time())
+            assert [tried(later_s) for later_s in (0.0, 3500.0, 3700.0)] == [True, True, False]
+            with gateway.store.write() as connection:
+                connection.exec_driver_sql("UPDATE rollouts SET started_at = started_at - 3700")
+        assert [adapter(gateway.chat(f"hello {i}")) for i in range(3)] == [R1] * 3
+        assert {body["model"] for body in gateway.fake.bodies} == {R1}
+
+
+def test_an_episode_that_a_candidate_began_goes_on_with_it_while_no_worker_looks(tmp_path: Path) -> None:
+    session = {"X-Session-Id": "s"}
+    with running(tmp_path) as gateway:
+        begin(gateway, weights=[0.999999])
+        first = gateway.chat("one", headers=session)
+        lease.release_lease(gateway.store, "support", 1)
+        second = gateway.chat("one", said(first), "two", headers=session)
+        assert [adapter(a) for a in (first, second, gateway.chat("new"))] == [R2, R2, R1]
 
 
 def test_a_replica_that_is_cut_off_in_the_middle_fails_no_request_of_either_arm(tmp_path: Path) -> None:
@@ -221,11 +270,26 @@ def test_no_answer_waits_for_a_shadow_that_hangs(tmp_path: Path) -> None:
         until(lambda: len(outcomes(gateway)) == 4, "the copies were lost")
 
 
-def test_a_copy_that_takes_too_long_is_a_fault_of_the_candidate(tmp_path: Path) -> None:
-    with running(tmp_path, fake=Broken(R2, hangs=True), rollout={"shadow_timeout_s": 0.2}) as gateway:
+@pytest.mark.parametrize("status", [None, 500, 502, 504])
+def test_a_copy_without_an_answer_is_missing_as_the_incumbents_would_be(tmp_path: Path, status: int | None) -> None:
+    fake = Broken(R2, hangs=status is None, status=status)
+    with running(tmp_path, fake=fake, rollout={"shadow_timeout_s": 0.2}) as gateway:
         begin(gateway, **SHADOW)
         assert adapter(gateway.chat("hello")) == R1
-        until(lambda: outcomes(gateway) == [("incumbent", False), ("candidate", True)], "it is never given up")
+        until(lambda: shadowed(gateway, "missing") == 1, "it is never given up")
+        assert outcomes(gateway) == []
+
+
+def test_a_note_that_the_database_refuses_is_counted_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(tmp_path) as gateway:
+        begin(gateway, **SHADOW)
+        with gateway.store.write() as connection:
+            connection.exec_driver_sql("ALTER TABLE rollout_outcomes RENAME TO gone")
+        assert adapter(gateway.chat("hello")) == R1
+        until(lambda: shadowed(gateway, "missing") == 1, "it is lost")
+    assert f"what {R2} said in the shadow is not kept" in caplog.text
 
 
 def shadowed(gateway: Gateway, outcome: str) -> float:

@@ -120,6 +120,20 @@ def test_what_was_taken_back_never_serves(tmp_path: Path) -> None:
         assert verify_chain(made.store).num_entries > 0
 
 
+def test_an_outcome_counts_once_and_none_after_the_end(tmp_path: Path) -> None:
+    with trial(tmp_path) as made:
+        tried = made.start()
+        pair = [("one", "incumbent", False, None), ("one", "candidate", True, 0.5)]
+        for outcomes in (pair, [*pair, ("two", "candidate", False, None)]):
+            with made.store.write() as connection:
+                rollouts.add_outcomes_in(connection, tried.id, outcomes)
+        aliases.freeze(made.store, AGENT, now=150.0, reason="holidays")
+        with made.store.write() as connection:
+            rollouts.add_outcomes_in(connection, tried.id, [("three", "candidate", True, None)])
+            found = [tuple(row) for row in rollouts.outcomes_of(connection, tried.id)]
+        assert found == [("incumbent", False, None), ("candidate", True, 0.5), ("candidate", False, None)]
+
+
 def test_the_way_back_needs_no_torch() -> None:
     code = (
         "import sys, cltrain.registry.aliases, cltrain.registry.rollouts, cltrain.gate.sequential\n"

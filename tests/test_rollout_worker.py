@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy import func, select
 
 from cltrain import plans
+from cltrain.config import from_dict
 from cltrain.deploy import readiness
 from cltrain.errors import ConflictError
 from cltrain.loop import Attempt, conclude
 from cltrain.records import Check, Code, Decision, Verdict
 from cltrain.registry import aliases, lease, releases, rollouts
-from cltrain.registry.decisions import verify_chain
+from cltrain.registry.decisions import read_decisions, verify_chain
 from cltrain.rollout import look
-from cltrain.store.schema import rollout_outcomes, screenings, updates
+from cltrain.store.schema import named_records, rollout_outcomes, screenings, updates
+from cltrain.worker import Worker
 from tests.registry_parts import sealed
 from tests.rollout_parts import AGENT, Trial, trial
 
@@ -131,9 +135,8 @@ def test_an_equal_grows_step_by_step_and_is_promoted(tmp_path: Path) -> None:
         )
         assert (references.high_water, made.standing()) == (made.candidate, "replay")
         assert made.log() == ["begun", "weight", "promoted"]
-        with made.store.read() as connection:
-            summary = connection.scalar(select(updates.c.summary).where(updates.c.id == "tried"))
-        assert (summary["is_served"], summary["serving"]) == (True, made.candidate)
+        grown = read_decisions(made.store, AGENT, kind="rollout")[1].payload
+        assert (grown["weight"], grown["evidence"]["episodes"]) == (0.5, {"incumbent": 15, "candidate": 15})
 
 
 def test_an_episode_is_not_judged_before_it_settled_and_later_ones_wait_for_it(tmp_path: Path) -> None:
@@ -175,10 +178,43 @@ def test_a_time_out_is_a_fault_and_never_a_score(tmp_path: Path) -> None:
         made.recorded(made.episode("incumbent", score=1.0))
         made.recorded(made.episode("candidate", score=1.0, end="timeout"))
         made.now += 20.0
-        look(made.rooms)
-        with made.store.read() as connection:
-            found = [tuple(row) for row in rollouts.outcomes_of(connection, 1)]
-        assert found == [("incumbent", False, 1.0), ("candidate", True, None)]
+        assert counted(made) == [("incumbent", False, 1.0), ("candidate", True, None)]
+
+
+def counted(made: Trial) -> list[tuple[Any, ...]]:
+    look(made.rooms)
+    with made.store.read() as connection:
+        return [tuple(row) for row in rollouts.outcomes_of(connection, 1)]
+
+
+def test_what_is_said_after_an_episode_settled_does_not_count_however_late_the_look_is(tmp_path: Path) -> None:
+    with trial(tmp_path) as made:
+        made.start()
+        early, late, none = (made.episode("candidate", score=-1.0) for _ in range(3))
+        said = (replace(late.feedback[0], created_at=made.now + 10.1),)
+        made.recorded(early, replace(late, feedback=said), replace(none, feedback=()))
+        made.now += 3600.0
+        assert counted(made) == [("candidate", False, -1.0), ("candidate", False, None), ("candidate", False, None)]
+
+
+def test_a_tool_that_only_the_server_knows_is_no_fault_of_either_arm(tmp_path: Path) -> None:
+    with trial(tmp_path) as made:
+        made.start()
+        asked = [made.episode("incumbent"), made.episode("candidate"), made.episode("candidate", calls=BROKEN)]
+        made.recorded(*(replace(one, tools=({"type": "web_search"}, *one.tools)) for one in asked))
+        made.now += 20.0
+        assert [fault for _, fault, _ in counted(made)] == [False, False, True]
+
+
+def test_an_episode_whose_client_named_the_release_is_no_evidence(tmp_path: Path) -> None:
+    with trial(tmp_path) as made:
+        made.start()
+        named, drawn = made.episode("incumbent", score=-1.0), made.episode("incumbent")
+        made.recorded(named, drawn)
+        with made.store.write() as connection:
+            connection.execute(named_records.insert().values(record=named.id))
+        made.now += 20.0
+        assert counted(made) == [("incumbent", False, None)]
 
 
 def test_what_was_imported_or_moved_midway_is_no_evidence(tmp_path: Path) -> None:
@@ -193,6 +229,36 @@ def test_what_was_imported_or_moved_midway_is_no_evidence(tmp_path: Path) -> Non
         made.now += 20.0
         look(made.rooms)
         assert evidence(made)["episodes"] == {}
+
+
+def begun_anew(made: Trial, **sections: dict[str, Any]) -> None:
+    """The worker as it is after a restart with these settings."""
+    made.rooms.config = from_dict({**made.rooms.config.model_dump(mode="json", exclude_unset=True), **sections})
+
+
+@pytest.mark.parametrize("mode", ["off", "observe", "approve"])
+def test_a_worker_begun_anew_in_a_mode_that_promotes_nothing_takes_it_back_without_blame(
+    tmp_path: Path, mode: str
+) -> None:
+    with trial(tmp_path) as made:
+        made.start()
+        made.pairs(60)  # enough to promote
+        begun_anew(made, agent={"name": AGENT, "mode": mode})
+        look(made.rooms)
+        why = f"agent.mode is {mode}: only in auto is a candidate tried and promoted without a person"
+        assert (made.state, made.serving, made.standing()) == (("back", why), made.incumbent, "waiting")
+
+
+def test_what_no_key_signed_that_is_trusted_now_is_taken_back(tmp_path: Path) -> None:
+    key = Ed25519PrivateKey.generate().public_key()
+    (tmp_path / "key.pub").write_bytes(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    with trial(tmp_path) as made:
+        made.start()
+        made.pairs(60)
+        begun_anew(made, signing={"trusted": [str(tmp_path / "key.pub")]})
+        look(made.rooms)
+        assert (made.state[0], made.serving, made.standing()) == ("back", made.incumbent, "waiting")
+        assert "is signed by none of the keys that are trusted now" in str(made.state[1])
 
 
 @pytest.mark.parametrize(("on_timeout", "num_pairs", "state"), [
@@ -241,6 +307,22 @@ def test_one_of_two_replicas_is_enough_where_one_is_asked_for(tmp_path: Path) ->
         readiness.note_out(made.store, "http://two", made.now)
         look(made.rooms)
         assert made.state[0] == "open"
+
+
+def test_no_update_begins_beside_one_that_was_cut_off_and_is_tried_once_it_is_finished(tmp_path: Path) -> None:
+    with trial(tmp_path) as made:
+
+        class Restarted(Worker):
+            def _check_anchors(self) -> None:
+                pass
+
+            def finish_interrupted(self) -> None:
+                made.start()
+
+        learner = Restarted(made.rooms.config, made.store)
+        learner.rooms = made.rooms
+        with pytest.raises(ConflictError, match=f"{made.candidate} is tried as canary"):
+            learner.update()
 
 
 def test_a_worker_without_the_lease_decides_nothing(tmp_path: Path) -> None:

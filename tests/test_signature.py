@@ -252,7 +252,7 @@ def test_an_update_is_signed_and_one_that_nobody_trusted_signed_is_never_loaded(
             unsigned = learner.update()
             assert unsigned["verdict"] == "error"
             assert "is not signed" in unsigned["reasons"][0]
-            assert unsigned["candidate"] not in learner.rooms.server.list()
+            assert unsigned["candidate"] not in {name for _, name, _ in learner.rooms.server.listings()}
 
 
 def test_without_the_package_it_is_said_what_to_install(

@@ -177,12 +177,9 @@ class ServerClient:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def score(self, model: str, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Scores:
-        """The log-prob that the model gives to each completion token."""
-        return self.score_many(model, [(prompt_ids, completion_ids)])[0]
-
     def score_many(self, model: str, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> AllScores:
-        """As `score`, for many (prompt ids, completion ids), in few requests. A prompt has at least one token."""
+        """The log-probs that the model gives to the completion of each (prompt ids, completion ids), in few requests. A
+        prompt has at least one token."""
         found: AllScores = []
         for start in range(0, len(pairs), SCORE_ROWS):
             part = pairs[start : start + SCORE_ROWS]

@@ -194,11 +194,6 @@ class Replicas:
         """Whether enough replicas answer to carry an update through."""
         return sum(member.server.health() for member in self.members) >= self.min_ready
 
-    def list(self) -> Listing:
-        """What any replica lists that answers."""
-        listings = self._on_each(Replica.list, self.members)
-        return {name: root for listing in listings for name, root in listing.items()}
-
     def listings(self) -> Sequence[tuple[str, str, str]]:
         """(url, name, root) of every adapter that a replica lists which answers."""
         listings = self._on_each(lambda member: (member.url, member.list()), self.members)
@@ -227,9 +222,6 @@ class Replicas:
                 member.prove(name, kept)
             except UnavailableError as error:
                 log.warning("%s is left out of the roll: %s", member.url, error)
-
-    def unload(self, name: str) -> None:
-        self._on_each(lambda member: member.unload(name), self._answering())
 
     def prove(self, name: str, kept: Probes, num_needed: int | None = None) -> Proof:
         """The weakest of the proofs of every replica that answers; NotProvedError when one fails it. `num_needed`: how

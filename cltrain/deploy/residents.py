@@ -19,6 +19,7 @@ from cltrain.records import UNDONE, Verdict
 from cltrain.store.database import Store
 from cltrain.store.families import of_family
 from cltrain.store.schema import aliases, records, releases, rollouts, updates
+from cltrain.store.trials import is_open
 
 KEPT_HELD = 5  # newest held releases that stay on disk to be looked at
 UNDER_WAY = ("training", "judging")
@@ -76,8 +77,7 @@ def under_way(connection: Connection, agent: str) -> set[str]:
 
 def _tried(connection: Connection, agent: str) -> str | None:
     """The candidate that is tried on live traffic."""
-    is_open = (rollouts.c.agent == agent) & (rollouts.c.state == "open")
-    name: str | None = connection.scalar(select(rollouts.c.release).where(is_open))
+    name: str | None = connection.scalar(select(rollouts.c.release).where(is_open(agent)))
     return name
 
 

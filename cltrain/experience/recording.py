@@ -160,9 +160,9 @@ class Recorder:
             lambda connection: write_aside(connection, agent, source, line, reason, raw, now), wait=True
         )
 
-    def end_episode(self, record: str, *, end: str | None = None, now: float) -> Future[int]:
+    def end_episode(self, record: str, *, now: float) -> Future[int]:
         """End every open record of the episode; the future gives how many."""
-        return self._submit(lambda connection: end_episode(connection, record, end, now), wait=False)
+        return self._submit(lambda connection: end_episode(connection, record, now), wait=False)
 
     def sweep_idle(self, agent: str, *, idle_s: float, now: float, busy: frozenset[str] = frozenset()) -> Future[int]:
         """End the open records of the agent and its tenants that saw no turn for `idle_s`. The `busy` ones see one now:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Table, bindparam, delete, exists, func, inser
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.records import Feedback, Generation, Message, Split, Tool, Trajectory
-from cltrain.store.schema import feedback, generations, records, screenings, set_aside
+from cltrain.store.schema import feedback, generations, named_records, records, screenings, set_aside
 
 # Built once: making a statement costs more than running it.
 STATE_OF_RECORD = select(records.c.prefix, records.c.status, records.c.is_mixed).where(records.c.id == bindparam("id"))
@@ -53,6 +53,7 @@ class Turn:
     end: str = "ok"
     is_mixed: bool = False
     is_done: bool = False
+    is_named: bool = False  # the client asked for the release, not for the agent
 
 
 def episode_of(record: str) -> str:
@@ -86,10 +87,12 @@ def write_turn(connection: Connection, turn: Turn, split: Split, now: float) -> 
     else:
         origin = {"id": record, "agent": turn.agent, "session": turn.session, "principal": turn.principal}
         _insert(connection, records, {**origin, "split": split, "created_at": now, **values})
+        if turn.is_named:
+            _insert(connection, named_records, {"record": record})
     if turn.generation is not None:
         write_generation(connection, replace(turn.generation, record=record), now)
     if turn.is_done:
-        end_episode(connection, record, None, now)
+        end_episode(connection, record, now)
     return record
 
 
@@ -229,7 +232,7 @@ def num_set_aside(connection: Connection, agent: str) -> int:
     return connection.scalar(select(func.count()).select_from(set_aside).where(is_ours)) or 0
 
 
-def end_episode(connection: Connection, record: str, end: str | None, now: float) -> int:
+def end_episode(connection: Connection, record: str, now: float) -> int:
     """End the open records of the episode that this record or generation belongs to; returns how many there were."""
     record = connection.scalar(RECORD_OF_GENERATION, {"id": record}) or record
     is_of_episode = or_(records.c.id == record, IS_BRANCH)
@@ -239,9 +242,8 @@ def end_episode(connection: Connection, record: str, end: str | None, now: float
     episode = episode_of(record)
     is_open = (records.c.agent == row.agent) & (records.c.session == row.session) & (records.c.status == "open")
     ids = [i for i in connection.scalars(select(records.c.id).where(is_open)) if episode_of(i) == episode]
-    changed: dict[str, Any] = {"status": "ended", "updated_at": now} | ({"end": end} if end else {})
     for part in parts(ids):
-        connection.execute(update(records).where(records.c.id.in_(part)).values(**changed))
+        connection.execute(update(records).where(records.c.id.in_(part)).values(status="ended", updated_at=now))
     return len(ids)
 
 

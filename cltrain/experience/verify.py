@@ -41,7 +41,7 @@ def verify(
     is_grounding_due = bool(example.tools) or example.kind == "correction"
     if must_be_grounded is not None:
         is_grounding_due = must_be_grounded
-    declared = {tool["function"]["name"]: tool for tool in example.tools}
+    declared = {tool["function"]["name"]: tool for tool in example.tools if tool_fault(tool) is None}
     for turn in example.targets:
         message = example.messages[turn]
         calls = message.get("tool_calls") or []

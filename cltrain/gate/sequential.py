@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class Weighed:
     """What one metric says. `harm`: e-value against "the candidate is no worse"; `no_harm`: against "it is worse by the
     margin or more"."""
 
@@ -53,18 +53,18 @@ def losses(outcomes: Sequence[Outcome], metric: str) -> list[float]:
     return found
 
 
-def weigh(outcomes: Sequence[Outcome], metrics: Sequence[str], margin: float) -> list[Evidence]:
+def weigh(outcomes: Sequence[Outcome], metrics: Sequence[str], margin: float) -> list[Weighed]:
     """The evidence of each metric so far."""
     found = []
     for metric in metrics:
         lost = losses(outcomes, metric)
         mean = sum(lost) / len(lost) if lost else None
         no_harm = e_value([-loss for loss in lost], -margin)
-        found.append(Evidence(metric, len(lost), mean, e_value(lost, 0.0), no_harm))
+        found.append(Weighed(metric, len(lost), mean, e_value(lost, 0.0), no_harm))
     return found
 
 
-def judge(evidence: Sequence[Evidence], alpha: float) -> tuple[Verdict, str]:
+def judge(evidence: Sequence[Weighed], alpha: float) -> tuple[Verdict, str]:
     """Reject where any metric shows harm, promote where all show that there is none, else hold; and why.
 
     The chance that equals are ever rejected is at most `alpha` over all metrics together (Ville's inequality,

@@ -272,6 +272,7 @@ class Door:
             end=end,
             is_mixed=lease.is_mixed,
             is_done=asked.is_done and generation is not None,
+            is_named=not lease.is_alias,
         )
 
 

@@ -185,7 +185,8 @@ def look(
     alias = serving(connection, agent, wish.agent, urls)
     names = {wish.model, *in_flight, *(row.release for row in rows)} | ({alias} if alias else set())
     known = connection.execute(RELEASES, {"agents": sorted({agent, wish.agent}), "names": sorted(names)})
-    return Seen(alias, rows, producers, {row.name: row for row in known}, read_tried(connection, wish.agent, urls))
+    tried = read_tried(connection, wish.agent, urls, time.time())
+    return Seen(alias, rows, producers, {row.name: row for row in known}, tried)
 
 
 class Episodes:

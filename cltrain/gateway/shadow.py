@@ -9,19 +9,21 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from cltrain.config_rollout import RolloutConfig
 from cltrain.errors import DataError
 from cltrain.experience.faults import fault_of
 from cltrain.experience.recording import Recorder
 from cltrain.gateway import bodies
 from cltrain.gateway.episodes import Lease
-from cltrain.gateway.errors import NotAnswered, Refusal, UpstreamFailure
+from cltrain.gateway.errors import Refusal
 from cltrain.gateway.metrics import Metrics
 from cltrain.gateway.split import Tried, takes
 from cltrain.gateway.tokens import read_answer
 from cltrain.gateway.upstreams import Upstreams
 from cltrain.records import Message
-from cltrain.registry.rollouts import add_outcome_in
+from cltrain.registry.rollouts import UnitOutcome, add_outcomes_in
 
 NOT_COPIED = ("stream", "stream_options")
 
@@ -67,8 +69,8 @@ class Shadow:
         if len(self._tasks) >= self._config.shadow_in_flight:
             self._count.labels("dropped").inc()
             return
-        place = replace(lease, release=tried.release, is_base=False, episode=f"{lease.episode}/shadow")
-        task = asyncio.ensure_future(self._compare(tried, place, copied))
+        asked = replace(lease, release=tried.release, is_base=False, episode=f"{lease.episode}/shadow")
+        task = asyncio.ensure_future(self._compare(tried, asked, copied))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -77,35 +79,29 @@ class Shadow:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _compare(self, tried: Tried, place: Lease, copied: Copied) -> None:
-        ours = await self._is_broken(place, copied)
+    async def _compare(self, tried: Tried, lease: Lease, copied: Copied) -> None:
+        ours = await self._is_broken(lease, copied)
         if ours is None:
             self._count.labels("missing").inc()
             return
         theirs = copied.is_broken(copied.said[-1])
+        pair: list[UnitOutcome] = [(copied.record, "incumbent", theirs, None), (copied.record, "candidate", ours, None)]
         try:
-            note = self._recorder.write(
-                lambda connection: add_outcome_in(
-                    connection, tried.rollout, copied.record, {"incumbent": (theirs, None), "candidate": (ours, None)}
-                )
-            )
+            note = self._recorder.write(lambda connection: add_outcomes_in(connection, tried.rollout, pair))
             await asyncio.wrap_future(note)
-        except DataError as error:
+        except (DataError, SQLAlchemyError) as error:
             self._count.labels("missing").inc()
             log.warning("what %s said in the shadow is not kept: %s", tried.release, error)
             return
         self._count.labels("fault" if ours else "compared").inc()
 
-    async def _is_broken(self, place: Lease, copied: Copied) -> bool | None:
-        """Whether the candidate's answer is broken, or did not come though a replica was asked; None: unknown."""
+    async def _is_broken(self, lease: Lease, copied: Copied) -> bool | None:
+        """Whether the candidate's answer is broken; None where none came: the incumbent, of which only answers are
+        copied, is not charged with that either."""
         body = {key: value for key, value in copied.body.items() if key not in NOT_COPIED}
         try:
             async with asyncio.timeout(self._config.shadow_timeout_s):
-                _, raw = await self._upstreams.post(place, copied.path, body, copied.headers)
+                _, raw = await self._upstreams.post(lease, copied.path, body, copied.headers)
             return copied.is_broken(read_answer("chat", raw).message)
-        except TimeoutError:
-            return True
-        except UpstreamFailure as error:  # a replica that went away, or is not ready, says nothing of the release
-            return None if isinstance(error, NotAnswered) or error.status == 503 else True
-        except Refusal:  # not loaded, or a request that the server refuses whoever answers
+        except (TimeoutError, Refusal):
             return None

@@ -7,14 +7,20 @@ import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, Float, bindparam, select
 
 from cltrain.deploy.readiness import is_ready_somewhere
-from cltrain.store.schema import rollouts
+from cltrain.store.schema import agents, rollouts
+from cltrain.store.trials import is_open
 
-OPEN = select(rollouts.c.id, rollouts.c.kind, rollouts.c.release, rollouts.c.incumbent, rollouts.c.weight).where(
-    rollouts.c.agent == bindparam("agent"), rollouts.c.state == "open"
-)  # built once: making a statement costs more than running it
+UNWATCHED_S = 60.0  # after the worker's lease ran out: one that is begun anew in time goes on
+NOW = bindparam("now", type_=Float)
+WATCHED = (  # built once: making a statement costs more than running it
+    select(rollouts.c.id, rollouts.c.kind, rollouts.c.release, rollouts.c.incumbent, rollouts.c.weight)
+    .join(agents, agents.c.agent == rollouts.c.agent)
+    .where(is_open(bindparam("agent")), agents.c.lease_until > NOW - UNWATCHED_S)
+    .where(rollouts.c.started_at > NOW - 3600.0 * rollouts.c.settings["max_hours"].as_float())
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +35,9 @@ class Tried:
     is_ready: bool
 
 
-def read_tried(connection: Connection, agent: str, urls: Sequence[str]) -> Tried | None:
-    row = connection.execute(OPEN, {"agent": agent}).first()
+def read_tried(connection: Connection, agent: str, urls: Sequence[str], now: float) -> Tried | None:
+    """None where nothing is tried, or nobody would take it back: the worker is gone, or its time is over."""
+    row = connection.execute(WATCHED, {"agent": agent, "now": now}).first()
     return None if row is None else Tried(*row, is_ready=is_ready_somewhere(connection, row.release, urls))
 
 

@@ -8,6 +8,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from sqlalchemy import Connection, func, select
 
 from cltrain.store.schema import rollouts
+from cltrain.store.trials import is_open
 
 
 def tried_metrics(connection: Connection, agent: str) -> Iterable[Metric]:
@@ -28,7 +29,7 @@ def tried_metrics(connection: Connection, agent: str) -> Iterable[Metric]:
         "Evidence that it does harm, and that it does none.",
         labels=["agent", "metric", "of"],
     )
-    row = connection.execute(select(rollouts).where(ours, rollouts.c.state == "open")).first()
+    row = connection.execute(select(rollouts).where(is_open(agent))).first()
     if row is not None:
         weight.add_metric([agent, row.kind], row.weight)
         for arm in ("incumbent", "candidate"):

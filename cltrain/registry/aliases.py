@@ -140,6 +140,27 @@ def move_alias_in(
     return _alias(_row(connection, agent))
 
 
+def serve_in(
+    connection: Connection,
+    agent: str,
+    *,
+    expected: str | Alias,
+    to: str,
+    fence: int | None,
+    now: float,
+    reason: str,
+    is_human: bool = False,
+    raises_high_water: bool = False,
+) -> Alias:
+    """`move_alias_in` for a release whose update ended before, and the new standing of its records; never one alone."""
+    moved = move_alias_in(
+        connection, agent, expected=expected, to=to, fence=fence, now=now, is_human=is_human,
+        raises_high_water=raises_high_water,
+    )  # fmt: skip
+    file_learned_in(connection, agent, to, reason, now)
+    return moved
+
+
 def rollback(
     store: Store,
     agent: str,
@@ -255,24 +276,19 @@ def _refuse_verdict(connection: Connection, agent: str, name: str) -> None:
             raise ConflictError(f"the gate said {verdict} to {name}: only promote ever serves")
 
 
-def file_approved(store: Store, agent: str, name: str, now: float) -> None:
-    """`file_learned_in` for a release that a human promoted, in a transaction of its own."""
-    with store.write() as connection:
-        file_learned_in(connection, agent, name, "promoted by a human", now)
-
-
 def file_learned_in(connection: Connection, agent: str, name: str, reason: str, now: float) -> None:
     """The records behind a release that was promoted later are rehearsed from now on, and not read again; those that
-    only show what was wrong (stratum `<tool>/bad`), or that the release was not sure of, are not even rehearsed."""
+    only show what was wrong (stratum `<tool>/bad`) are not even rehearsed, nor is any that the release was not sure of,
+    whichever update learned it."""
     of_release = updates.c.agent == agent, updates.c.candidate == name
     summaries = connection.scalars(select(updates.c.summary).where(*of_release))
     doubtful = {record for summary in summaries for record in (summary or {}).get("doubtful", ())}
-    is_left = or_(screenings.c.stratum.endswith("/bad"), screenings.c.record.in_(doubtful))
-    standing = case((is_left, "learned"), else_="replay")
-    learned = select(updates.c.id).where(*of_release)
+    is_doubted, status = screenings.c.record.in_(doubtful), screenings.c.status
+    is_learned = screenings.c["update"].in_(select(updates.c.id).where(*of_release)) & (status == "waiting")
+    standing = case((or_(screenings.c.stratum.endswith("/bad"), is_doubted), "learned"), else_="replay")
     connection.execute(
         update(screenings)
-        .where(screenings.c.agent == agent, screenings.c["update"].in_(learned), screenings.c.status == "waiting")
+        .where(screenings.c.agent == agent, or_(is_learned, is_doubted & (status == "replay")))
         .values(status=standing, reason=reason, changed_at=now)
     )
 

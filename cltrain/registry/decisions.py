@@ -1,13 +1,12 @@
 """The log of decisions: append-only, each entry hashed over the one before it.
 
-It holds names, numbers and keyed digests, never what people wrote. A cut-off tail cannot be seen from the inside: note
-the head that `verify_chain` returns somewhere else if that matters.
+It holds names and numbers, never what people wrote. A cut-off tail cannot be seen from the inside: note the head that
+`verify_chain` returns somewhere else if that matters.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -46,16 +45,11 @@ class Chain:
     head: str
 
 
-def keyed_digest(secret: bytes, *parts: str) -> str:
-    """HMAC-SHA256 in hex: stands for content in a payload, so that only a holder of the secret can match it."""
-    return hmac.new(secret, "\0".join(parts).encode(), hashlib.sha256).hexdigest()
-
-
 def append(connection: Connection, agent: str, kind: str, payload: dict[str, Any], at: float) -> str:
     """Add one entry inside the caller's write transaction; returns its hash.
 
-    Raises DataError for a payload that is no finite JSON or holds a text longer than 500 characters: log a
-    `keyed_digest` of content instead of the content.
+    Raises DataError for a payload that is no finite JSON or holds a text longer than 500 characters: names
+    and numbers fit, content does not.
     """
     try:
         clean = json.loads(_canonical(payload))
@@ -145,7 +139,7 @@ def _canonical(value: Any) -> str:
 def _refuse_content(value: Any, kind: str) -> None:
     if isinstance(value, str) and len(value) > MAX_TEXT:
         raise DataError(
-            f"a {kind} decision holds {len(value)} characters of text (limit {MAX_TEXT}): log its keyed_digest instead"
+            f"a {kind} decision holds {len(value)} characters of text (limit {MAX_TEXT}): log names and numbers"
         )
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _refuse_content(part, kind)

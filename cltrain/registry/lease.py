@@ -66,16 +66,6 @@ def renew(store: Store, agent: str, holder: str, fence: int, ttl_s: float, now: 
         _set(connection, agent, lease_until=now + ttl_s)
 
 
-def check(store: Store, agent: str, fence: int, now: float) -> None:
-    """Raise ConflictError unless `fence` is the current lease of the agent and still runs."""
-    with store.read() as connection:
-        row = connection.execute(select(agents).where(agents.c.agent == agent)).first()
-    if row is None or row.fence != fence or row.lease_holder is None:
-        raise ConflictError(f"lease {fence} of {agent} was taken over: drop this work and start again")
-    if row.lease_until is None or row.lease_until <= now:
-        raise ConflictError(f"lease {fence} of {agent} ran out: renew it")
-
-
 def lease_until(store: Store, agent: str) -> float:
     """When the newest lease of whoever works on the agent ends, epoch seconds; 0 where nobody has one. A tenant's own
     is held for its turn only: the worker that gives it its turns holds that of the shared agent."""

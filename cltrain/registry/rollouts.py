@@ -6,8 +6,8 @@ whatever the reason. Every step is in the log of decisions. Needs no trainer and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, insert, select, update
@@ -19,8 +19,10 @@ from cltrain.registry.lease import agent_row, require_fence
 from cltrain.registry.releases import retire
 from cltrain.store.database import Store
 from cltrain.store.schema import aliases, rollout_outcomes, rollouts, screenings, updates
+from cltrain.store.trials import is_open
 
-Arms = Mapping[Literal["incumbent", "candidate"], tuple[bool, float | None]]
+OUTCOME = ("unit", "arm", "fault", "score")  # of one episode, or of one request that both answered
+UnitOutcome = tuple[str, Literal["incumbent", "candidate"], bool, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,8 @@ def require_none(store: Store, agent: str) -> None:
 
 def open_in(connection: Connection, agent: str) -> Rollout | None:
     """The agent's open rollout, None where there is none."""
-    is_open = (rollouts.c.agent == agent) & (rollouts.c.state == "open")
     columns = [rollouts.c[name] for name in Rollout.__dataclass_fields__]
-    row = connection.execute(select(*columns).where(is_open)).first()
+    row = connection.execute(select(*columns).where(is_open(agent))).first()
     return None if row is None else Rollout(*row)
 
 
@@ -96,15 +97,18 @@ def start_in(
         "evidence": {}, "started_at": now,
     }  # fmt: skip
     connection.execute(insert(rollouts).values(**values))
-    _log(connection, open_in(connection, agent), "begun", f"the gate said promote: tried as {settings['kind']}", now)
+    begun = open_in(connection, agent)
+    assert begun is not None
+    _log(connection, begun, "begun", f"the gate said promote: tried as {settings['kind']}", now)
 
 
 def step_up_in(connection: Connection, rollout: Rollout, *, reason: str, now: float) -> None:
     """The next of its weights, for what begins from now on."""
     step = rollout.step + 1
-    values = {"step": step, "weight": rollout.settings["weights"][step]}
+    grown = replace(rollout, step=step, weight=rollout.settings["weights"][step])
+    values = {"step": step, "weight": grown.weight}
     connection.execute(update(rollouts).where(rollouts.c.id == rollout.id).values(**values))
-    _log(connection, open_in(connection, rollout.agent), "weight", reason, now)
+    _log(connection, grown, "weight", reason, now)
 
 
 def require_same(connection: Connection, rollout: Rollout, fence: int) -> None:
@@ -157,18 +161,13 @@ def quarantine_learned(connection: Connection, agent: str, releases: Collection[
 # ---------------------------------------------------------------- what it is judged by
 
 
-def add_outcome_in(connection: Connection, rollout: int, unit: str, arms: Arms) -> None:
-    """arm -> (fault, score) of one episode, or of one request that both answered. Nothing once the rollout is over, or
-    for a unit that is known."""
-    is_open = select(rollouts.c.id).where(rollouts.c.id == rollout, rollouts.c.state == "open")
-    known = select(rollout_outcomes.c.id).where(rollout_outcomes.c.rollout == rollout, rollout_outcomes.c.unit == unit)
-    if connection.execute(is_open).first() is None or connection.execute(known).first() is not None:
+def add_outcomes_in(connection: Connection, rollout: int, outcomes: Sequence[UnitOutcome]) -> None:
+    """Those that are new, in this order; none once the rollout is over."""
+    state = select(rollouts.c.state).where(rollouts.c.id == rollout)
+    if not outcomes or connection.scalar(state) != "open":
         return
-    rows = [
-        {"rollout": rollout, "unit": unit, "arm": arm, "fault": fault, "score": score}
-        for arm, (fault, score) in arms.items()
-    ]
-    connection.execute(insert(rollout_outcomes), rows)
+    rows = [{"rollout": rollout, **dict(zip(OUTCOME, outcome, strict=True))} for outcome in outcomes]
+    connection.execute(insert(rollout_outcomes).prefix_with("OR IGNORE", dialect="sqlite"), rows)
 
 
 def outcomes_of(connection: Connection, rollout: int) -> list[Row]:
@@ -178,9 +177,10 @@ def outcomes_of(connection: Connection, rollout: int) -> list[Row]:
     return list(connection.execute(query))
 
 
-def note_evidence_in(connection: Connection, rollout: Rollout, evidence: dict[str, Any]) -> None:
+def note_evidence_in(connection: Connection, rollout: Rollout, evidence: dict[str, Any]) -> Rollout:
     """Keep what a look found: for status and metrics, and so that the next worker goes on from there."""
     connection.execute(update(rollouts).where(rollouts.c.id == rollout.id).values(evidence=evidence))
+    return replace(rollout, evidence=evidence)
 
 
 def _close(connection: Connection, rollout: Rollout, state: str, reason: str | None, now: float) -> None:
@@ -188,8 +188,7 @@ def _close(connection: Connection, rollout: Rollout, state: str, reason: str | N
     connection.execute(update(rollouts).where(rollouts.c.id == rollout.id).values(**values))
 
 
-def _log(connection: Connection, rollout: Rollout | None, outcome: str, reason: str, now: float) -> None:
-    assert rollout is not None
+def _log(connection: Connection, rollout: Rollout, outcome: str, reason: str, now: float) -> None:
     payload = {
         "outcome": outcome, "kind": rollout.kind, "release": rollout.release, "incumbent": rollout.incumbent,
         "weight": rollout.weight, "evidence": rollout.evidence, "reason": reason[:300],

@@ -1,6 +1,6 @@
-"""The tables. Rows in records, generations and feedback are written by gateways (and import) only; updates, reads,
-verdicts, releases, audits, probes and screenings by the worker only; aliases by `registry.move_alias` only; rollouts by
-`registry.rollouts` only; replicas by `deploy.replicas` only; decisions are append-only.
+"""The tables. Rows in records, named_records, generations and feedback are written by gateways (and import) only;
+updates, reads, verdicts, releases, audits, probes and screenings by the worker only; aliases by `registry.aliases`
+only; rollouts by `registry.rollouts` only; replicas by `deploy.replicas` only; decisions are append-only.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ records = Table(
 Index("records_by_agent", records.c.agent, records.c.status, records.c.seq)
 Index("records_by_session", records.c.agent, records.c.session, records.c.seq)
 Index("records_by_prefix", records.c.agent, records.c.prefix)
+
+named_records = Table(  # whose client asked for a release by its name: none of these is an arm's in a rollout
+    "named_records",
+    metadata,
+    Column("record", String, primary_key=True),
+)
 
 generations = Table(
     "generations",
