@@ -123,7 +123,8 @@ def _act(connection: Connection, rooms: Rooms, tried: Rollout, action: Action, r
 
 def _settled(rooms: Rooms, tried: Rollout, by: float) -> tuple[list[tuple[str, Outcome]], int]:
     """(record, outcome) of the episodes that settled since the last look, in the order in which they began, and the
-    last one's number. One that has not settled keeps later ones waiting: an order by outcome would favour the quick."""
+    last one's number. One that has not settled keeps later ones waiting: an order by outcome would favour the quick.
+    Where a client hung up nothing is known, of either arm: whoever sees who answers could choose what is counted."""
     last = int(tried.evidence.get("seq", 0))
     columns = (records.c.id, records.c.seq, records.c.created_at, records.c.release, records.c.end, records.c.is_mixed)
     query = (
@@ -140,7 +141,8 @@ def _settled(rooms: Rooms, tried: Rollout, by: float) -> tuple[list[tuple[str, O
             if row.created_at > by:
                 break
             rows.append(row)
-    whole = [row for row in rows if not row.is_mixed and "~" not in row.id]  # a branch is no episode of its own
+    # a branch is no episode of its own
+    whole = [row for row in rows if not row.is_mixed and row.end != "left" and "~" not in row.id]
     read = {one.id: one for one in read_trajectories(rooms.store, rooms.agent, records_in=[row.id for row in whole])}
     found = [(row.id, _outcome(row, read[row.id], tried.release)) for row in whole]
     return found, rows[-1].seq if rows else last

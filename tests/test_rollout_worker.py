@@ -181,6 +181,17 @@ def test_a_time_out_is_a_fault_and_never_a_score(tmp_path: Path) -> None:
         assert found == [("incumbent", False, 1.0), ("candidate", True, None)]
 
 
+def test_clients_that_hang_up_take_no_canary_back(tmp_path: Path) -> None:
+    with trial(tmp_path) as made:
+        made.start()
+        for _ in range(40):  # whoever sees x-cltrain-adapter leaves only the candidate's streams
+            made.now += 1.0
+            made.recorded(made.episode("incumbent", score=1.0), made.episode("candidate", end="left"))
+        made.now += 20.0
+        look(made.rooms)
+        assert (made.state[0], evidence(made)["episodes"]) == ("open", {"incumbent": 40})
+
+
 def test_what_was_imported_or_moved_midway_is_no_evidence(tmp_path: Path) -> None:
     with trial(tmp_path) as made:
         made.start()
