@@ -1,5 +1,6 @@
 """Which replica answers: one that is ready for exactly the release, where the episode was before if that is one of them
-(its prefix is cached there), else the least busy. Where there is one server, it answers everything.
+(its prefix is cached there), else the least busy. Where there is one server, it answers everything but a release that
+failed its proof there.
 
 What the worker wrote about readiness is read at most once a second; a replica that was seen here to be gone, or not to
 have the release, is left alone for a moment. Another is asked only if nothing of an answer came.
@@ -148,9 +149,12 @@ class Upstreams:
             return place, model, answer
 
     async def _choose(self, lease: Lease, tried: Collection[Place]) -> Place:
-        if len(self.places) == 1:
-            return self.places[0]
         await self._read(READ_S)
+        if len(self.places) == 1:
+            row = None if lease.is_base else self._row(self.places[0], lease.release)
+            if row is not None and row.state == "failed":
+                raise self._nobody(lease)
+            return self.places[0]
         if not (ready := self._ready(lease, tried)):
             await asyncio.sleep(HURRY_S)  # what was promoted a moment ago is not known here yet
             await self._read(HURRY_S)
@@ -224,7 +228,7 @@ class Upstreams:
 
     async def _read(self, pause_s: float) -> None:
         """What the worker knows, if that was last read longer ago than this. What cannot be read stays as it was."""
-        if len(self.places) == 1 or time.monotonic() < self._next_read - READ_S + pause_s:
+        if time.monotonic() < self._next_read - READ_S + pause_s:
             return
         async with self._lock:
             if time.monotonic() < self._next_read - READ_S + pause_s:
