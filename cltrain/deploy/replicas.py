@@ -258,6 +258,15 @@ class Replicas:
             found = pool.map(lambda member: member.look_after(wanted, again_s), self.members)
             return [failure for failures in found for failure in failures]
 
+    def unload_idle(self, wanted: residents.Wanted, *, agent: str, now: float, idle_s: float) -> None:
+        """What nobody wants and nothing was done with for `idle_s`, wherever somebody answers."""
+        self._on_each(
+            lambda member: residents.unload_idle(
+                member, self._store, agent=agent, wanted=wanted.directories, now=now, idle_s=idle_s
+            ),
+            self._answering(),
+        )
+
     def generate_many(self, model: str, prompts: Sequence[Prompt], max_tokens: int, concurrency: int = 16) -> Answers:
         """As ServerClient's; `concurrency` at a time on each replica that holds the model."""
         found = self._spread(
