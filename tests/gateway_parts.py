@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cltrain.config import Config, from_dict
 from cltrain.gateway.app import create_gateway
 from cltrain.gateway.upstream import Upstream
+from cltrain.gateway.wire import protocol
 from cltrain.store.database import Store, open_store
 from cltrain.store.schema import aliases, releases
 
@@ -174,7 +175,8 @@ def _truth(body: dict[str, Any], ids: list[int], kind: str) -> dict[str, Any]:
 @contextmanager
 def served(app: FastAPI) -> Iterator[str]:
     """The app's address; it listens on a free loopback port until the block ends."""
-    options = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=2)
+    http: Any = protocol(app.state.door.metrics) if hasattr(app.state, "door") else "auto"  # as run_gateway does
+    options = uvicorn.Config(app, http=http, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=2)
     server = uvicorn.Server(options)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -146,12 +146,12 @@ class Fleet(RuleBasedStateMachine):
         first = self.rooms.fence
         self.rooms.fence = lease.acquire(self.store, AGENT, f"worker after {first}", 1e9, first * 2e9)
         before = aliases.read_alias(self.store, AGENT)
-        to, expected = self.under_way or (before.previous or before.release, before)
+        to = self.under_way[0] if self.under_way else before.previous or before.release
         with pytest.raises(ConflictError, match="is not the newest"), self.store.write() as connection:
-            aliases.move_alias_in(connection, AGENT, expected=expected, to=to, fence=first, now=self.now)
+            aliases.move_alias_in(connection, AGENT, expected=before, to=to, fence=first, now=self.now)
         with pytest.raises(ConflictError, match="is not the newest"), self.store.write() as connection:
             rollouts.start_in(
-                connection, expected, release=to, update_id=to, settings=CANARY, raises_high_water=False, fence=first,
+                connection, before, release=to, update_id=to, settings=CANARY, raises_high_water=False, fence=first,
                 now=self.now,
             )  # fmt: skip
         assert aliases.read_alias(self.store, AGENT) == before

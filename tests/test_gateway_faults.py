@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+
 import json
 import socket
 import socketserver
@@ -245,6 +246,30 @@ def test_nothing_but_our_own_routes_answers_and_nothing_reaches_the_server(
     )
     assert quiet.errors("unknown_route") == before + 1
     assert len(quiet.fake.paths) == num_seen
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00", HEAD + b"content-length: abc\r\n\r\n", HEAD + b"x: " + b"a" * 500_000,
+     HEAD + b"x: a\r\n" * 20_000, b"GET /" + b"a" * 100_000],
+)  # fmt: skip
+def test_what_is_no_http_is_the_apis_own_error_and_counted(quiet: Gateway, sent: bytes) -> None:
+    before = quiet.errors("no_http")
+    host, port = quiet.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 5) as raw, suppress(ConnectionError):
+        raw.sendall(sent)
+        text = b"".join(iter(lambda: raw.recv(65536), b"")).decode()
+        assert text.startswith("HTTP/1.1 400"), text[:80]
+        check_shape(json.loads(text.partition("\r\n\r\n")[2]), CHAT, "no_http")
+    assert quiet.errors("no_http") == before + 1
+
+
+def test_a_long_body_behind_a_long_head_is_taken(quiet: Gateway) -> None:
+    answer = quiet.http.post("/v1/feedback", content=b" " * 500_000 + b"{}", headers={"x-long": "a" * 60_000})
+    assert answer.json()["error"]["code"] != "no_http"
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,6 @@ def test_what_was_rolled_back_goes_from_every_replica_when_no_episode_is_left_on
         made.recorded(replace(made.episode("incumbent"), end="open"))
         undone = made.incumbent
         aliases.rollback(made.store, AGENT, now=made.now, reason="no")  # and frozen: no update will come
-        aliases.rollback(made.store, AGENT, to=releases.list_releases(made.store, AGENT)[0].name, now=made.now, reason="no")
         tend(made.rooms)
         assert holders(made, undone) == URLS
         made.now += made.rooms.config.rollout.grace_s + IDLE_S

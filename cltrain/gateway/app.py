@@ -36,6 +36,7 @@ from cltrain.gateway.shadow import Shadow
 from cltrain.gateway.tokens import Route
 from cltrain.gateway.upstream import Upstream
 from cltrain.gateway.upstreams import Upstreams
+from cltrain.gateway.wire import protocol
 from cltrain.models.digest import base_digest, base_path
 from cltrain.monitoring.prometheus import StoreCollector
 from cltrain.store.database import Store, open_store
@@ -147,6 +148,7 @@ def run_gateway(config: Config) -> None:
             app = create_gateway(store, config, Upstream.of(config))
             options = uvicorn.Config(
                 app,
+                http=protocol(app.state.door.metrics),
                 log_level="warning",
                 access_log=False,
                 timeout_keep_alive=KEEPALIVE_S,
