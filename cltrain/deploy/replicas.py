@@ -123,11 +123,12 @@ class Replica:
             if str(error) != self._complaint:
                 log.warning("%s", error)
             self._complaint = str(error)
-        rows, failures = self.held(), []
+        places, failures = wanted.directories, []
+        rows = {name: row for name, row in self.held().items() if str(places.get(name)) == row.root}  # as we loaded it
         if not wanted.needed <= set(rows):
             return ()
         order = sorted(rows, key=lambda name: (name == wanted.serving, name not in wanted.needed))
-        for name in (name for name in order if name in wanted.directories):
+        for name in order:
             is_serving = name == wanted.serving
             if not self._is_due(rows[name], again_s, is_serving or name == wanted.tried):
                 continue
