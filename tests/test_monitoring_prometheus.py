@@ -18,9 +18,13 @@ from cltrain.monitoring.outbox import emit
 from cltrain.monitoring.prometheus import LAST_VALUES, StoreCollector
 from cltrain.monitoring.rows import update_event
 from cltrain.records import BoundReport, Check, Code, Decision, Verdict
+from cltrain.registry.aliases import freeze
+from cltrain.registry.releases import ensure_base_release
 from cltrain.store.database import Store, open_store
 from cltrain.store.schema import agents, aliases, records, sink_marks, updates
 from tests.gateway_parts import BASE, R1, R2, add_release, point_alias, running
+from tests.registry_parts import BASE_DIGEST
+from tests.test_tenants_registry import ACME, family, learned
 
 BOUNDS = BoundReport(0.06, 0.1, 0.2, 0.5, 0.05, 0.1, 0.1, 0.5, 0.1, 0.25, 0.2, 0.25, 0.06, 1.0, 100, 200, 24, 100, 0.8)
 DECISION = Decision(
@@ -200,3 +204,14 @@ def test_every_metric_of_the_gateways_page_is_in_the_readme(tmp_path: Path) -> N
     shown = {re.sub(r"_(total|created|info)$", "", name) for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)}
     is_covered = [name for name in shown if name in named or name.startswith("cltrain_update_")]
     assert sorted(shown - set(is_covered)) == []
+
+
+def test_tenants_are_counted_and_not_named(tmp_path: Path) -> None:
+    with closing(family(tmp_path)) as store:
+        ensure_base_release(store, "sales@acme", BASE_DIGEST, now=1.0)
+        learned(store, tmp_path, ACME, "one")
+        freeze(store, ACME, now=4.0, reason="asked")
+        lines = scrape(store)
+    for standing, number in (("own", 1), ("shared", 1), ("frozen", 1)):
+        assert f'cltrain_tenants{{agent="support",standing="{standing}"}} {number}.0' in lines
+    assert not [line for line in lines if "acme" in line]

@@ -19,6 +19,7 @@ from cltrain.errors import DataError
 from cltrain.monitoring.outbox import lags
 from cltrain.monitoring.tried import tried_metrics
 from cltrain.store.database import Store
+from cltrain.store.families import of_tenants
 from cltrain.store.schema import agents, aliases, feedback, outbox, records, releases, screenings, updates
 
 MAX_AGE_S = 5.0
@@ -95,6 +96,7 @@ def _state(connection: Connection, agent: str, now: float) -> Iterable[Metric]:
     yield _unread(connection, agent)
     yield from _serving(connection, agent)
     yield from tried_metrics(connection, agent)
+    yield _tenants(connection, agent)
     yield from _last_update(connection, agent, now)
     lag = GaugeMetricFamily("cltrain_sink_lag_events", "Events that a sink has not kept yet.", labels=["sink"])
     for sink, number in lags(connection).items():
@@ -124,6 +126,20 @@ def _serving(connection: Connection, agent: str) -> Iterable[Metric]:
     for is_frozen in connection.scalars(select(agents.c.is_frozen).where(agents.c.agent == agent)):
         frozen.add_metric([agent], int(is_frozen))
     yield from (serving, moved, frozen)
+
+
+def _tenants(connection: Connection, agent: str) -> Metric:
+    """Counts alone: a label for each tenant would have no bound."""
+    text = "Tenants set up, by what answers them: a release of their own, or the shared one; and those that are frozen."
+    metric = GaugeMetricFamily("cltrain_tenants", text, labels=["agent", "standing"])
+    served = select(releases.c.path.is_not(None), func.count()).join(aliases, aliases.c.release == releases.c.name)
+    served = served.where(of_tenants(aliases.c.agent, agent)).group_by(releases.c.path.is_not(None))
+    numbers = {bool(is_own): number for is_own, number in connection.execute(served)}
+    frozen = select(func.count()).where(of_tenants(agents.c.agent, agent), agents.c.is_frozen)
+    metric.add_metric([agent, "own"], numbers.get(True, 0))
+    metric.add_metric([agent, "shared"], numbers.get(False, 0))
+    metric.add_metric([agent, "frozen"], connection.scalar(frozen) or 0)
+    return metric
 
 
 def _last_update(connection: Connection, agent: str, now: float) -> Iterable[Metric]:
