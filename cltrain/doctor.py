@@ -151,9 +151,9 @@ def _doors(config: Config) -> list[dict[str, str]]:
     limits = [_finding("bad", "server", reason) for reason in _too_small(config)]
     if server.kind == "vllm":
         untold = (
-            f"vLLM tells no limits: start it with --max-lora-rank {config.adapter.rank} or more (adapter.rank), else it "
-            f"refuses what was learned, and --max-cpu-loras {server.max_adapters} or more (server.max_adapters), else it "
-            "forgets adapters and reads them again when they are asked for"
+            f"vLLM tells no limits: start it with --max-lora-rank {config.adapter.rank} or more (adapter.rank), else "
+            f"it refuses what was learned, and --max-cpu-loras {server.max_adapters} or more (server.max_adapters), "
+            "else it forgets adapters and reads them again when they are asked for"
         )
         limits.append(_finding("note", "server", untold))
     return limits + [

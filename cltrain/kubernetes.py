@@ -3,8 +3,8 @@
 Two objects of the Gateway API Inference Extension: the ConfigMap that its LoRA syncer reads beside every vLLM server
 (which adapters must be loaded, which must not) and an InferenceModelRewrite (v1alpha2) that sends the agent's alias to
 the release that serves. With an image also the plain ones that run cltrain itself. A cluster knows no proof: apply the
-ConfigMap first, and the rewrite when every server lists the release (`cltrain doctor`). It knows no episodes either: what
-is tried on a share of them is not rendered.
+ConfigMap first, and the rewrite when every server lists the release (`cltrain doctor`). It knows no episodes either:
+what is tried on a share of them is not rendered.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Cluster:
 
 
 def manifests(config: Config, store: Store, arguments: Sequence[str], cluster: Cluster) -> list[Manifest]:
-    """The objects for what serves now. Raises ConfigError for a name that Kubernetes would not take, for SGLang, and for a
-    pod whose gateway would have no key; ConflictError while a canary has a share of the episodes."""
+    """The objects for what serves now. Raises ConfigError for a name that Kubernetes would not take, for SGLang, and
+    for a pod whose gateway would have no key; ConflictError while a canary has a share of the episodes."""
     if config.server.kind == "sglang":
         raise ConfigError(
             "these objects are for vLLM: SGLang answers the bare name of a release with the base "
@@ -59,8 +59,8 @@ def manifests(config: Config, store: Store, arguments: Sequence[str], cluster: C
     tried = rollouts.read_open(store, config.agent.name)
     if tried is not None and tried.kind == "canary":
         raise ConflictError(
-            f"{tried.release} is tried as canary at {tried.weight:g} of the traffic, and a rewrite would change adapters in "
-            "the middle of an episode: print the objects when it serves, or take it back first (cltrain rollback)"
+            f"{tried.release} is tried as canary at {tried.weight:g} of the traffic, and a rewrite would change "
+            "adapters in the middle of an episode: print them when it serves, or take it back first (cltrain rollback)"
         )
     objects = [_syncer(config, store, cluster), _rewrite(config, store, cluster)]
     return objects + (_plain(config, arguments, cluster, cluster.image) if cluster.image else [])
@@ -152,7 +152,9 @@ def _plain(config: Config, arguments: Sequence[str], cluster: Cluster, image: st
         ],
     }  # fmt: skip
     metadata = _metadata(name, config, cluster)
-    missing = ", ".join(f"{setting} = {file}" for setting, file in _files_named(config.model_dump()) if setting != "home")
+    missing = ", ".join(
+        f"{setting} = {file}" for setting, file in _files_named(config.model_dump()) if setting != "home"
+    )
     noted = {**metadata, "annotations": {MOUNT: f"mount under the same paths: {missing}"}} if missing else metadata
     return [
         {

@@ -1,5 +1,6 @@
-"""Keeping replicas as they should be: whoever lost adapters gets them back, whoever holds them proves it, one that answers
-with other weights is named in the log of decisions, and what nobody wants any more goes in the end. Needs no accelerator: the probes are kept (rooms.prove).
+"""Keeping replicas as they should be: whoever lost adapters gets them back, whoever holds them proves it, one that
+answers with other weights is named in the log of decisions, and what nobody wants any more goes in the end. Needs no
+accelerator: the probes are kept (rooms.prove).
 """
 
 from __future__ import annotations

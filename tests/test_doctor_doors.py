@@ -147,7 +147,9 @@ def test_a_server_without_run_time_adapters_is_told_how_to_start() -> None:
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 --enable-lora" in found.detail
 
 
-def test_a_data_parallel_vllm_is_refused_when_it_is_attached_and_by_the_doctor(cltrain: Command, tmp_path: Path) -> None:
+def test_a_data_parallel_vllm_is_refused_when_it_is_attached_and_by_the_doctor(
+    cltrain: Command, tmp_path: Path
+) -> None:
     with fake(*ALL) as (_, url), ServerClient(url, "base") as client:
         client.check_takes(16, ["q_proj"], 6)
     with fake(*ALL, "data parallel") as (_, url):

@@ -325,7 +325,7 @@ class Fleet(RuleBasedStateMachine):
 
     def looked(self) -> None:
         self.unseen.clear()
-        self.is_rolled_back = False
+        self.is_rolled_back &= any(shelf.is_full for shelf in self.shelves)  # what is two releases back has no room
 
     def directory(self, name: str) -> Path:
         found = releases.release_dir(self.home, releases.get(self.store, name))

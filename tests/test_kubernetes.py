@@ -115,7 +115,9 @@ def test_with_an_image_one_pod_runs_gateway_and_worker_on_one_volume(cltrain: Co
 def test_files_that_the_configuration_names_must_be_mounted_and_it_says_which(cltrain: Command, tmp_path: Path) -> None:
     promoted_home(tmp_path / "state")
     add_key(tmp_path / "state", "anna", ["infer"], now=1.0)
-    (tmp_path / "own.toml").write_text('[base]\npath = "/m/base"\n[[gate.suites]]\nname = "own"\npath = "/m/own.jsonl"\n')
+    (tmp_path / "own.toml").write_text(
+        '[base]\npath = "/m/base"\n[[gate.suites]]\nname = "own"\npath = "/m/own.jsonl"\n'
+    )
     words = [f"--config={tmp_path / 'own.toml'}", "--image=i", "--set=experience.rehearsal=/m/always.jsonl"]
     done = cltrain("kubernetes", f"--home={tmp_path / 'state'}", "--pool=llama", *words)
     note = json.loads(done.out)["items"][-2]["metadata"]["annotations"]["cltrain/mount"]
@@ -130,7 +132,7 @@ def test_no_objects_while_a_canary_has_its_share_of_the_episodes(tmp_path: Path)
         with trial(tmp_path / kind, kind=kind) as made:
             made.start()
             if shown is None:
-                with pytest.raises(ConflictError, match="tried as canary at 0.5"):
+                with pytest.raises(ConflictError, match=r"tried as canary at 0\.5"):
                     manifests(made.rooms.config, made.store, (), Cluster("pool"))
             else:
                 assert len(manifests(made.rooms.config, made.store, (), Cluster("pool"))) == shown

@@ -62,7 +62,7 @@ def check_adapter(
     manifest = check_sealed(directory, trusted) if trusted or (directory / MANIFEST).exists() else {}
     made_for = {str(said) for said in (metadata.get(DIGEST_KEY), manifest.get("base")) if said}
     if made_for != {base}:
-        named = ", ".join(sorted(said[:12] for said in made_for)) or "that it does not name"
+        named = ", ".join(sorted(said[:12] for said in made_for - {base})) or "that it does not name"
         raise DataError(f"{directory} was trained on base {named}; this one is {base[:12]}")
 
 

@@ -158,8 +158,8 @@ def collect(
 def unload_idle(
     client: Residence, store: Store, *, agent: str, wanted: Iterable[str], now: float, idle_s: float
 ) -> None:
-    """Unload what nobody wants of this family and was neither loaded nor proved for `idle_s`: no command (approve, gate)
-    is at work on it, and nothing that anybody will ask for makes room for itself."""
+    """Unload what nobody wants of this family and was neither loaded nor proved for `idle_s`: so long, because a
+    command (approve, gate) may be at work on what was just loaded."""
     with store.read() as connection:
         ours = set(connection.scalars(select(releases.c.name).where(of_family(releases.c.agent, agent))))
         known = readiness.held(connection, client.url)

@@ -1,4 +1,4 @@
-"""HTTP as uvicorn reads it, but that what is no HTTP, or has a head without end, gets the API's own error and is counted."""
+"""HTTP as uvicorn reads it; but what is no HTTP, or has a head without end, gets the API's error and is counted."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ def check_sealed(directory: Path, trusted: Sequence[Path]) -> dict[str, Any]:
 
 
 def check_signature(directory: Path, trusted: Sequence[Path]) -> dict[str, Any]:
-    """The manifest. Raises DataError unless one of the keys signed it and the directory is as it says; NotSignedError where there is no signature, ConfigError for a bad key file.
+    """The manifest. Raises DataError unless one of the keys signed it and the directory is as it says;
+    NotSignedError where there is no signature, ConfigError for a bad key file.
 
     A key file may hold a public key or the private one that it belongs to.
     """
