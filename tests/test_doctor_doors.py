@@ -43,6 +43,9 @@ class FakeVllm:
         for route in DEV if "dev" in holes else ():
             self.app.post(route)(self.act)
         self.app.post("/v1/completions")(self.complete)
+        if "no parser" in holes:
+            self.app.get("/v1/models")(lambda: {"data": [{"id": "base"}]})
+            self.app.post("/v1/chat/completions")(self.refuse_tools)
         self.app.get("/metrics")(lambda: Response(METRICS if "data parallel" in holes else METRICS.splitlines()[0]))
         self.app.get("/health")(lambda: {})
         self.app.middleware("http")(self.check_key)
@@ -56,6 +59,11 @@ class FakeVllm:
     async def act(self, request: Request) -> Response:
         self.changes.append(request.url.path)
         return Response("Success")
+
+    async def refuse_tools(self, request: Request) -> Response:
+        said = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'  # vLLM 0.32
+        assert (await request.json())["tools"]
+        return JSONResponse({"error": {"message": said, "code": 400}}, 400)
 
     async def complete(self, request: Request) -> Response:
         model = (await request.json())["model"]
@@ -159,6 +167,12 @@ def test_a_data_parallel_vllm_is_refused_when_it_is_attached_and_by_the_doctor(
         found = [(state, detail) for what, state, detail in findings(cltrain, *words) if what == "server"]
     assert [detail for state, detail in found if state == "bad" and "without --data-parallel-size" in detail]
     assert [detail for state, detail in found if state == "note" and "--max-cpu-loras 6 or more" in detail]
+
+
+def test_a_vllm_that_refuses_tools_is_told_how_to_start() -> None:
+    with fake("load", "no parser") as (_, url):
+        (found,) = [f for f in look(url, "vllm", own=()) if f.state == "bad"]
+    assert "--enable-auto-tool-choice --tool-call-parser" in found.detail
 
 
 def test_a_server_that_is_not_there_is_somebody_elses_finding() -> None:
