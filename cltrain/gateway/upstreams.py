@@ -150,11 +150,6 @@ class Upstreams:
 
     async def _choose(self, lease: Lease, tried: Collection[Place]) -> Place:
         await self._read(READ_S)
-        if len(self.places) == 1:
-            row = None if lease.is_base else self._row(self.places[0], lease.release)
-            if row is not None and row.state == "failed":
-                raise self._nobody(lease)
-            return self.places[0]
         if not (ready := self._ready(lease, tried)):
             await asyncio.sleep(HURRY_S)  # what was promoted a moment ago is not known here yet
             await self._read(HURRY_S)
@@ -174,6 +169,9 @@ class Upstreams:
         return [place for place in self.places if place not in tried and self._is_ready(place, lease)]
 
     def _is_ready(self, place: Place, lease: Lease) -> bool:
+        if len(self.places) == 1:
+            row = None if lease.is_base else self._row(place, lease.release)
+            return row is None or row.state != "failed"
         if self._is_out(place) or self._is_aside(place, readiness.ITSELF):
             return False
         if lease.is_base:
