@@ -148,8 +148,15 @@ def _doors(config: Config) -> list[dict[str, str]]:
         )
         return [_finding("bad", "server", detail)]
     key = os.environ.get(server.api_key_env) if server.api_key_env else None
-    too_small = [_finding("bad", "server", reason) for reason in _too_small(config)]
-    return too_small + [
+    limits = [_finding("bad", "server", reason) for reason in _too_small(config)]
+    if server.kind == "vllm":
+        untold = (
+            f"vLLM tells no limits: start it with --max-lora-rank {config.adapter.rank} or more (adapter.rank), else "
+            f"it refuses what was learned, and --max-cpu-loras {server.max_adapters} or more (server.max_adapters), "
+            "else it forgets adapters and reads them again when they are asked for"
+        )
+        limits.append(_finding("note", "server", untold))
+    return limits + [
         _finding(state, "server", detail if len(server.replicas) == 1 else f"{url}: {detail}")
         for url in server.replicas
         for state, detail in exposure.look(url, server.kind, key)
@@ -158,7 +165,7 @@ def _doors(config: Config) -> list[dict[str, str]]:
 
 def _too_small(config: Config) -> Iterator[str]:
     """What a server that tells its limits has too little of."""
-    if config.server.kind != "sglang":
+    if config.server.kind not in ("vllm", "sglang"):
         return
     for client in clients_of(config.server):
         with client, suppress(ServerError):  # who does not answer is a finding of its own

@@ -78,8 +78,26 @@ def _findings(http: httpx.Client, url: str, kind: str, key: str | None, own: Seq
             yield Finding(
                 "note", f"whether it takes adapters cannot be told without its key (server.api_key_env; {code})"
             )
+        yield from _tools(http, as_owner)
     if not is_sglang:  # it answers any name without a colon as the bare base, and looks none up
         yield from _resolver(http, as_owner)
+
+
+def _tools(http: httpx.Client, as_owner: dict[str, str]) -> Iterator[Finding]:
+    """vLLM refuses requests with tools until it was told how its model writes calls: asked with one token."""
+    listed = http.get("/v1/models", headers=as_owner)
+    names = [card["id"] for card in listed.json()["data"]] if listed.status_code == 200 else []
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    asked = {"messages": [{"role": "user", "content": "a"}], "tools": [tool], "max_tokens": 1}
+    for name in names[:1]:
+        with suppress(httpx.TimeoutException):  # a refusal comes at once
+            answer = http.post("/v1/chat/completions", json={"model": name, **asked}, headers=as_owner)
+            if "--enable-auto-tool-choice" in answer.text and answer.status_code == 400:
+                yield Finding(
+                    "bad",
+                    "it refuses requests with tools, the gate's as well: start it with --enable-auto-tool-choice "
+                    "--tool-call-parser NAME (the one of its model's format, such as hermes)",
+                )
 
 
 def _resolver(http: httpx.Client, as_owner: dict[str, str]) -> Iterator[Finding]:

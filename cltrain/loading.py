@@ -10,17 +10,16 @@ from cltrain.deploy import probes
 from cltrain.deploy.client import clients_of
 from cltrain.deploy.replicas import Replicas
 from cltrain.errors import ServerError
-from cltrain.models.signature import check_signature
+from cltrain.models.signature import check_sealed
 from cltrain.store.database import Store
 
 
 def load_and_prove(config: Config, store: Store, release: str, directory: Path) -> None:
     """On every replica that answers, each of which then proves it: only so is it ready where there are several.
 
-    Raises DataError for what no trusted key signed, where there are any.
+    Raises DataError for what is not as it was sealed, or signed by no trusted key where there are any.
     """
-    if trusted := config.signing.all_trusted:
-        check_signature(directory, trusted)
+    check_sealed(directory, config.signing.all_trusted)
     with closing(Replicas(store, clients_of(config.server), config.server.min_ready)) as servers:
         servers.load(release, directory)
         if (kept := probes.kept_of(store, release)) is not None:

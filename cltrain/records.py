@@ -113,7 +113,7 @@ class Trajectory:
     split: Split = "train"
     release: str | None = None  # the release that answered; None when imported from elsewhere
     is_mixed: bool = False  # a rollback changed the adapter midway: never learned from
-    end: str = "ok"  # ok, open, timeout, aborted, error
+    end: str = "ok"  # ok, open, timeout, aborted, error; left: the client hung up
     created_at: float = 0.0
     seq: int = 0
 

@@ -28,6 +28,7 @@ from cltrain.rooms import Rooms, desired, required_ready
 from cltrain.store.schema import named_records, records
 
 Action = Literal["go on", "step up", "promote", "harm", "back"]
+UNKNOWN = ("left", "away")  # nothing is known of the arm: the client hung up, or no replica held the release
 NEVER_CAME = ("timeout", "aborted", "error")  # ends of an episode: a fault of whoever answered, and no score
 HOUR_S = 3600.0
 MAX_READ = 500  # episodes at one look
@@ -128,7 +129,8 @@ def _act(connection: Connection, rooms: Rooms, tried: Rollout, action: Action, r
 def _settled(rooms: Rooms, tried: Rollout, settle_s: float, now: float) -> tuple[list[tuple[str, Outcome]], int]:
     """(record, outcome) of the episodes that settled since the last look, in the order in which their first answers
     were stored, and the last one's number. One that has not settled keeps later ones waiting: an order by outcome would
-    favour the quick."""
+    favour the quick. Where a client hung up nothing is known, of either arm: whoever sees who answers could choose what
+    is counted; nor where no replica held the release: others answer for that."""
     last = int(tried.evidence.get("seq", 0))
     columns = (records.c.id, records.c.seq, records.c.created_at, records.c.release, records.c.end, records.c.is_mixed)
     query = (
@@ -146,7 +148,8 @@ def _settled(rooms: Rooms, tried: Rollout, settle_s: float, now: float) -> tuple
             if row.created_at > now - settle_s:
                 break
             rows.append(row)
-    whole = [row for row in rows if not row.is_mixed and "~" not in row.id]  # a branch is no episode of its own
+    # a branch is no episode of its own
+    whole = [row for row in rows if not row.is_mixed and row.end not in UNKNOWN and "~" not in row.id]
     read = {one.id: one for one in read_trajectories(rooms.store, rooms.agent, records_in=[row.id for row in whole])}
     found = [(row.id, _outcome(row, read[row.id], tried.release, settle_s)) for row in whole]
     return found, rows[-1].seq if rows else last

@@ -1,5 +1,6 @@
-"""Keeping replicas as they should be: whoever lost adapters gets them back, whoever holds them proves it, and one that
-answers with other weights is named in the log of decisions. Needs no accelerator: the probes are kept (rooms.prove).
+"""Keeping replicas as they should be: whoever lost adapters gets them back, whoever holds them proves it, one that
+answers with other weights is named in the log of decisions, and what nobody wants any more goes in the end. Needs no
+accelerator: the probes are kept (rooms.prove).
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 
+from cltrain.config_tenants import shared_of
 from cltrain.deploy import probes
 from cltrain.errors import DataError, ServerError
 from cltrain.registry import releases
@@ -14,6 +16,7 @@ from cltrain.registry.decisions import append
 from cltrain.rooms import Rooms, adapter_of, desired, has_tenants, probes_for, require_sound, tidy_server
 
 AGAIN_S = 300.0  # between two proofs of what serves, on each replica
+IDLE_S = 3600.0  # that an adapter which nobody wants may stay beyond its grace, where no update comes to make room
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +27,12 @@ def tend(rooms: Rooms, again_s: float = AGAIN_S) -> None:
         if has_tenants(rooms):  # who asked last has changed: those who did not make room
             with suppress(ServerError):
                 tidy_server(rooms)
-        failures = rooms.server.look_after(desired(rooms), again_s)
+        wanted = desired(rooms)
+        failures = rooms.server.look_after(wanted, again_s)
+        with suppress(ServerError):
+            rooms.server.unload_idle(
+                wanted, agent=shared_of(rooms.agent), now=rooms.clock(), idle_s=rooms.config.rollout.grace_s + IDLE_S
+            )
     for failure in failures:
         log.error("%s fails its proof and is taken out: %s", failure.url, failure.reason)
         payload = {"url": failure.url, "release": failure.release, "outcome": "failed its proof"}

@@ -58,6 +58,7 @@ def _vllm(base: Path, port: int) -> list[str]:
         "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
         "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager",
         "--enable-lora", "--max-loras", "4", "--max-lora-rank", "8", "--max-cpu-loras", str(MAX_ADAPTERS),
+        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",  # else a request with tools is refused
         # without the head: 0.32 on the CPU dies of prompt_logprobs beside another request when the head may have LoRA
         "--lora-target-modules", *TARGETS,
     ]  # fmt: skip

@@ -167,7 +167,7 @@ def test_a_server_that_answers_with_other_weights_alarms(made, tmp_path):
 
 @contextmanager
 def tampered(learner, deployment, tmp_path: Path):
-    """The files of what serves are others, also on the server; put back afterwards."""
+    """The files of what serves are others, also on the server, where nobody of ours loads them; put back afterwards."""
     name = aliases.read_alias(deployment.store, "support").release
     directory = releases.release_dir(learner.config.state_dir, releases.get(deployment.store, name))
     other = random_adapter(load_base(None), tmp_path / "tampered", 6)
@@ -181,6 +181,7 @@ def tampered(learner, deployment, tmp_path: Path):
         with learner.rooms.server_lock:
             for member in learner.rooms.server.members:
                 member.unload(name)
+            learner.rooms.server.load(name, directory)
         tending.tend(learner.rooms)
 
     try:

@@ -17,9 +17,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from cltrain.deploy import proof
+from cltrain.api import Deployment
+from cltrain.config import from_dict
+from cltrain.deploy import probes, proof
 from cltrain.deploy.preflight import check_adapter
 from cltrain.deploy.residents import reconcile
+from cltrain.doctor import examine
 from cltrain.errors import DataError, ServerError
 from cltrain.models.adapter import AdapterFile, read_adapter
 from cltrain.models.base import Base, load_base
@@ -27,9 +30,11 @@ from cltrain.models.chat import render_example
 from cltrain.models.digest import adapter_digest, shipped_base
 from cltrain.models.scoring import last_answer, token_log_probs
 from cltrain.records import Example, TokenRow
+from cltrain.registry import releases
 from cltrain.rooms import NOISE
-from tests.engines import KINDS, VLLM_PYTHON, Served
-from tests.serving import random_adapter
+from tests.deployments import config_for, corrected, record, tickets, worker
+from tests.engines import KINDS, MAX_ADAPTERS, VLLM_PYTHON, Served
+from tests.serving import TARGETS, random_adapter
 
 ASK = [{"role": "user", "content": "please refund the order A17"}]
 TALK = (
@@ -282,6 +287,41 @@ def damaged(whole: Path, directory: Path, change: Callable[[Weights], Weights]) 
         metadata = opened.metadata()
     save_file(change(load_file(file)), file, metadata=metadata)
     return directory
+
+
+on_vllm = pytest.mark.parametrize("served", [pytest.param("vllm", id="vllm", marks=_marks("vllm"))], indirect=True)
+
+
+@on_vllm
+def test_the_doctor_finds_nothing_bad_with_a_vllm_that_is_started_as_we_say(served, tmp_path):
+    served.client.check_takes(8, TARGETS, MAX_ADAPTERS)
+    assert served.client._send("GET", "/metrics").text.count('engine="0"') > 0, "or data parallel would not be seen"
+    server = {"kind": "vllm", "url": served.client.url, "model": "base", "max_adapters": MAX_ADAPTERS}
+    found = [one for one in examine(from_dict({"home": str(tmp_path), "server": server})) if one["what"] == "server"]
+    assert [one["detail"] for one in found if one["state"] == "bad"] == []
+    assert [one for one in found if "/v1/load_lora_adapter" in one["detail"] and one["state"] == "note"]
+    assert [one for one in found if "a model name that is a path is unknown there" in one["detail"]]
+
+
+@on_vllm
+def test_a_whole_update_of_the_worker_is_loaded_proved_and_judged_there(served, tmp_path):
+    server = {"kind": "vllm", "url": served.client.url, "model": "base", "max_adapters": MAX_ADAPTERS}
+    config = config_for(tmp_path, served.client.url, server=server, gate={"items_per_gate": 80})
+    deployment = Deployment(config)
+    record(deployment.store, config, [corrected(ticket) for ticket in tickets("repair", 24)])
+    with worker(config, deployment.store) as learner:
+        summary = learner.update()
+        name = summary["candidate"]
+        assert (summary["proof"], summary["verdict"] in ("promote", "hold")) == ("proved", True), summary["reasons"]
+        kept = probes.kept_of(deployment.store, name)
+        directory = releases.release_dir(config.state_dir, releases.get(deployment.store, name))
+        served.client.load(name, directory)
+        assert probes.prove_on(served.client, name, "base", kept).verdict == "proved"
+        other = random_adapter(learner.rooms.base, tmp_path / "other", 9)
+        served.client.load("other", other)
+        with pytest.raises(proof.NotProvedError, match="neither it nor the incumbent fits"):
+            probes.prove_on(served.client, "other", "base", kept)
+    deployment.store.close()
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,18 @@ def test_an_update_too_small_to_tell_rests_on_name_and_path_and_is_ready(fleet):
     assert fleet.states("new") == dict.fromkeys("abc", "proved")
 
 
+def test_an_update_too_small_to_tell_is_not_ready_under_its_name_from_another_path(fleet):
+    probes.keep(fleet.store, "new", probes_of(NEW, before=NEW), 0.0)
+    for shelf in fleet.shelves[:2]:
+        shelf.held["new"], shelf.lies["new"] = "/r/elsewhere", str(NEW)  # whoever loaded it there
+    for _ in range(2):
+        assert fleet.tend(serving="new", needed=("new",), new=NEW, old=OLD, pinned=PINNED) == []
+        assert [url for url, state in fleet.states("new").items() if state == "proved"] == ["c"]
+    assert fleet.states("pinned")["c"] == "proved"
+    with pytest.raises(ServerError, match="from elsewhere"):
+        fleet.servers.load("new", NEW)
+
+
 def test_questions_are_spread_over_those_that_hold_the_release(fleet):
     fleet.shelves[0].unload("old")
     fleet.tend(serving="", needed=(), pinned=PINNED)  # notes that a lost it

@@ -12,6 +12,8 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from cltrain.deploy.client import ServerClient
+from cltrain.errors import ConfigError
 from cltrain.exposure import look, own_addresses
 from cltrain.gateway.keys import FILE, add_key
 from tests.command import Command, cltrain, free_port
@@ -20,6 +22,9 @@ from tests.gateway_parts import served
 __all__ = ["cltrain"]  # a fixture
 DEV = ("/pause", "/collective_rpc", "/reset_prefix_cache")
 ALL = ("load", "adapters")
+METRICS = """vllm:num_requests_running{engine="0",model_name="base"} 0.0
+vllm:num_requests_running{engine="1",model_name="base"} 0.0
+"""  # of vLLM 0.32, --data-parallel-size 2 --api-server-count 1
 
 
 class FakeVllm:
@@ -38,6 +43,10 @@ class FakeVllm:
         for route in DEV if "dev" in holes else ():
             self.app.post(route)(self.act)
         self.app.post("/v1/completions")(self.complete)
+        if "no parser" in holes:
+            self.app.get("/v1/models")(lambda: {"data": [{"id": "base"}]})
+            self.app.post("/v1/chat/completions")(self.refuse_tools)
+        self.app.get("/metrics")(lambda: Response(METRICS if "data parallel" in holes else METRICS.splitlines()[0]))
         self.app.get("/health")(lambda: {})
         self.app.middleware("http")(self.check_key)
 
@@ -50,6 +59,11 @@ class FakeVllm:
     async def act(self, request: Request) -> Response:
         self.changes.append(request.url.path)
         return Response("Success")
+
+    async def refuse_tools(self, request: Request) -> Response:
+        said = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'  # vLLM 0.32
+        assert (await request.json())["tools"]
+        return JSONResponse({"error": {"message": said, "code": 400}}, 400)
 
     async def complete(self, request: Request) -> Response:
         model = (await request.json())["model"]
@@ -139,6 +153,26 @@ def test_a_server_without_run_time_adapters_is_told_how_to_start() -> None:
         assert [f.state for f in look(url, "openai", own=())] == ["good"], "who takes none needs none"
     assert found.state == "bad"
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 --enable-lora" in found.detail
+
+
+def test_a_data_parallel_vllm_is_refused_when_it_is_attached_and_by_the_doctor(
+    cltrain: Command, tmp_path: Path
+) -> None:
+    with fake(*ALL) as (_, url), ServerClient(url, "base") as client:
+        client.check_takes(16, ["q_proj"], 6)
+    with fake(*ALL, "data parallel") as (_, url):
+        with ServerClient(url, "base") as client, pytest.raises(ConfigError, match="one of its 2 engines"):
+            client.check_takes(16, ["q_proj"], 6)
+        words = [f"--home={tmp_path / 'state'}", f"--set=server.url={url}", "--set=server.kind=vllm"]
+        found = [(state, detail) for what, state, detail in findings(cltrain, *words) if what == "server"]
+    assert [detail for state, detail in found if state == "bad" and "without --data-parallel-size" in detail]
+    assert [detail for state, detail in found if state == "note" and "--max-cpu-loras 6 or more" in detail]
+
+
+def test_a_vllm_that_refuses_tools_is_told_how_to_start() -> None:
+    with fake("load", "no parser") as (_, url):
+        (found,) = [f for f in look(url, "vllm", own=()) if f.state == "bad"]
+    assert "--enable-auto-tool-choice --tool-call-parser" in found.detail
 
 
 def test_a_server_that_is_not_there_is_somebody_elses_finding() -> None:

@@ -14,15 +14,19 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cltrain import plans
 from cltrain.api import Deployment
 from cltrain.deploy import readiness
 from cltrain.deploy.client import ServerClient
 from cltrain.gateway.app import create_gateway
 from cltrain.gateway.upstream import Upstream
+from cltrain.loop import Attempt, conclude
 from cltrain.models.adapter import read_adapter
 from cltrain.models.base import Base, load_base
+from cltrain.records import Check, Code, Decision, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.rooms import prove, tidy_server
+from cltrain.store.schema import updates
 from cltrain.tending import make_missing_probes
 from cltrain.worker import Worker
 from tests.deployments import config_for, worker
@@ -30,6 +34,7 @@ from tests.gateway_parts import served
 from tests.namespaces import machine, server_in, why_not
 from tests.serving import random_adapter
 
+BETTER = Check("gain in suite", Code.GAIN, Verdict.PROMOTE, "+0.2", 0.9, 0.7, 0.2, 0.1, 0.3, 40)
 ASKED = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 4}
 
 
@@ -88,8 +93,18 @@ def sealed(learner: Worker, base: Base, home: Path, seed: int, parent: str) -> s
     return found.name
 
 
-def roll_out(learner: Worker, name: str, was: str, before_proof: Callable[[], None]) -> tuple[float, float]:
-    """Load everywhere, prove on each, move the alias: as an update does once it is judged. When the alias moved."""
+def nothing() -> None:
+    pass
+
+
+def roll_out(
+    learner: Worker,
+    name: str,
+    was: str,
+    before_proof: Callable[[], None] = nothing,
+    before_flip: Callable[[], None] = nothing,
+) -> tuple[float, float]:
+    """Load everywhere, prove on each, and conclude as the loop does after the gate's yes. When the alias moved."""
     rooms = learner.rooms
     directory = releases.release_dir(learner.config.state_dir, releases.get(learner.store, name))
     assert directory is not None
@@ -100,16 +115,29 @@ def roll_out(learner: Worker, name: str, was: str, before_proof: Callable[[], No
     old = releases.release_dir(learner.config.state_dir, releases.get(learner.store, was))
     before = None if old is None else read_adapter(old)
     prove(rooms, name, read_adapter(directory), before, rooms.anchors, was)
-    began = time.time()
+    release, alias = releases.get(learner.store, name), aliases.read_alias(learner.store, "support")
+    plan = plans.Plan(
+        id=name, agent="support", number=release.number, parent=was, alias=alias, is_trial=False, seed=0,
+        work_dir=learner.config.state_dir / "work" / name, window=(), fresh=(), replay=(), set_aside=(), notes=(),
+        suspicious=(), refusal=None, manifest={"config": "c", "base": "b", "anchors": "a", "settings": {}},
+    )  # fmt: skip
+    row = {"id": name, "agent": "support", "number": release.number, "state": "judging", "parent": was, "mode": "auto"}
     with learner.store.write() as connection:
-        readiness.require_ready(connection, rooms.server.urls, name, rooms.server.min_ready)
-        aliases.move_alias_in(connection, "support", expected=was, to=name, fence=rooms.fence, now=began)
+        more = {"candidate": name, "fence": rooms.fence, "manifest": {}, "started_at": time.time()}
+        connection.execute(updates.insert().values(**row, **more))
+    before_flip()
+    began = time.time()
+    summary = conclude(rooms, plan, Attempt((), Decision(Verdict.PROMOTE, ("better",), (BETTER,)), release=release))
+    assert summary["is_served"], summary["reasons"]
     return began, time.time()
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
-def test_a_replica_cut_off_in_the_middle_of_a_rollout_shows_no_mixed_fleet_and_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["before_proof", "before_flip"])
+def test_a_replica_cut_off_in_the_middle_of_a_rollout_shows_no_mixed_fleet_and_comes_back(
+    tmp_path: Path, when: str
+) -> None:
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     base = load_base(None)
@@ -132,7 +160,7 @@ def test_a_replica_cut_off_in_the_middle_of_a_rollout_shows_no_mixed_fleet_and_c
 
         bare = aliases.read_alias(store, "support").release
         old = sealed(learner, base, tmp_path, 1, bare)
-        roll_out(learner, old, bare, lambda: None)
+        roll_out(learner, old, bare)
         make_missing_probes(learner.rooms)
         until(lambda: all(is_ready(url, old) for url in urls), "the fleet did not become ready for the first release")
 
@@ -155,8 +183,8 @@ def test_a_replica_cut_off_in_the_middle_of_a_rollout_shows_no_mixed_fleet_and_c
         until(lambda: {row.replica for row in clients.rows} == set(urls), "not every replica answers")
 
         lost = machines[1]
-        began, ended = roll_out(learner, new, old, lost.cut)
-        assert not is_ready(lost.url, new)
+        began, ended = roll_out(learner, new, old, **{when: lost.cut})
+        until(lambda: not is_ready(lost.url, new), "nobody saw that it is gone")
         until(lambda: sum(row.release == new for row in clients.rows) >= 50, "nobody is answered by the new release")
         cut_off = len(clients.rows)
         lost.heal()

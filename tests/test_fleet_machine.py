@@ -34,7 +34,7 @@ from cltrain.registry.decisions import read_decisions, verify_chain
 from cltrain.rooms import Rooms, collect_garbage, tidy_server
 from cltrain.store.database import open_store
 from cltrain.store.schema import records, updates
-from cltrain.tending import tend
+from cltrain.tending import IDLE_S, tend
 from tests.fleet_parts import Shelf, probes_of
 
 AGENT = "support"
@@ -143,6 +143,22 @@ class Fleet(RuleBasedStateMachine):
             self.the_gate_has_spoken(False)
 
     @rule()
+    def a_second_worker_takes_over(self) -> None:
+        """It thinks the first is gone, which goes on: whatever that would move stays where it is."""
+        first = self.rooms.fence
+        self.rooms.fence = lease.acquire(self.store, AGENT, f"worker after {first}", 1e9, first * 2e9)
+        before = aliases.read_alias(self.store, AGENT)
+        to = self.under_way[0] if self.under_way else before.previous or before.release
+        with pytest.raises(ConflictError, match="is not the newest"), self.store.write() as connection:
+            aliases.move_alias_in(connection, AGENT, expected=before, to=to, fence=first, now=self.now)
+        with pytest.raises(ConflictError, match="is not the newest"), self.store.write() as connection:
+            rollouts.start_in(
+                connection, before, release=to, update_id=to, settings=CANARY, raises_high_water=False, fence=first,
+                now=self.now,
+            )  # fmt: skip
+        assert aliases.read_alias(self.store, AGENT) == before
+
+    @rule()
     def a_person_rolls_back(self) -> None:
         try:
             aliases.rollback(self.store, AGENT, now=self.now, reason="no", freeze=False)
@@ -173,7 +189,7 @@ class Fleet(RuleBasedStateMachine):
                 self.looked()
             self.time_goes_by(61.0)
 
-    @rule(seconds=st.sampled_from([1.0, 61.0, 301.0]))
+    @rule(seconds=st.sampled_from([1.0, 61.0, 301.0, 2 * IDLE_S]))
     def time_goes_by(self, seconds: float) -> None:
         self.now += seconds
         for shelf in self.shelves:
@@ -312,7 +328,7 @@ class Fleet(RuleBasedStateMachine):
 
     def looked(self) -> None:
         self.unseen.clear()
-        self.is_rolled_back = False
+        self.is_rolled_back &= any(shelf.is_full for shelf in self.shelves)  # what is two releases back has no room
 
     def directory(self, name: str) -> Path:
         found = releases.release_dir(self.home, releases.get(self.store, name))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
+from cltrain.errors import ConflictError
 from cltrain.registry import aliases, releases, rollouts
 from cltrain.rollout import look
 from tests.test_fleet_machine import Fleet, explore
@@ -35,6 +36,17 @@ class Trials(Fleet):
         look(self.rooms)
         serves = aliases.read_alias(self.store, self.rooms.agent).release == tried.release
         assert is_ready or (self.tried() is None and not serves), "too few hold it, and it goes on"
+
+    @precondition(lambda self: self.tried() is not None)
+    @rule()
+    def who_lost_the_lease_judges(self) -> None:
+        before = self.tried()
+        self.a_second_worker_takes_over()
+        newest, self.rooms.fence = self.rooms.fence, self.rooms.fence - 1
+        with pytest.raises(ConflictError, match="is not the newest"):
+            look(self.rooms)
+        self.rooms.fence = newest
+        assert self.tried() == before
 
     @rule()
     def a_person_freezes_for_a_moment(self) -> None:

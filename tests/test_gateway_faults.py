@@ -247,6 +247,11 @@ def test_nothing_but_our_own_routes_answers_and_nothing_reaches_the_server(
     assert len(quiet.fake.paths) == num_seen
 
 
+def test_a_long_body_behind_a_long_head_is_taken(quiet: Gateway) -> None:
+    answer = quiet.http.post("/v1/feedback", content=b" " * 500_000 + b"{}", headers={"x-long": "a" * 60_000})
+    assert answer.json()["error"]["code"] not in ("no_http", "headers_too_long")
+
+
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     with running(tmp_path_factory.mktemp("quiet"), gateway={"max_in_flight": 2}) as gateway:

@@ -72,6 +72,24 @@ def test_only_replicas_that_are_ready_for_exactly_that_release_answer(tmp_path: 
         assert (fleet.who(answer), answer.headers["x-cltrain-adapter"], answer.json()["model"]) == (2, R2, R2)
 
 
+def test_a_single_server_never_answers_as_what_failed_its_proof_there(tmp_path: Path) -> None:
+    with running(tmp_path) as gateway:
+        for name in (BASE, R1):
+            add_release(gateway.store, name)
+        point_alias(gateway.store, R1)
+        assert gateway.chat("hello").status_code == 200, "nobody looked at it yet"
+        readiness.mark_failed(gateway.store, gateway.urls[0], R1, f"/{R1}", time.time())
+        time.sleep(READ_S + 0.1)
+        for asked in ({}, {"stream": True}, {"model": R1}):
+            answer = gateway.chat("hello", **asked)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert answer.json()["error"]["code"] == "no_ready_replica"
+        assert gateway.chat("hello", model=BASE).status_code == 200, "the base is what it was"
+        readiness.note_out(gateway.store, gateway.urls[0], time.time())
+        time.sleep(READ_S + 0.1)
+        assert gateway.chat("hello").status_code == 200, "where one cannot say who it is, it answers"
+
+
 def test_the_least_busy_one_is_asked(tmp_path: Path) -> None:
     with fleet_of(tmp_path) as fleet, ThreadPoolExecutor(2) as pool:
         slow = pool.submit(fleet.chat, "hold")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -19,7 +20,7 @@ from cltrain.registry import aliases, releases, rollouts
 from cltrain.rollout import look
 from cltrain.rooms import desired, required_ready
 from cltrain.store.schema import updates
-from cltrain.tending import tend
+from cltrain.tending import IDLE_S, tend
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
 from tests.fleet_parts import probes_of
 from tests.gateway_parts import served
@@ -60,6 +61,29 @@ def test_what_is_not_judged_yet_is_on_one_replica_and_the_tender_leaves_it_there
         assert holders(made, name) == URLS
         with made.store.read() as connection:
             readiness.require_ready(connection, URLS, name, 3)
+
+
+def test_what_was_rolled_back_goes_from_every_replica_when_no_episode_is_left_on_it_though_nothing_is_learned(
+    tmp_path: Path,
+) -> None:
+    with trial(tmp_path, URLS) as made:
+        made.shelves[0].held["a-stranger"] = "/theirs"
+        made.recorded(replace(made.episode("incumbent"), end="open"))
+        undone = made.incumbent
+        aliases.rollback(made.store, AGENT, now=made.now, reason="no")  # and frozen: no update will come
+        tend(made.rooms)
+        assert holders(made, undone) == URLS
+        made.now += made.rooms.config.rollout.grace_s + IDLE_S
+        tend(made.rooms)
+        assert holders(made, undone) == URLS, "an open episode is pinned to it"
+        with made.store.write() as connection:
+            connection.exec_driver_sql("UPDATE records SET status = 'ended'")
+        made.rooms.server.prove(undone, probes_of(made.directory(undone)))  # as a command that would serve it again
+        tend(made.rooms)
+        assert holders(made, undone) == URLS
+        made.now += made.rooms.config.rollout.grace_s + IDLE_S
+        tend(made.rooms)
+        assert [set(shelf.held) for shelf in made.shelves] == [{"a-stranger"}, set(), set()]
 
 
 def test_a_roll_stops_at_the_first_replica_that_answers_with_other_weights(tmp_path: Path) -> None:

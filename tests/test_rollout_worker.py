@@ -217,6 +217,18 @@ def test_an_episode_whose_client_named_the_release_is_no_evidence(tmp_path: Path
         assert counted(made) == [("incumbent", False, None)]
 
 
+@pytest.mark.parametrize("end", ["left", "away"])
+def test_clients_that_hang_up_and_replicas_that_went_away_take_no_canary_back(tmp_path: Path, end: str) -> None:
+    with trial(tmp_path) as made:
+        made.start()
+        for _ in range(40):  # whoever sees x-cltrain-adapter leaves only the candidate's streams
+            made.now += 1.0
+            made.recorded(made.episode("incumbent", score=1.0), made.episode("candidate", end=end))
+        made.now += 20.0
+        look(made.rooms)
+        assert (made.state[0], evidence(made)["episodes"]) == ("open", {"incumbent": 40})
+
+
 def test_what_was_imported_or_moved_midway_is_no_evidence(tmp_path: Path) -> None:
     with trial(tmp_path) as made:
         made.start()

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -22,6 +22,7 @@ from cltrain.deploy.replicas import Replicas
 from cltrain.deploy.trust import bar_untrusted
 from cltrain.errors import ConfigError, DataError
 from cltrain.kubernetes import Cluster, manifests
+from cltrain.loading import load_and_prove
 from cltrain.models.base import load_base
 from cltrain.models.signature import NotSignedError, check_signature, sign
 from cltrain.registry import releases
@@ -93,7 +94,7 @@ def test_a_signature_covers_every_file_and_the_name(tmp_path: Path, keys: dict[s
     directory = sealed(tmp_path, keys["own.private"])
     other = directory.with_name("support-v000009-000000000000")
     shutil.copytree(directory, other)
-    with pytest.raises(DataError, match=f"was sealed and signed as {directory.name}"):
+    with pytest.raises(DataError, match=f"was sealed as {directory.name}"):
         check_signature(other, [keys["own.public"]])
     weights = directory / "adapter_model.safetensors"
     weights.chmod(0o644)
@@ -176,7 +177,7 @@ def test_a_replica_is_ready_without_what_no_trusted_key_signed(
     with store.read() as connection:
         wanted = residents.desired(connection, tmp_path / "state", "support")
     assert wanted.needed == {serving, before}
-    assert bar_untrusted(wanted, ()) == wanted
+    assert bar_untrusted(wanted, ()) == wanted, "sealed it is"
     found = bar_untrusted(wanted, [keys["own.public"]])
     assert (found.needed, found.barred, set(found.loadable)) == ({serving}, {before}, {serving})
     config = from_dict({"home": str(tmp_path / "state"), "signing": {"trusted": [str(keys["own.public"])]}})
@@ -185,6 +186,29 @@ def test_a_replica_is_ready_without_what_no_trusted_key_signed(
     assert synced["ensureNotExist"]["models"] == [], "where it is it stays"
     gone = bar_untrusted(wanted, [tmp_path / "no.pem"])
     assert set(gone.loadable) == set(), "a key that cannot be read lets nothing in"
+
+
+def test_what_was_changed_on_disk_is_not_loaded_again_without_any_key(store: Store, tmp_path: Path) -> None:
+    home = tmp_path / "state"
+    serving, directory = served(store, home, 1, None)
+    shelf = Shelf("http://a")
+    config, nothing = from_dict({"home": str(home)}), cast(Any, None)
+    servers = Replicas(store, [shelf])
+    rooms = Rooms(config, store, nothing, servers, nothing, b"", (), "", (), nothing, 0)
+    tending.tend(rooms)
+    assert set(shelf.held) == {serving}
+    weights = directory / "adapter_model.safetensors"
+    was = weights.read_bytes()
+    weights.chmod(0o644)
+    weights.write_bytes(was[:-1] + bytes([was[-1] ^ 1]))
+    shelf.restart()
+    tending.tend(rooms)
+    with pytest.raises(DataError, match="is not the file that was sealed"):
+        load_and_prove(config, store, serving, directory)
+    assert set(shelf.held) == set()
+    weights.write_bytes(was)
+    tending.tend(rooms)
+    assert set(shelf.held) == {serving}
 
 
 def test_the_embedded_server_loads_no_unsigned_release_and_a_rollback_to_one_is_done_all_the_same(

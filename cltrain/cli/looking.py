@@ -89,4 +89,7 @@ def kubernetes(
 ) -> None:
     """Print what serves as Kubernetes objects: cltrain kubernetes --pool POOL | kubectl apply -f -"""
     objects = chosen.open().kubernetes(pool, namespace=namespace, adapters=adapters, image=image, storage=storage)
+    for one in objects:
+        for note in one["metadata"].get("annotations", {}).values():
+            typer.echo(f"{one['kind']}: {note}", err=True)
     print_out({"apiVersion": "v1", "kind": "List", "items": objects}, True, [])

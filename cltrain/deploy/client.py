@@ -6,6 +6,7 @@ Nothing is retried here: the caller knows what a failure means. Every failure is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from typing import Any, ClassVar
 import httpx
 
 from cltrain.config import ServerConfig
-from cltrain.errors import NotHeldError, ServerError, UnavailableError
+from cltrain.errors import ConfigError, NotHeldError, ServerError, UnavailableError
 from cltrain.records import Message, Tool
 
 SCORE_ROWS = 16  # sequences per scoring request
 QUICK_S = 5.0  # for what needs no model: a server that takes longer to list its adapters is away
+ENGINE = re.compile(r'^vllm:.*\bengine="(\w+)"', re.MULTILINE)
 AWAY = (404, 502, 503, 504)  # nobody is behind the address, or nobody who speaks this dialect
 
 
@@ -76,8 +78,15 @@ class ServerClient:
     def check_takes(self, rank: int, targets: Sequence[str], max_adapters: int) -> None:
         """Raise ConfigError where the server says that it is too small for such adapters, or for so many.
 
-        vLLM does not say: there `server.max_rank` and `server.max_adapters` are what was declared.
+        vLLM says how many engines it has (each metric is there once for each), and of its limits nothing: there
+        `server.max_rank` and `server.max_adapters` are what was declared. Raises UnavailableError where nobody answers.
         """
+        num_engines = len(set(ENGINE.findall(self._send("GET", "/metrics").text)))
+        if num_engines > 1:
+            raise ConfigError(
+                f"{self.url} runs data parallel, and a load reaches one of its {num_engines} engines: start as many "
+                "servers without --data-parallel-size and name them in server.urls"
+            )
 
     def health(self) -> bool:
         """Whether the server answers at all."""

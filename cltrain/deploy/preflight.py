@@ -6,7 +6,7 @@ A server's 200 proves nothing: vLLM 0.32 accepts NaN weights, wrong shapes and a
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import numpy as np
 
 from cltrain.errors import ConfigError, DataError
 from cltrain.models import digest
-from cltrain.models.digest import ADAPTER_FILES, MANIFEST, MEMORY_FILE, SIGNATURE, check_manifest
+from cltrain.models.digest import ADAPTER_FILES, MANIFEST, MEMORY_FILE, SIGNATURE
 from cltrain.models.shapes import expected_shapes
-from cltrain.models.signature import check_signature
+from cltrain.models.signature import check_sealed
 
 DIGEST_KEY = "cltrain_base_digest"
 MAX_HEADER_BYTES = 16_000_000
+MAX_RANK = 512  # vLLM's; what this server takes is declared in server.max_rank
 FORBIDDEN = (  # PEFT features that vLLM refuses or that change more than our bounds measure
     "use_dora",
     "use_rslora",
@@ -41,32 +42,28 @@ def check_adapter(
     *,
     base_dir: Path,
     base_digest: str | None = None,
-    max_rank: int = 512,
-    allowed_ranks: Collection[int] | None = None,
     trusted: Sequence[Path] = (),
 ) -> None:
     """Raise DataError, naming file and fix, unless the directory is a whole, finite adapter for exactly this base.
 
     `base_digest` is the base's digest where the caller knows it, else it is computed from `base_dir`. A manifest.json
-    beside the adapter must name the files' sha256 under "files". One of the `trusted` keys
-    must have signed it.
+    beside the adapter must name the files' sha256 under "files". One of the `trusted` keys must have signed it. File or
+    manifest must say which base the adapter is for.
     """
     _check_files(directory)
     config = _read_json(directory / ADAPTER_FILES[0])
-    rank, targets = _check_config(directory, config, max_rank, allowed_ranks)
+    rank, targets = _check_config(directory, config)
     try:
         shapes = expected_shapes(_read_json(base_dir / "config.json"), targets, rank)
     except ConfigError as error:
         raise DataError(f"{directory}: {error}") from None
     metadata = _check_weights(directory / ADAPTER_FILES[1], shapes)
     base = base_digest or digest.base_digest(base_dir)
-    made_for = metadata.get(DIGEST_KEY)
-    if made_for and made_for != base:
-        raise DataError(f"{directory} was trained on base {made_for[:12]}; this one is {base[:12]}")
-    if trusted:
-        check_signature(directory, trusted)
-    elif (directory / MANIFEST).exists():
-        check_manifest(directory, (directory / MANIFEST).read_bytes())
+    manifest = check_sealed(directory, trusted) if trusted or (directory / MANIFEST).exists() else {}
+    made_for = {str(said) for said in (metadata.get(DIGEST_KEY), manifest.get("base")) if said}
+    if made_for != {base}:
+        named = ", ".join(sorted(said[:12] for said in made_for - {base})) or "that it does not name"
+        raise DataError(f"{directory} was trained on base {named}; this one is {base[:12]}")
 
 
 def _check_files(directory: Path) -> None:
@@ -84,17 +81,14 @@ def _check_files(directory: Path) -> None:
             raise DataError(f"{path} is not a plain file")
 
 
-def _check_config(
-    directory: Path, config: dict[str, Any], max_rank: int, allowed_ranks: Collection[int] | None
-) -> tuple[int, list[str]]:
+def _check_config(directory: Path, config: dict[str, Any]) -> tuple[int, list[str]]:
     if config.get("peft_type") != "LORA":
         raise DataError(f"{directory}: peft_type is {config.get('peft_type')!r}; only LORA is served")
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise DataError(f"{directory}: rank {rank!r} is not a positive number")
-    if rank > max_rank or (allowed_ranks is not None and rank not in allowed_ranks):
-        allowed = f"one of {sorted(allowed_ranks)}" if allowed_ranks is not None else f"at most {max_rank}"
-        raise DataError(f"{directory}: rank {rank}; the server takes {allowed}")
+    if rank > MAX_RANK:
+        raise DataError(f"{directory}: rank {rank}; no server takes more than {MAX_RANK}")
     if not isinstance(alpha, int | float) or not np.isfinite(alpha) or alpha <= 0:
         raise DataError(f"{directory}: lora_alpha {alpha!r} is not a positive number")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):

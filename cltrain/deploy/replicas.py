@@ -123,11 +123,12 @@ class Replica:
             if str(error) != self._complaint:
                 log.warning("%s", error)
             self._complaint = str(error)
-        rows, failures = self.held(), []
+        places, failures = wanted.directories, []
+        rows = {name: row for name, row in self.held().items() if str(places.get(name)) == row.root}  # as we loaded it
         if not wanted.needed <= set(rows):
             return ()
         order = sorted(rows, key=lambda name: (name == wanted.serving, name not in wanted.needed))
-        for name in (name for name in order if name in wanted.directories):
+        for name in order:
             is_serving = name == wanted.serving
             if not self._is_due(rows[name], again_s, is_serving or name == wanted.tried):
                 continue
@@ -249,6 +250,15 @@ class Replicas:
         with ThreadPoolExecutor(len(self.members)) as pool:
             found = pool.map(lambda member: member.look_after(wanted, again_s), self.members)
             return [failure for failures in found for failure in failures]
+
+    def unload_idle(self, wanted: residents.Wanted, *, agent: str, now: float, idle_s: float) -> None:
+        """What nobody wants and nothing was done with for `idle_s`, wherever somebody answers."""
+        self._on_each(
+            lambda member: residents.unload_idle(
+                member, self._store, agent=agent, wanted=wanted.directories, now=now, idle_s=idle_s
+            ),
+            self._answering(),
+        )
 
     def generate_many(self, model: str, prompts: Sequence[Prompt], max_tokens: int, concurrency: int = 16) -> Answers:
         """As ServerClient's; `concurrency` at a time on each replica that holds the model."""

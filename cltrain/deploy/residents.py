@@ -156,6 +156,19 @@ def collect(
     return tuple(gone)
 
 
+def unload_idle(
+    client: Residence, store: Store, *, agent: str, wanted: Iterable[str], now: float, idle_s: float
+) -> None:
+    """Unload what nobody wants of this family and was neither loaded nor proved for `idle_s`: so long, because a
+    command (approve, gate) may be at work on what was just loaded."""
+    with store.read() as connection:
+        ours = set(connection.scalars(select(releases.c.name).where(of_family(releases.c.agent, agent))))
+        known = readiness.held(connection, client.url)
+    for name in sorted((known.keys() & ours) - set(wanted)):
+        if now - known[name].seen_at >= idle_s:
+            client.unload(name)
+
+
 def unlisted(connection: Connection, clients: Iterable[Residence], agent: str) -> tuple[str, ...]:
     """Releases whose files may be deleted: nobody needs them, no server lists them and nothing refers to them.
 

@@ -1,4 +1,5 @@
-"""Where releases are signed: which of them may be loaded. Hashes are taken again only when a file changed. No torch."""
+"""Which releases may be loaded: those that are as they were sealed and, where keys are trusted, signed by one of them.
+Hashes are taken again only when a file changed. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from cltrain.deploy.residents import Wanted
 from cltrain.errors import ConfigError, DataError
-from cltrain.models.signature import check_signature
+from cltrain.models.signature import check_sealed
 
 Stamp = tuple[tuple[str, int, int, int], ...]  # path, bytes, and when content and inode changed, ns
 
@@ -18,12 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def bar_untrusted(wanted: Wanted, trusted: Sequence[Path]) -> Wanted:
-    """The same, without the leave to load what none of the keys signed as it is now; everything where there are none.
+    """The same, without the leave to load what is not as it was sealed, or signed by none of the keys.
 
     A server that holds such a release keeps it, and one that lost it is ready without it.
     """
-    if not trusted:
-        return wanted
     keys, stamp_of_keys = tuple(trusted), _stamp(trusted)
     barred = set()
     for name, directory in wanted.directories.items():
@@ -40,7 +39,7 @@ def bar_untrusted(wanted: Wanted, trusted: Sequence[Path]) -> Wanted:
 @lru_cache(maxsize=256)
 def _why_not(directory: Path, trusted: tuple[Path, ...], _files: Stamp, _keys: Stamp) -> str | None:
     try:
-        check_signature(directory, trusted)
+        check_sealed(directory, trusted)
     except DataError as error:
         return str(error)
     return None

@@ -21,7 +21,7 @@ from cltrain.errors import ConflictError, DataError
 from cltrain.experience.recording import Recorder, RecorderFull, Turn, UnknownTarget
 from cltrain.gateway import bodies
 from cltrain.gateway.episodes import Episodes, Lease, next_hash
-from cltrain.gateway.errors import Refusal, UpstreamFailure, unknown_model
+from cltrain.gateway.errors import ClientLeft, Refusal, UpstreamFailure, unknown_model
 from cltrain.gateway.keys import PREFIX as KEY_PREFIX
 from cltrain.gateway.metrics import Metrics
 from cltrain.gateway.shadow import Copied, Shadow
@@ -93,8 +93,9 @@ class Door:
         except Refusal as error:
             await self._failed(asked, lease, error)
             raise
-        except BaseException:  # cancelled, or broken: the episode must not stay taken
-            await self._failed(asked, lease, UpstreamFailure(499, "cancelled"))
+        except BaseException as error:  # cancelled, or broken: the episode must not stay taken
+            is_broken = isinstance(error, Exception)
+            await self._failed(asked, lease, UpstreamFailure(500, "broken") if is_broken else ClientLeft("cancelled"))
             raise
 
     async def _generate(self, asked: Asked, lease: Lease, request: Request, start: float) -> Response:
@@ -184,7 +185,7 @@ class Door:
         async def on_end() -> None:
             if not is_over:
                 self.metrics.errors.labels("client_left").inc()
-                await self._failed(asked, lease, UpstreamFailure(499, "the client left midway"))
+                await self._failed(asked, lease, ClientLeft("the client left midway"))
             self.upstream.done(place)
             await response.aclose()
             self.metrics.seconds.labels(asked.route).observe(time.perf_counter() - start)
@@ -331,7 +332,7 @@ async def _unless_gone(request: Request, work: Awaitable[T], lease: Lease) -> T:
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise UpstreamFailure(499, "the client left before the answer came")
+            raise ClientLeft("the client left before the answer came")
         return working.result()
     except Refusal as error:
         if error.status in (401, 403) and request.state.key is not None:  # the client's own key was good
@@ -340,7 +341,7 @@ async def _unless_gone(request: Request, work: Awaitable[T], lease: Lease) -> T:
         if error.status != 404 or not lease.is_alias:
             raise
         message = f"{lease.release} is not loaded on the inference server yet ({error}): try again"
-        raise UpstreamFailure(503, message, code="release_not_loaded") from None
+        raise UpstreamFailure(503, message, end="away", code="release_not_loaded") from None
     finally:
         for task in (working, leaving):
             task.cancel()

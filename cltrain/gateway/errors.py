@@ -53,6 +53,13 @@ class UpstreamFailure(Refusal):
         self.end = end
 
 
+class ClientLeft(UpstreamFailure):
+    """The client hung up first: missing data, and no fault of whoever was answering."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(499, message, end="left")
+
+
 class NotAnswered(UpstreamFailure):
     """The connection failed before a byte of an answer came: asking another replica is safe."""
 

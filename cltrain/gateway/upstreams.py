@@ -1,5 +1,6 @@
 """Which replica answers: one that is ready for exactly the release, where the episode was before if that is one of them
-(its prefix is cached there), else the least busy. Where there is one server, it answers everything.
+(its prefix is cached there), else the least busy. Where there is one server, it answers everything but a release that
+failed its proof there.
 
 What the worker wrote about readiness is read at most once a second; a replica that was seen here to be gone, or not to
 have the release, is left alone for a moment. Another is asked only if nothing of an answer came.
@@ -148,8 +149,6 @@ class Upstreams:
             return place, model, answer
 
     async def _choose(self, lease: Lease, tried: Collection[Place]) -> Place:
-        if len(self.places) == 1:
-            return self.places[0]
         await self._read(READ_S)
         if not (ready := self._ready(lease, tried)):
             await asyncio.sleep(HURRY_S)  # what was promoted a moment ago is not known here yet
@@ -170,6 +169,9 @@ class Upstreams:
         return [place for place in self.places if place not in tried and self._is_ready(place, lease)]
 
     def _is_ready(self, place: Place, lease: Lease) -> bool:
+        if len(self.places) == 1:
+            row = None if lease.is_base else self._row(place, lease.release)
+            return row is None or row.state != "failed"
         if self._is_out(place) or self._is_aside(place, readiness.ITSELF):
             return False
         if lease.is_base:
@@ -224,7 +226,7 @@ class Upstreams:
 
     async def _read(self, pause_s: float) -> None:
         """What the worker knows, if that was last read longer ago than this. What cannot be read stays as it was."""
-        if len(self.places) == 1 or time.monotonic() < self._next_read - READ_S + pause_s:
+        if time.monotonic() < self._next_read - READ_S + pause_s:
             return
         async with self._lock:
             if time.monotonic() < self._next_read - READ_S + pause_s:
@@ -244,4 +246,4 @@ class Upstreams:
             message = f"The model `{lease.release}` is not loaded on any replica"
             return Refusal(404, message, code="model_not_found", param="model")
         message = f"no replica is ready for {lease.release}: try again"
-        return UpstreamFailure(503, message, code="no_ready_replica")
+        return UpstreamFailure(503, message, end="away", code="no_ready_replica")

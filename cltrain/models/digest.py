@@ -58,8 +58,8 @@ def adapter_digest(directory: Path) -> str:
 
 
 def check_manifest(directory: Path, manifest: bytes) -> dict[str, Any]:
-    """The manifest.json of these bytes, once the directory holds exactly the files that it names under "files", each
-    with its sha256. Raises DataError otherwise."""
+    """The manifest.json of these bytes, once the directory has its name and holds exactly the files that it names under
+    "files", each with its sha256. Raises DataError otherwise."""
     try:
         said = json.loads(manifest)
     except ValueError as error:
@@ -72,6 +72,8 @@ def check_manifest(directory: Path, manifest: bytes) -> dict[str, Any]:
         with (directory / name).open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
                 raise DataError(f"{directory / name} is not the file that was sealed (sha256 differs from {MANIFEST})")
+    if (name := said.get("name", directory.name)) != directory.name:
+        raise DataError(f"{directory} holds what was sealed as {name}")
     return dict(said)
 
 

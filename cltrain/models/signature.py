@@ -26,9 +26,19 @@ class NotSignedError(DataError):
     """Nobody signed it, as before a key was configured; nothing says that anything in it was changed."""
 
 
-def check_signature(directory: Path, trusted: Sequence[Path]) -> None:
-    """Raise DataError unless one of the keys signed the directory's manifest, and this names the directory and has the
-    sha256 of every file in it; NotSignedError where there is no signature, ConfigError for a bad key file.
+def check_sealed(directory: Path, trusted: Sequence[Path]) -> dict[str, Any]:
+    """The manifest, once every file is as it was sealed and, where keys are trusted, one of them signed it. Raises
+    DataError otherwise."""
+    if trusted:
+        return check_signature(directory, trusted)
+    if not (directory / MANIFEST).is_file():
+        raise DataError(f"{directory} has no {MANIFEST}: nothing says what was sealed in it")
+    return check_manifest(directory, (directory / MANIFEST).read_bytes())
+
+
+def check_signature(directory: Path, trusted: Sequence[Path]) -> dict[str, Any]:
+    """The manifest. Raises DataError unless one of the keys signed it and the directory is as it says;
+    NotSignedError where there is no signature, ConfigError for a bad key file.
 
     A key file may hold a public key or the private one that it belongs to.
     """
@@ -51,8 +61,7 @@ def check_signature(directory: Path, trusted: Sequence[Path]) -> None:
         raise DataError(
             f"{directory / SIGNATURE} is by none of the {len(keys)} keys in signing.trusted and signing.key"
         )
-    if (name := check_manifest(directory, manifest).get("name", directory.name)) != directory.name:
-        raise DataError(f"{directory} holds what was sealed and signed as {name}")
+    return check_manifest(directory, manifest)
 
 
 def _private(file: Path) -> Ed25519PrivateKey:
