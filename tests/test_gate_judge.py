@@ -370,7 +370,7 @@ def test_answers_cut_off_at_first_do_not_end_the_questions(tmp_path: Path) -> No
 def test_a_stratum_is_heard_when_enough_of_its_episodes_are_and_not_of_their_turns(tmp_path: Path) -> None:
     """Thirty turns of fifteen episodes are fifteen: the guard waits for more of those that were drawn."""
     turns = [replace(item, cluster=f"{item.id.split('-')[0]}{i // 2}") for i, item in enumerate(_pool(60, 90, 0))]
-    config = GateConfig(margin=0.4)
+    config = GateConfig(margin=0.4, stratum_margin=0.4)
     decision = _judge(open_store(tmp_path), _servers(), turns, config=config)
     heard = {item.cluster for item in turns if item.id in decision.items_used and item.stratum == "old/good"}
     assert decision.verdict is Verdict.PROMOTE
