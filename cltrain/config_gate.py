@@ -112,7 +112,7 @@ class DetectorsConfig(Section):
     question: str = r"[?\uff1f]$"  # a regular expression: how a question back ends
     length_ratio: float = Field(2.0, gt=1)  # an answer this many times shorter or longer than the expected one
     overfit_gap: float = Field(0.1, gt=0, lt=1)  # gain on known items beyond that on new ones
-    spectrum_history: int = Field(12, ge=4, le=64)  # accepted updates, before a new one's weights are compared with them
+    spectrum_history: int = Field(12, ge=4, le=64)  # accepted updates, before the weights of one are compared
     spectrum_z: float = Field(12.0, gt=0)  # robust deviations from them
 
     @field_validator("question")

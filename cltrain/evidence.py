@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import takewhile
@@ -25,6 +26,7 @@ from cltrain.gate.judge import Contest, Look, judge
 from cltrain.gate.levels import read_past
 from cltrain.gate.plugins import load_suites
 from cltrain.gate.probes import load_character
+from cltrain.gate.rows import Arriving
 from cltrain.gate.scoring import Reply, Scoring
 from cltrain.gate.secrets import Text, look_at_secrets
 from cltrain.gate.spectrum import Delta, Features, features_of, look_at_spectrum, minus
@@ -95,7 +97,7 @@ class Evidence:
     ) -> Decision:
         """The gate's decision on a candidate that the server has loaded. A retry is judged on items not used before."""
         agent = self.config.agent.name
-        held_out, rate_per_s = self.held_out()
+        held_out, arriving = self.held_out()
         marks = aliases.read_references(self.store, agent)
         gate = self.config.gate
         return judge(
@@ -109,7 +111,7 @@ class Evidence:
             base_kl=base_kl,
             score_many=self.score_many,
             suspects=[self.suspect(suspicion) for suspicion in suspicious],
-            rate_per_s=rate_per_s,
+            arriving=arriving,
             seed=seed,
             used_before=used_before,
             fresh_only=is_retry,
@@ -182,14 +184,22 @@ class Evidence:
         adapter = read_adapter(directory)
         return {m: (a.numpy(), adapter.scale * b.numpy()) for m, (a, b) in adapter.factors.items()}
 
-    def held_out(self) -> tuple[list[SuiteItem], float | None]:
-        """Items of the evaluation split as it stands now, and how many a second came in lately (None: unknown)."""
+    def held_out(self) -> tuple[list[SuiteItem], Arriving]:
+        """Items of the evaluation split as it stands now, and of each stratum how many episodes came in lately."""
         agent = self.config.agent
         items, rate_per_s = window.heldout_items(
             self.store, agent.name, self.config.experience, learn_from=agent.learn_from,
             tools_allowed=agent.tools_allowed, now=self.clock(),
         )  # fmt: skip
-        return [item for item in items if self.can_ask(item)], rate_per_s
+        episodes: dict[str, set[str]] = defaultdict(set)
+        for item in items:
+            episodes[item.stratum].add(item.cluster or item.id)
+        num_episodes = len(set().union(*episodes.values()))
+        of_stratum = {item.stratum: item for item in items}
+        arriving = [
+            (item, rate_per_s * len(episodes[name]) / num_episodes) for name, item in of_stratum.items() if rate_per_s
+        ]
+        return [item for item in items if self.can_ask(item)], arriving
 
     def split_vault(self, items: Sequence[SuiteItem]) -> tuple[list[SuiteItem], list[SuiteItem]]:
         """What gates may draw, and what only the vault asks (gate/vault.py)."""

@@ -85,7 +85,7 @@ def test_a_server_without_room_for_a_candidate_beside_what_serves_is_refused(kin
 
 
 def test_a_bound_on_promotions_without_a_gain_is_for_a_gate_that_asks_for_one() -> None:
-    with pytest.raises(ConfigError, match="fdr bounds .* promote_on = 'expected' asks for none"):
+    with pytest.raises(ConfigError, match=r"fdr bounds .* promote_on = 'expected' asks for none"):
         load((), ["gate.fdr=true", 'gate.promote_on="expected"'])
     assert load((), ["gate.fdr=true", "gate.margin=0.12", "gate.character.probe_fall=15"]).gate.fdr
 

@@ -179,7 +179,9 @@ def test_a_retry_is_judged_on_items_this_update_has_not_seen(tmp_path: Path) -> 
 
 
 def test_a_small_pool_holds_with_a_forecast(tmp_path: Path) -> None:
-    decision = _judge(open_store(tmp_path), _servers(), _pool(10, 10), rate_per_s=0.01)
+    pool = _pool(10, 10)
+    arriving = [(pool[0], 0.01), (pool[10], 0.01)]
+    decision = _judge(open_store(tmp_path), _servers(_only_old), pool, arriving=arriving)
     assert decision.verdict is Verdict.HOLD
     assert decision.num_missing > 0
     assert decision.forecast_s == pytest.approx(decision.num_missing / 0.01)

@@ -13,7 +13,7 @@ from cltrain.config_gate import GateConfig, SuiteConfig
 from cltrain.errors import ConfigError, DataError
 from cltrain.gate import harnesses
 from cltrain.gate.commands import CommandSuite, content_of
-from cltrain.gate.stats import items_for_margin
+from cltrain.gate.stats import USUAL_FLIPS, items_for_margin
 from cltrain.gate.suites import load_suite
 from cltrain.records import SuiteItem
 
@@ -100,13 +100,15 @@ def _check_ids(items: Sequence[SuiteItem]) -> None:
 
 
 def _check_size(items: Sequence[SuiteItem], config: GateConfig, has_other_items: bool) -> None:
-    """The fewest items on which a candidate that never differs is shown to be within the margin."""
+    """Fewer items than show a candidate that never differs to be within the margin are refused; fewer than show that of
+    equals that flip as many answers as is usual are told."""
     needed = items_for_margin(config.margin, config.alpha)
     if config.items_per_gate < needed:
         raise ConfigError(
             f"gate.items_per_gate = {config.items_per_gate} can never rule out a loss of gate.margin = "
             f"{config.margin:g}: that takes at least {needed}, {needed - config.items_per_gate} more"
         )
+    usual = items_for_margin(config.margin, config.alpha, USUAL_FLIPS)
     num_asked = sum(item.kind != "canary" for item in items)
     if 0 < num_asked < needed:
         said = (
@@ -116,3 +118,9 @@ def _check_size(items: Sequence[SuiteItem], config: GateConfig, has_other_items:
         if not has_other_items:
             raise DataError(f"{said}, or hold out episodes too (experience.eval_share)")
         log.warning("%s; until held-out episodes make up for it, every candidate is held", said)
+    elif min(num_asked or usual, config.items_per_gate) < usual:
+        log.warning(
+            "%d items (gate.items_per_gate = %d) are few for gate.margin = %g: it takes %d to show four of five equals "
+            "that answer %g %% differently to be no worse; others are held",
+            num_asked, config.items_per_gate, config.margin, usual, 100 * USUAL_FLIPS,
+        )  # fmt: skip
