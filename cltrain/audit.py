@@ -82,6 +82,10 @@ def run_audit(rooms: Rooms, *, trigger: str) -> dict[str, Any]:
     serving = releases.get(rooms.store, marks.incumbent)
     scores: dict[str, dict[str, float]] = {}
 
+    def suites() -> list[Check]:
+        rooms.evidence.read_suites()
+        return []
+
     def compared() -> list[Check]:
         standing = inspection.standing(rooms, marks, seed=int(started))
         scores.update(means(standing) if standing.items else {})
@@ -92,6 +96,7 @@ def run_audit(rooms: Rooms, *, trigger: str) -> dict[str, Any]:
         ("alias", lambda: inspection.alias(rooms, serving)),
         ("files", lambda: inspection.files(rooms, serving, is_recomputed=trigger == "asked")),
         ("server", lambda: inspection.server(rooms, serving)),
+        ("suites", suites),
         ("canaries", lambda: inspection.canaries(rooms, serving)),
         ("character", lambda: inspection.character(rooms, serving, marks)),
         ("items", compared),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Protocol
 from cltrain.config import Config
 from cltrain.deploy.client import AllScores, Answers
 from cltrain.deploy.preflight import check_adapter
-from cltrain.errors import DataError, ServerError, guarded
+from cltrain.errors import CltrainError, DataError, ServerError, guarded
 from cltrain.experience import window
 from cltrain.experience.examples import example_of
 from cltrain.experience.recording import load_secret, read_trajectories
@@ -24,7 +24,7 @@ from cltrain.gate.detectors import note_signs, watcher
 from cltrain.gate.http_judge import HttpJudge
 from cltrain.gate.judge import Contest, Look, judge
 from cltrain.gate.levels import read_past
-from cltrain.gate.plugins import load_suites
+from cltrain.gate.plugins import contents_of, load_suites
 from cltrain.gate.probes import load_character
 from cltrain.gate.rows import Arriving
 from cltrain.gate.scoring import Reply, Scoring
@@ -73,15 +73,22 @@ class Evidence:
     ) -> None:
         self.config, self.store, self.base, self.server = config, store, base, server
         self.on_progress, self.clock = on_progress, clock
-        suites = load_suites(config.gate, has_other_items=config.experience.eval_share > 0)
-        self.suite = list(suites.items)
         grader = HttpJudge(config.gate.judge) if config.gate.judge is not None else None
-        programs = {name: partial(self.run_program, program) for name, program in suites.programs.items()}
-        self.scoring = Scoring(
-            store, config.gate, self.ask, judge=grader, programs=programs, on_answers=self.note_signs
-        )
+        self.scoring = Scoring(store, config.gate, self.ask, judge=grader, on_answers=self.note_signs)
+        self._contents: Mapping[str, str] = {}
+        self.read_suites()
         self.character = load_character(config.gate.character)
         self._spectra: dict[str, Features] = {}
+
+    def read_suites(self) -> None:
+        """Read the suites again where their files changed, so that nothing is compared with scores of other content.
+        Raises what `load_suites` does, a file that is not the pinned one among it."""
+        gate = self.config.gate
+        if self._contents and contents_of(gate) == self._contents:
+            return
+        suites = load_suites(gate, has_other_items=self.config.experience.eval_share > 0)
+        self.suite, self._contents = list(suites.items), suites.contents
+        self.scoring.programs = {name: partial(self.run_program, one) for name, one in suites.programs.items()}
 
     def judge(
         self,
@@ -96,6 +103,11 @@ class Evidence:
         is_retry: bool = False,
     ) -> Decision:
         """The gate's decision on a candidate that the server has loaded. A retry is judged on items not used before."""
+        try:
+            self.read_suites()
+        except CltrainError as error:
+            code = Code.SUITE if isinstance(error, DataError) else Code.OUTAGE
+            return Decision(Verdict.ERROR, (str(error),), (), codes=(code,))
         agent = self.config.agent.name
         held_out, arriving = self.held_out()
         marks = aliases.read_references(self.store, agent)
@@ -242,7 +254,8 @@ class Evidence:
     def run_program(self, program: CommandSuite, release: str, items: Sequence[SuiteItem]) -> list[float]:
         """The scores that a program of the owner gives to that release, which it asks through the server itself."""
         model = self.served_name(release)
-        return program.score(f"{self.server.url_for(model)}/v1", self.server.name_of(model), items)
+        url, key = self.server.url_for(model), self.config.server.api_key
+        return program.score(f"{url}/v1", self.server.name_of(model), items, key)
 
     def score_many(self, release: str, said: Sequence[Said]) -> list[float]:
         """Summed log-prob of each answer's tokens, nats."""

@@ -15,7 +15,7 @@ import pytest
 from cltrain.config import GateConfig, from_dict, load
 from cltrain.errors import CltrainError, ConfigError, DataError, ServerError
 from cltrain.gate.commands import content_of
-from cltrain.gate.plugins import Suites, load_suites
+from cltrain.gate.plugins import Suites, contents_of, load_suites
 from cltrain.gate.stats import items_for_margin, items_needed
 from cltrain.gate.suites import item_key
 
@@ -133,6 +133,10 @@ def test_an_edited_program_is_another_suite_to_every_cache(tmp_path: Path) -> No
     (again, *_) = suites(command(program(tmp_path))).items
     (edited, *_) = suites(command(program(tmp_path, "pass"))).items
     assert item_key(first) == item_key(again) != item_key(edited)
+    alone = {**command(tmp_path), "command": [str(program(tmp_path))]}  # the program is the first word
+    before = contents_of(GateConfig(suites=[alone]))
+    program(tmp_path, "pass")
+    assert contents_of(GateConfig(suites=[alone])) != before
 
 
 def test_a_file_that_is_not_the_pinned_one_is_refused(tmp_path: Path) -> None:

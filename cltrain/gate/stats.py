@@ -70,8 +70,8 @@ def items_needed(differences: Sequence[float], above: float, alpha: float, effec
     """About how many items in all would refute "the mean is at most `above`" in four of five cases, if the rest looks
     like these.
 
-    Where these point nowhere, the count is for a true mean of `above + effect` (> 0) at the share of flips seen here, USUAL_FLIPS
-    of no items.
+    Where these point nowhere, the count is for a true mean of `above + effect` (> 0) at the share of flips seen here,
+    or at USUAL_FLIPS where there are no items.
     """
     values = _checked(differences)
     mean, variance = (float(values.mean()), float(values.var())) if values.size else (above, 0.0)
