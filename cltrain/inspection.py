@@ -15,7 +15,7 @@ from cltrain.deploy.probes import Probes
 from cltrain.deploy.proof import NotProvedError
 from cltrain.errors import DataError
 from cltrain.gate.judge import Contest
-from cltrain.gate.pool import count_uses, draw
+from cltrain.gate.pool import draw
 from cltrain.gate.standing import Standing
 from cltrain.gate.vault import open_vault
 from cltrain.models.signature import NotSignedError
@@ -161,7 +161,8 @@ def character(rooms: Rooms, serving: Release, marks: aliases.References) -> list
 
 
 def standing(rooms: Rooms, marks: aliases.References, *, seed: int) -> Standing:
-    """Fresh items of the pool, answered by what serves and by everything that it must not have lost to."""
+    """The least used items of the pool, answered by what serves and by everything that it must not have lost to. They
+    are no more used for it: an audit chooses nothing."""
     held: defaultdict[str, list[str]] = defaultdict(list)
     base = _base(rooms)
     for role, name in (("base", base), ("high-water mark", marks.high_water), ("anchor", marks.anchor)):
@@ -181,8 +182,6 @@ def standing(rooms: Rooms, marks: aliases.References, *, seed: int) -> Standing:
 
     serving = answers(marks.incumbent)
     references = {" and ".join(roles): answers(name) for name, roles in held.items()}
-    with rooms.store.write() as connection:
-        count_uses(connection, rooms.agent, drawn)
     return Standing(tuple(drawn), serving, references)
 
 

@@ -178,6 +178,18 @@ def test_a_retry_is_judged_on_items_this_update_has_not_seen(tmp_path: Path) -> 
     assert not set(first.items_used) & set(second.items_used)
 
 
+def test_a_hold_says_how_many_items_are_retired(tmp_path: Path) -> None:
+    store, pool, config = open_store(tmp_path), _pool(10, 20), GateConfig(max_uses=2)
+    for seed in range(2):
+        decision = _judge(store, _servers(_only_old), pool, config=config, seed=seed)
+        assert not any("retired" in reason for reason in decision.reasons)
+    worn = _judge(store, _servers(_only_old), pool, config=config)
+    assert (worn.verdict, worn.reasons[-1]) == (
+        Verdict.HOLD, "items: 30 of 30 retired after gate.max_uses = 2 decisions; add new ones"
+    )  # fmt: skip
+    assert worn.codes[-1] is Code.SUITE
+
+
 def test_a_small_pool_holds_with_a_forecast(tmp_path: Path) -> None:
     pool = _pool(10, 10)
     arriving = [(pool[0], 0.01), (pool[10], 0.01)]

@@ -15,7 +15,7 @@ from cltrain.errors import DataError
 from cltrain.gate.decision import decide
 from cltrain.gate.futility import is_futile
 from cltrain.gate.levels import Past
-from cltrain.gate.pool import count_uses, draw
+from cltrain.gate.pool import count_uses, draw, num_retired
 from cltrain.gate.rows import Arriving, GateScores, ItemScores, Role
 from cltrain.gate.scoring import Scoring
 from cltrain.gate.suites import is_taught
@@ -124,6 +124,10 @@ def judge(
         code = Code.SUITE if isinstance(error, DataError) else Code.OUTAGE  # what a suite says, or that nobody answered
         return Decision(Verdict.ERROR, (f"{type(error).__name__}: {error}",), (), codes=(code,))
     used = [row.item for row in rows if row.item.kind != "canary"]
+    asked = [item for item in items if item.kind != "canary"]
+    if decision.verdict is Verdict.HOLD and (worn := num_retired(store, agent, asked, config.max_uses)):
+        said = f"items: {worn} of {len(asked)} retired after gate.max_uses = {config.max_uses} decisions; add new ones"
+        decision = replace(decision, reasons=(*decision.reasons, said), codes=(*decision.codes, Code.SUITE))
     if decision.verdict is not Verdict.ERROR:
         with store.write() as connection:
             count_uses(connection, agent, used)
