@@ -128,11 +128,7 @@ def lines_of(state: dict[str, Any]) -> list[str]:
         f"waiting    {state['immature']} episodes for feedback; {state['late_feedback']} pieces came too late",
         f"learning   {state['ready']} episodes for the next update; looked at: {screened or 'none yet'}",
         *(f"{status:<10} most often: {reason}" for status, reason in state["why"].items()),
-        *(
-            [f"items      {worn} of {state['items']['asked']} that gates asked are retired: add new ones"]
-            if worn
-            else []
-        ),
+        *([f"items      {worn} of {state['items']['asked']} that gates asked are retired"] if worn else []),
         *(f"replica    {url}: {standing}" for url, standing in state["replicas"].items()),
         f"processes  {', '.join(f'{name} {up}' for name, up in state['processes'].items())}",
         f"decisions  {state['decisions']} in the log, chain {state['chain']}",

@@ -74,4 +74,4 @@ def test_the_status_says_so_of_every_replica(store: Store, tmp_path: Path) -> No
     assert f"replica    {urls[0]}: ready" in shown
     assert f"replica    {urls[1]}: out" in shown
     assert state["items"] == {"asked": 2, "retired": 1}
-    assert "items      1 of 2 that gates asked are retired: add new ones" in shown
+    assert "items      1 of 2 that gates asked are retired" in shown

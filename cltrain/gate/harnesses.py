@@ -90,7 +90,7 @@ def score_lm_eval(options: Row, request: Row) -> Iterator[Row]:
         model_args={
             "model": request["model"],
             "base_url": f"{request['base_url']}/chat/completions",
-            "auth_token": None,
+            "header": {"Authorization": f"Bearer {request.get('api_key', 'none')}"},
             "tokenizer_backend": None,
             "num_concurrent": 1,
             "max_retries": 1,
