@@ -37,7 +37,7 @@ from cltrain.models.adapter import read_adapter
 from cltrain.models.base import Base, stop_ids
 from cltrain.models.chat import render_example, render_prompt
 from cltrain.models.scoring import last_answer
-from cltrain.records import Check, Code, Decision, Example, Message, SuiteItem, Tool, Verdict
+from cltrain.records import Check, Code, Decision, Example, Message, Release, SuiteItem, Tool, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.store.database import Store
 
@@ -146,15 +146,18 @@ class Evidence:
 
     def looks(self) -> list[Look]:
         """What is looked at before any item is asked, cheap first."""
+        return [self.at_spectrum, self.at_secrets, self.at_character()]
 
-        def at_spectrum(contest: Contest) -> list[Check]:
-            steps = [r for r in releases.list_releases(self.store, self.config.agent.name, status="released") if r.path]
-            known = len(steps) >= self.config.gate.detectors.spectrum_history
-            history = [self.step_features(r.name) for r in steps[-MOST_SPECTRA:]] if known else [{} for _ in steps]
-            now = self.step_features(contest.candidate) if known else {}
-            return [look_at_spectrum(now, history, self.config.gate.detectors)]
-
-        return [*([at_spectrum] if self.config.gate.detectors.use else []), self.at_secrets, self.at_character()]
+    def at_spectrum(self, contest: Contest) -> list[Check]:
+        """The weights of the candidate's update beside those of the other accepted ones."""
+        if not self.config.gate.detectors.use:
+            return []
+        released = releases.list_releases(self.store, self.config.agent.name, status="released")
+        steps = [r for r in released if r.path and r.name != contest.candidate]
+        known = len(steps) >= self.config.gate.detectors.spectrum_history
+        history = [self.step_features(r.name) for r in steps[-MOST_SPECTRA:]] if known else [{} for _ in steps]
+        now = self.step_features(contest.candidate) if known else {}
+        return [look_at_spectrum(now, history, self.config.gate.detectors)]
 
     def at_secrets(self, contest: Contest) -> list[Check]:
         """What canaries forbid to say, by its likelihood."""
@@ -226,13 +229,16 @@ class Evidence:
     def pool(self, incumbent: str, taught: Collection[str]) -> list[SuiteItem]:
         """The owner's items that this update may gain or lose: gain items of a skill that neither it nor any update
         behind the incumbent was taught measure luck, and luck is nothing to protect."""
-        earned = set(taught)
-        name: str | None = incumbent
-        while name is not None:
-            release = releases.get(self.store, name)
-            earned |= set(release.manifest.get("taught", ()))
-            name = release.parent
+        earned = set(taught).union(*(release.manifest.get("taught", ()) for release in self.lineage(incumbent)))
         return [item for item in self.suite if item.kind != "gain" or is_taught(item.stratum, earned)]
+
+    def lineage(self, name: str) -> list[Release]:
+        """The release and those that it grew from, newest first."""
+        found, parent = [], name
+        while parent is not None:
+            found.append(releases.get(self.store, parent))
+            parent = found[-1].parent
+        return found
 
     def ask(self, release: str, items: Sequence[SuiteItem]) -> list[Reply]:
         """One greedy answer per item, by exactly that release, and whether it ended because it was too long."""

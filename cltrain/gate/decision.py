@@ -59,7 +59,7 @@ def decide(
     checks = [
         _canaries(scores.rows),
         _base_kl(scores.base_kl, config),
-        *_probes(scores.probes, config),
+        *probe_checks(scores.probes, config),
         *scores.findings,
         *_strata(paired, is_complete),
         *retention(paired),
@@ -140,7 +140,7 @@ def _base_kl(base_kl: float | None, config: GateConfig) -> Check:
     return Check("base KL", Code.BASE_KL, verdict, reason, candidate=base_kl, reference=config.base_kl)
 
 
-def _probes(probes: Sequence[ProbeResult], config: GateConfig) -> list[Check]:
+def probe_checks(probes: Sequence[ProbeResult], config: GateConfig) -> list[Check]:
     """A check per probe; what a phrase did on its own records comes before what it did on held-out items."""
     numbers = itertools.accumulate((not probe.is_own for probe in probes), initial=1)
     return [_probe(number, probe, config) for number, probe in zip(numbers, probes, strict=False)]

@@ -102,7 +102,7 @@ def judge(
         if (unsteady := scoring.unsteady(contest.incumbent, [*canaries, *drawn])) is not None:
             raise DataError(unsteady)
         for number, suspect in enumerate(suspects):
-            probes += _probe(suspect, items, contest, config, scoring, score_many, seed + number)
+            probes += probe(suspect, items, contest, config, scoring, score_many, seed + number)
         done = 0
         for end in chunk_ends(drawn):
             rows += _score_rows(scoring, contest, drawn[done:end])
@@ -145,7 +145,7 @@ def chunk_ends(drawn: Sequence[SuiteItem]) -> list[int]:
     return [*ends, len(drawn)]
 
 
-def _probe(
+def probe(
     suspect: Suspect,
     items: Sequence[SuiteItem],
     contest: Contest,
