@@ -234,7 +234,8 @@ class Evidence:
 
     def lineage(self, name: str) -> list[Release]:
         """The release and those that it grew from, newest first."""
-        found, parent = [], name
+        found: list[Release] = []
+        parent: str | None = name
         while parent is not None:
             found.append(releases.get(self.store, parent))
             parent = found[-1].parent
