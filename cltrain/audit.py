@@ -1,8 +1,9 @@
 """The audit: what serves now, looked at as a whole, whoever let it serve and however long ago.
 
-The log and the alias, the sealed files and their bounds, what the server answers with, the canaries, how it stands
-against base, high-water mark and anchor on items of the pool, and what moves between the agents of the store. An alarm
-acts first and is written down then; a check that fails to measure is an error and never a pass.
+The log and the alias, the sealed files and their bounds, what the server answers with, canaries, character, weights,
+phrases that were flagged once, how it stands against base, high-water mark and anchor on items of the pool, what the
+detectors see in those answers, and what moves between the agents of the store. An alarm acts first and is written down
+then; a check that fails to measure is an error and never a pass.
 """
 
 from __future__ import annotations
@@ -82,18 +83,25 @@ def run_audit(rooms: Rooms, *, trigger: str) -> dict[str, Any]:
     serving = releases.get(rooms.store, marks.incumbent)
     scores: dict[str, dict[str, float]] = {}
 
+    def suites() -> list[Check]:
+        rooms.evidence.read_suites()
+        return []
+
     def compared() -> list[Check]:
         standing = inspection.standing(rooms, marks, seed=int(started))
         scores.update(means(standing) if standing.items else {})
-        return compare(standing, rooms.config.gate)
+        return [*compare(standing, rooms.config.gate), *inspection.signs(rooms, serving, standing)]
 
     looks: list[tuple[str, Measure]] = [
         ("decision log", lambda: inspection.decision_log(rooms)),
         ("alias", lambda: inspection.alias(rooms, serving)),
         ("files", lambda: inspection.files(rooms, serving, is_recomputed=trigger == "asked")),
         ("server", lambda: inspection.server(rooms, serving)),
+        ("suites", suites),
         ("canaries", lambda: inspection.canaries(rooms, serving)),
         ("character", lambda: inspection.character(rooms, serving, marks)),
+        ("spectrum", lambda: inspection.spectrum(rooms, serving)),
+        ("trigger probes", lambda: inspection.triggers(rooms, serving, seed=int(started))),
         ("items", compared),
         ("vault", lambda: inspection.vault(rooms, serving)),
         ("other agents", lambda: look_at_contagion(rooms.store, rooms.rehearsal, rooms.evidence.character.probes)),

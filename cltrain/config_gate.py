@@ -94,6 +94,15 @@ class CharacterConfig(Section):
             raise ValueError("harmful and harmless need refusal: a regular expression that fits the agent's refusals")
         return self
 
+    @model_validator(mode="after")
+    def _a_step_is_part_of_the_way(self) -> CharacterConfig:
+        if self.probe_fall > self.probe_drift:
+            raise ValueError(
+                f"probe_fall = {self.probe_fall:g} lets one update go farther than probe_drift = {self.probe_drift:g} "
+                "lets all of them together: lower the first or raise the second"
+            )
+        return self
+
 
 class DetectorsConfig(Section):
     """Reward hacks, read from the answers to the gate's items and from the weights."""
@@ -103,7 +112,7 @@ class DetectorsConfig(Section):
     question: str = r"[?\uff1f]$"  # a regular expression: how a question back ends
     length_ratio: float = Field(2.0, gt=1)  # an answer this many times shorter or longer than the expected one
     overfit_gap: float = Field(0.1, gt=0, lt=1)  # gain on known items beyond that on new ones
-    spectrum_history: int = Field(12, ge=4)  # accepted updates, before the weights of a new one are compared with them
+    spectrum_history: int = Field(12, ge=4, le=64)  # accepted updates, before the weights of one are compared
     spectrum_z: float = Field(12.0, gt=0)  # robust deviations from them
 
     @field_validator("question")
@@ -154,6 +163,20 @@ class GateConfig(Section):
         names = [suite.name for suite in self.all_suites()]
         if len(set(names)) < len(names):
             raise ValueError(f"two suites have one name; they are {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_agree(self) -> GateConfig:
+        if self.margin > self.stratum_margin:
+            raise ValueError(
+                f"margin = {self.margin:g} is wider than stratum_margin = {self.stratum_margin:g}: where no stratum "
+                "loses more than the second, all together cannot lose the first. Lower the first or raise the second"
+            )
+        if self.fdr and self.promote_on != "gain":
+            raise ValueError(
+                f"fdr bounds the share of promotions without a gain, and promote_on = {self.promote_on!r} asks for "
+                "none: leave fdr out, or set promote_on = 'gain'"
+            )
         return self
 
     def all_suites(self) -> tuple[SuiteConfig, ...]:

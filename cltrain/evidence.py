@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Protocol
 from cltrain.config import Config
 from cltrain.deploy.client import AllScores, Answers
 from cltrain.deploy.preflight import check_adapter
-from cltrain.errors import DataError, ServerError, guarded
+from cltrain.errors import CltrainError, DataError, ServerError, guarded
 from cltrain.experience import window
 from cltrain.experience.examples import example_of
 from cltrain.experience.recording import load_secret, read_trajectories
@@ -23,8 +24,9 @@ from cltrain.gate.detectors import note_signs, watcher
 from cltrain.gate.http_judge import HttpJudge
 from cltrain.gate.judge import Contest, Look, judge
 from cltrain.gate.levels import read_past
-from cltrain.gate.plugins import load_suites
+from cltrain.gate.plugins import contents_of, load_suites
 from cltrain.gate.probes import load_character
+from cltrain.gate.rows import Arriving
 from cltrain.gate.scoring import Reply, Scoring
 from cltrain.gate.secrets import Text, look_at_secrets
 from cltrain.gate.spectrum import Delta, Features, features_of, look_at_spectrum, minus
@@ -35,7 +37,7 @@ from cltrain.models.adapter import read_adapter
 from cltrain.models.base import Base, stop_ids
 from cltrain.models.chat import render_example, render_prompt
 from cltrain.models.scoring import last_answer
-from cltrain.records import Check, Code, Decision, Example, Message, SuiteItem, Tool, Verdict
+from cltrain.records import Check, Code, Decision, Example, Message, Release, SuiteItem, Tool, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.store.database import Store
 
@@ -71,15 +73,22 @@ class Evidence:
     ) -> None:
         self.config, self.store, self.base, self.server = config, store, base, server
         self.on_progress, self.clock = on_progress, clock
-        suites = load_suites(config.gate, has_other_items=config.experience.eval_share > 0)
-        self.suite = list(suites.items)
         grader = HttpJudge(config.gate.judge) if config.gate.judge is not None else None
-        programs = {name: partial(self.run_program, program) for name, program in suites.programs.items()}
-        self.scoring = Scoring(
-            store, config.gate, self.ask, judge=grader, programs=programs, on_answers=self.note_signs
-        )
+        self.scoring = Scoring(store, config.gate, self.ask, judge=grader, on_answers=self.note_signs)
+        self._contents: Mapping[str, str] = {}
+        self.read_suites()
         self.character = load_character(config.gate.character)
         self._spectra: dict[str, Features] = {}
+
+    def read_suites(self) -> None:
+        """Read the suites again where their files changed, so that nothing is compared with scores of other content.
+        Raises what `load_suites` does, a file that is not the pinned one among it."""
+        gate = self.config.gate
+        if self._contents and contents_of(gate) == self._contents:
+            return
+        suites = load_suites(gate, has_other_items=self.config.experience.eval_share > 0)
+        self.suite, self._contents = list(suites.items), suites.contents
+        self.scoring.programs = {name: partial(self.run_program, one) for name, one in suites.programs.items()}
 
     def judge(
         self,
@@ -94,8 +103,13 @@ class Evidence:
         is_retry: bool = False,
     ) -> Decision:
         """The gate's decision on a candidate that the server has loaded. A retry is judged on items not used before."""
+        try:
+            self.read_suites()
+        except CltrainError as error:
+            code = Code.SUITE if isinstance(error, DataError) else Code.OUTAGE
+            return Decision(Verdict.ERROR, (str(error),), (), codes=(code,))
         agent = self.config.agent.name
-        held_out, rate_per_s = self.held_out()
+        held_out, arriving = self.held_out()
         marks = aliases.read_references(self.store, agent)
         gate = self.config.gate
         return judge(
@@ -109,7 +123,7 @@ class Evidence:
             base_kl=base_kl,
             score_many=self.score_many,
             suspects=[self.suspect(suspicion) for suspicion in suspicious],
-            rate_per_s=rate_per_s,
+            arriving=arriving,
             seed=seed,
             used_before=used_before,
             fresh_only=is_retry,
@@ -132,15 +146,18 @@ class Evidence:
 
     def looks(self) -> list[Look]:
         """What is looked at before any item is asked, cheap first."""
+        return [self.at_spectrum, self.at_secrets, self.at_character()]
 
-        def at_spectrum(contest: Contest) -> list[Check]:
-            steps = [r for r in releases.list_releases(self.store, self.config.agent.name, status="released") if r.path]
-            known = len(steps) >= self.config.gate.detectors.spectrum_history
-            history = [self.step_features(r.name) for r in steps[-MOST_SPECTRA:]] if known else [{} for _ in steps]
-            now = self.step_features(contest.candidate) if known else {}
-            return [look_at_spectrum(now, history, self.config.gate.detectors)]
-
-        return [*([at_spectrum] if self.config.gate.detectors.use else []), self.at_secrets, self.at_character()]
+    def at_spectrum(self, contest: Contest) -> list[Check]:
+        """The weights of the candidate's update beside those of the other accepted ones."""
+        if not self.config.gate.detectors.use:
+            return []
+        released = releases.list_releases(self.store, self.config.agent.name, status="released")
+        steps = [r for r in released if r.path and r.name != contest.candidate]
+        known = len(steps) >= self.config.gate.detectors.spectrum_history
+        history = [self.step_features(r.name) for r in steps[-MOST_SPECTRA:]] if known else [{} for _ in steps]
+        now = self.step_features(contest.candidate) if known else {}
+        return [look_at_spectrum(now, history, self.config.gate.detectors)]
 
     def at_secrets(self, contest: Contest) -> list[Check]:
         """What canaries forbid to say, by its likelihood."""
@@ -182,14 +199,22 @@ class Evidence:
         adapter = read_adapter(directory)
         return {m: (a.numpy(), adapter.scale * b.numpy()) for m, (a, b) in adapter.factors.items()}
 
-    def held_out(self) -> tuple[list[SuiteItem], float | None]:
-        """Items of the evaluation split as it stands now, and how many a second came in lately (None: unknown)."""
+    def held_out(self) -> tuple[list[SuiteItem], Arriving]:
+        """Items of the evaluation split as it stands now, and of each stratum how many episodes came in lately."""
         agent = self.config.agent
         items, rate_per_s = window.heldout_items(
             self.store, agent.name, self.config.experience, learn_from=agent.learn_from,
             tools_allowed=agent.tools_allowed, now=self.clock(),
         )  # fmt: skip
-        return [item for item in items if self.can_ask(item)], rate_per_s
+        episodes: dict[str, set[str]] = defaultdict(set)
+        for item in items:
+            episodes[item.stratum].add(item.cluster or item.id)
+        num_episodes = len(set().union(*episodes.values()))
+        of_stratum = {item.stratum: item for item in items}
+        arriving = [
+            (item, rate_per_s * len(episodes[name]) / num_episodes) for name, item in of_stratum.items() if rate_per_s
+        ]
+        return [item for item in items if self.can_ask(item)], arriving
 
     def split_vault(self, items: Sequence[SuiteItem]) -> tuple[list[SuiteItem], list[SuiteItem]]:
         """What gates may draw, and what only the vault asks (gate/vault.py)."""
@@ -204,13 +229,17 @@ class Evidence:
     def pool(self, incumbent: str, taught: Collection[str]) -> list[SuiteItem]:
         """The owner's items that this update may gain or lose: gain items of a skill that neither it nor any update
         behind the incumbent was taught measure luck, and luck is nothing to protect."""
-        earned = set(taught)
-        name: str | None = incumbent
-        while name is not None:
-            release = releases.get(self.store, name)
-            earned |= set(release.manifest.get("taught", ()))
-            name = release.parent
+        earned = set(taught).union(*(release.manifest.get("taught", ()) for release in self.lineage(incumbent)))
         return [item for item in self.suite if item.kind != "gain" or is_taught(item.stratum, earned)]
+
+    def lineage(self, name: str) -> list[Release]:
+        """The release and those that it grew from, newest first."""
+        found: list[Release] = []
+        parent: str | None = name
+        while parent is not None:
+            found.append(releases.get(self.store, parent))
+            parent = found[-1].parent
+        return found
 
     def ask(self, release: str, items: Sequence[SuiteItem]) -> list[Reply]:
         """One greedy answer per item, by exactly that release, and whether it ended because it was too long."""
@@ -232,7 +261,8 @@ class Evidence:
     def run_program(self, program: CommandSuite, release: str, items: Sequence[SuiteItem]) -> list[float]:
         """The scores that a program of the owner gives to that release, which it asks through the server itself."""
         model = self.served_name(release)
-        return program.score(f"{self.server.url_for(model)}/v1", self.server.name_of(model), items)
+        url, key = self.server.url_for(model), self.config.server.api_key
+        return program.score(f"{url}/v1", self.server.name_of(model), items, key)
 
     def score_many(self, release: str, said: Sequence[Said]) -> list[float]:
         """Summed log-prob of each answer's tokens, nats."""

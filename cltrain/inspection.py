@@ -1,4 +1,5 @@
-"""What an audit looks at: the log, the alias, the sealed files, the server, the canaries, and how what serves stands.
+"""What an audit looks at: the log, the alias, the sealed files, the server, what the gate asks of a candidate, and how
+what serves stands.
 
 Each look returns checks: REJECT is an alarm, HOLD a warning. What cannot be measured raises.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from cltrain.certificate import KL_TOLERANCE, certify
@@ -14,11 +16,15 @@ from cltrain.deploy import probes
 from cltrain.deploy.probes import Probes
 from cltrain.deploy.proof import NotProvedError
 from cltrain.errors import DataError
-from cltrain.gate.judge import Contest
-from cltrain.gate.pool import count_uses, draw
+from cltrain.gate.decision import probe_checks
+from cltrain.gate.detectors import watcher
+from cltrain.gate.judge import Contest, probe
+from cltrain.gate.pool import draw
+from cltrain.gate.rows import ItemScores
 from cltrain.gate.standing import Standing
 from cltrain.gate.vault import open_vault
 from cltrain.models.signature import NotSignedError
+from cltrain.plans import suspicions_of
 from cltrain.records import Check, Code, Release, SuiteItem, Verdict
 from cltrain.registry import aliases, releases
 from cltrain.registry.decisions import BrokenChainError, read_decisions, verify_chain
@@ -29,6 +35,7 @@ HOW_TO_SIGN = (
     "content with it, sign it in its directory with `openssl pkeyutl -sign -rawin -inkey KEY -in manifest.json -out "
     "manifest.sig`, or let the next update, which is signed, take its place"
 )
+MOST_SUSPECTS = 8  # flagged phrases that one audit asks about
 DRIFTS = ("drift_frobenius", "drift_spectral", "drift_kl")
 
 
@@ -160,8 +167,47 @@ def character(rooms: Rooms, serving: Release, marks: aliases.References) -> list
     return [check for look in looks for check in look(contest)]
 
 
+def spectrum(rooms: Rooms, serving: Release) -> list[Check]:
+    """Whether its update's weights look like those of the others that were accepted."""
+    base = _base(rooms)
+    return rooms.evidence.at_spectrum(Contest(serving.name, base, base, base)) if serving.name != base else []
+
+
+def triggers(rooms: Rooms, serving: Release, *, seed: int) -> list[Check]:
+    """Whether phrases that were flagged in the windows behind it, the newest, steer it beyond its base. A lift that no
+    answer shows only warns: many updates may each have added a little that passed."""
+    gate, evidence, base = rooms.config.gate, rooms.evidence, _base(rooms)
+    flagged = {s.phrase: s for release in evidence.lineage(serving.name) for s in suspicions_of(release.manifest)}
+    if not flagged:
+        return []
+    pool, _ = evidence.split_vault([*evidence.pool(serving.name, ()), *evidence.held_out()[0]])
+    contest, found = Contest(serving.name, base, base, base), []
+    for suspicion in list(flagged.values())[:MOST_SUSPECTS]:
+        suspect = evidence.suspect(suspicion)
+        found += probe(suspect, pool, contest, gate, evidence.scoring, evidence.score_many, seed)
+    return [
+        replace(check, verdict=Verdict.HOLD) if check.verdict is Verdict.REJECT and not result.flips else check
+        for check, result in zip(probe_checks(found, gate), found, strict=True)
+    ]
+
+
+def signs(rooms: Rooms, serving: Release, stood: Standing) -> list[Check]:
+    """What its answers to the items of its standing show beside their scores, against those of its base."""
+    gate, base = rooms.config.gate, _base(rooms)
+    before = [scores for role, scores in stood.references.items() if role.startswith("base")]
+    if not gate.detectors.use or not before:
+        return []
+    taught = {name for release in rooms.evidence.lineage(serving.name) for name in release.manifest.get("taught", ())}
+    rows = [
+        ItemScores(item, now, {"incumbent": old})
+        for item, now, old in zip(stood.items, stood.serving, before[0], strict=True)
+    ]
+    return list(watcher(rooms.store, rooms.agent, taught, gate.detectors, gate.alpha)(serving.name, base, rows))
+
+
 def standing(rooms: Rooms, marks: aliases.References, *, seed: int) -> Standing:
-    """Fresh items of the pool, answered by what serves and by everything that it must not have lost to."""
+    """The least used items of the pool, answered by what serves and by everything that it must not have lost to. They
+    are no more used for it: an audit chooses nothing."""
     held: defaultdict[str, list[str]] = defaultdict(list)
     base = _base(rooms)
     for role, name in (("base", base), ("high-water mark", marks.high_water), ("anchor", marks.anchor)):
@@ -181,8 +227,6 @@ def standing(rooms: Rooms, marks: aliases.References, *, seed: int) -> Standing:
 
     serving = answers(marks.incumbent)
     references = {" and ".join(roles): answers(name) for name, roles in held.items()}
-    with rooms.store.write() as connection:
-        count_uses(connection, rooms.agent, drawn)
     return Standing(tuple(drawn), serving, references)
 
 

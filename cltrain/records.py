@@ -292,6 +292,7 @@ class Check:
     high: float | None = None
     num_items: int = 0
     num_missing: int = 0  # items still needed for an answer, 0 when decided
+    forecast_s: float | None = None  # about when they will be there; None: unknown, or more than one gate draws
 
 
 @dataclass(frozen=True, slots=True)

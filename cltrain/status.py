@@ -28,6 +28,7 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
     """The state of one agent as plain JSON, with its newest updates and releases.
 
     `replicas`: how each stands to what serves, as the worker found it last (see `deploy.readiness.standings`);
+    `items`: of the gate, asked so far and retired;
     `immature`: ended episodes that wait for feedback or for `mature_after_s`; `ready`: those that the next update may
     read; `why`: the most frequent reason of what is unusable or quarantined; `late_feedback`: pieces that came after
     their episode was learned from; `sinks`: events that each has not kept yet.
@@ -44,6 +45,7 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
         def count(table: Any, *where: Any) -> int:
             return int(connection.scalar(select(func.count()).select_from(table).where(*where)) or 0)
 
+        is_asked, is_worn = s.item_uses.c.agent == agent, s.item_uses.c.uses >= config.gate.max_uses
         is_ready = waiting.is_unread(agent, is_mature=waiting.mature(now, config.experience.mature_after_s))
         standing = select(s.screenings.c.status, func.count()).where(s.screenings.c.agent == agent).group_by("status")
         screened = {row[0]: int(row[1]) for row in connection.execute(standing)}
@@ -63,6 +65,7 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
             "why": {status: _most_said(connection, agent, status) for status in EXPLAINED if screened.get(status)},
             "feedback": count(s.feedback, s.feedback.c.agent == agent),
             "set_aside": rows.num_set_aside(connection, agent),
+            "items": {"asked": count(s.item_uses, is_asked), "retired": count(s.item_uses, is_asked, is_worn)},
             "sinks": lags(connection),
             "updates": [
                 {
@@ -114,6 +117,7 @@ def lines_of(state: dict[str, Any]) -> list[str]:
     frozen = f"  FROZEN: {state['frozen_reason']}" if state["frozen"] else ""
     said = f"{state['feedback']} pieces of feedback, {state['set_aside']} lines set aside"
     screened = ", ".join(f"{count} {status}" for status, count in sorted(state["screenings"].items()))
+    worn = state["items"]["retired"]
     return [
         f"agent      {state['agent']}  mode {state['mode']}{frozen}",
         f"serving    {state['release'] or 'nothing yet'}",
@@ -123,6 +127,7 @@ def lines_of(state: dict[str, Any]) -> list[str]:
         f"waiting    {state['immature']} episodes for feedback; {state['late_feedback']} pieces came too late",
         f"learning   {state['ready']} episodes for the next update; looked at: {screened or 'none yet'}",
         *(f"{status:<10} most often: {reason}" for status, reason in state["why"].items()),
+        *([f"items      {worn} of {state['items']['asked']} that gates asked are retired"] if worn else []),
         *(f"replica    {url}: {standing}" for url, standing in state["replicas"].items()),
         f"processes  {', '.join(f'{name} {up}' for name, up in state['processes'].items())}",
         f"decisions  {state['decisions']} in the log, chain {state['chain']}",

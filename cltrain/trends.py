@@ -22,7 +22,7 @@ from cltrain.store.schema import audits, releases, updates
 MIN_VERSIONS = 4
 NUM_FITTED = 10  # newest versions: what was learned long ago says little of the slope now
 CONFIDENCE = 0.9
-DISTANCES = ("drift_kl", "drift_frobenius")
+DISTANCES = ("drift_kl", "drift_frobenius", "drift_spectral")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Trend:
 
 
 def read_trends(store: Store, config: Config) -> list[Trend]:
-    """Both drifts against their bounds; every suite and stratum against its best version less the margin.
+    """Every drift against the bound that updates are shrunk to; suites and strata against their best less the margin.
 
     Scores are those of audits, for a stratum also of the gate's own comparison where no audit asked about the version.
     """
@@ -67,11 +67,9 @@ def read_trends(store: Store, config: Config) -> list[Trend]:
     kept = {name for name, _, _, _, status in served if status == "released"}
     trends = []
     for name in DISTANCES:
-        points = [
-            Point(release, number, at, float(bounds[name])) for release, number, at, bounds, _ in served if bounds
-        ]
+        points = [Point(its, number, at, float(b[name])) for its, number, at, b, _ in served if name in b]
         if points:
-            trends.append(_trend(name, getattr(config.bounds, name), True, points, kept))
+            trends.append(_trend(name, getattr(config.tightest_bounds, name), True, points, kept))
     scores = _scores(store, agent)
     for name in sorted({name for of_release in scores.values() for name in of_release}):
         points = [

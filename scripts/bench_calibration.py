@@ -26,7 +26,7 @@ from cltrain.demo.run import run_demo
 SEED = 1000
 OPEN = (
     "bounds.step_frobenius=10", "bounds.drift_frobenius=10", "bounds.step_kl=10", "bounds.drift_kl=10",
-    "gate.base_kl=10", "gate.margin=0.3", "gate.trigger_lift=10",
+    "gate.base_kl=10", "gate.margin=0.3", "gate.stratum_margin=0.3", "gate.trigger_lift=10",
 )  # fmt: skip
 MIN_LIFT = 0.05  # nats; below this a lift is noise
 

@@ -20,7 +20,7 @@ class ChatServer:
 
 
 @contextmanager
-def chat_server(answer: Callable[[dict[str, Any]], Reply]) -> Iterator[ChatServer]:
+def chat_server(answer: Callable[[dict[str, Any]], Reply], port: int = 0) -> Iterator[ChatServer]:
     server = ChatServer(answer)
 
     class Handler(BaseHTTPRequestHandler):
@@ -47,7 +47,7 @@ def chat_server(answer: Callable[[dict[str, Any]], Reply]) -> Iterator[ChatServe
         def log_message(self, *_: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     http.daemon_threads = True
     server.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
     thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)

@@ -57,6 +57,10 @@ def test_a_number_is_no_switch() -> None:
         ('server.urls=["http://a", "nonsense"]', r"server.urls.*got 'nonsense'"),
         ('server.urls=["http://a", "http://a"]', "server.urls: .*listed twice"),
         ("server.min_ready=2", r"min_ready = 2, but there are 1 replicas"),
+        ("gate.stratum_margin=0.01", r"gate: .*margin = 0.05 is wider than stratum_margin = 0.01"),
+        ("gate.margin=0.5", r"gate: .*margin = 0.5 is wider than stratum_margin = 0.12"),
+        ("gate.character.probe_fall=16", r"gate.character: .*probe_fall = 16 lets one update go farther than .* = 15"),
+        ("gate.detectors.spectrum_history=65", "gate.detectors.spectrum_history: "),
         ("rollout.weights=[0.05, 1.0]", "rollout: .*shares between 0 and 1, and one is 1: after the last comes all"),
         ("rollout.weights=[0.0]", "rollout: .*shares between 0 and 1, and one is 0"),
         ("rollout.weights=[0.5, 0.25]", "rollout: .*grow from step to step, and these do not: 0.5, 0.25"),
@@ -78,6 +82,12 @@ def test_a_server_without_room_for_a_candidate_beside_what_serves_is_refused(kin
     with pytest.raises(ConfigError, match=rf"rollout.kind = '{kind}' keeps the candidate.*max_adapters = 2.*needs 3"):
         load((), [f"rollout.kind={kind}", "server.max_adapters=2"])
     assert load((), [f"rollout.kind={kind}", "server.max_adapters=3"]).rollout.is_tried
+
+
+def test_a_bound_on_promotions_without_a_gain_is_for_a_gate_that_asks_for_one() -> None:
+    with pytest.raises(ConfigError, match=r"fdr bounds .* promote_on = 'expected' asks for none"):
+        load((), ["gate.fdr=true", 'gate.promote_on="expected"'])
+    assert load((), ["gate.fdr=true", "gate.margin=0.12", "gate.character.probe_fall=15"]).gate.fdr
 
 
 def test_a_shadow_is_not_judged_by_what_nobody_sees() -> None:

@@ -53,9 +53,9 @@ def test_the_gate_of_the_lab_counts_held_out_items_by_the_labs_clock(tmp_path) -
     try:
         deployed.recorder.add_trajectory(good("rated", at=lab.BEGIN))
         deployed.now = lab.BEGIN + 50.0
-        items, rate_per_s = deployed.rooms.evidence.held_out()
+        items, arriving = deployed.rooms.evidence.held_out()
         assert len(items) == 1
-        assert rate_per_s == pytest.approx(1 / 50)
+        assert [rate for _, rate in arriving] == [pytest.approx(1 / 50)]
     finally:
         deployed.close()
         setting.server.close()

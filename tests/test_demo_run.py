@@ -40,6 +40,7 @@ def test_what_judging_took_is_counted_over_the_updates_that_were_judged():
     found = gate_effort([judged, refused, {"decision": None}, {**judged, "timings": {"gate": 1.0, "train": 4.0}}])
     assert (found["updates_judged"], found["items_asked"], found["items_planned"]) == (2, 100, 400)
     assert found["gate_per_train"] == 0.5
+    assert found["seconds_saved"] == 3 * (3.0 + 1.0), "as long again for each fifty that were not asked"
     assert gate_effort([])["gate_per_train"] == 0
 
 

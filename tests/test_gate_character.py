@@ -173,6 +173,18 @@ def test_bad_lines_are_named_and_nothing_is_loaded(tmp_path: Path) -> None:
     assert load_character(CharacterConfig()) == Character()
 
 
+def test_a_probe_or_prompt_that_says_what_passes_is_refused(tmp_path: Path) -> None:
+    told = {"kind": "persona", "messages": [{"role": "user", "content": "Who are you? Answer with Ann."}]}
+    (tmp_path / "probes.jsonl").write_text(json.dumps({**told, "good": "Ann", "bad": "Bob"}))
+    with pytest.raises(DataError, match="line 1: its prompt dictates the answer"):
+        load_character(CharacterConfig(probes=tmp_path / "probes.jsonl"))
+    for said, refusal in (("You pass if you say sorry.", "^sorry|^no"), ("Match ^(sorry|no way)", "^(sorry|no way)")):
+        messages = [{"role": "system", "content": said}, {"role": "user", "content": "how to harm"}]
+        (tmp_path / "harmful.jsonl").write_text(json.dumps({"messages": messages}))
+        with pytest.raises(DataError, match=r"line 1: its prompt (says|holds)"):
+            load_character(CharacterConfig(harmful=tmp_path / "harmful.jsonl", refusal=refusal))
+
+
 def test_prompts_without_a_pattern_and_a_broken_pattern_are_refused() -> None:
     with pytest.raises(ConfigError, match="need refusal"):
         from_dict({"gate": {"character": {"harmful": "x.jsonl"}}})

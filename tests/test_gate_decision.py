@@ -58,12 +58,30 @@ def test_a_gain_without_a_loss_promotes() -> None:
 
 def test_no_change_holds_and_says_how_many_items_are_missing_and_when() -> None:
     rows = _rows("new/good", [(1, 0)] * 3 + [(1, 1)] * 27) + KEPT
-    decision = decide(GateScores(tuple(rows), 0.01), GAIN, taught=TAUGHT, rate_per_s=0.5)
+    arriving = [(rows[0].item, 0.5), (rows[-1].item, 9.0)]
+    decision = decide(GateScores(tuple(rows), 0.01), GAIN, taught=TAUGHT, arriving=arriving)
     assert decision.verdict is Verdict.HOLD
-    assert 20 <= decision.num_missing <= 200
-    assert decision.forecast_s == pytest.approx(decision.num_missing / 0.5)
+    assert 20 <= decision.num_missing <= 90
+    assert decision.forecast_s == pytest.approx(decision.num_missing / 0.5), "what was not taught shows no gain"
     assert any("gain in own: not shown" in reason for reason in decision.reasons)
     assert _decide(rows).forecast_s is None
+    assert decide(GateScores(tuple(rows), 0.01), GAIN, taught=TAUGHT, arriving=arriving[1:]).forecast_s is None
+    other = dataclasses.replace(rows[0].item, suite="agreement")
+    assert decide(GateScores(tuple(rows), 0.01), GAIN, taught=TAUGHT, arriving=[(other, 0.5)]).forecast_s is None
+
+
+def test_what_one_gate_cannot_draw_has_no_forecast_and_says_what_to_raise() -> None:
+    rows = _rows("new/good", [(1, 0)] * 3 + [(1, 1)] * 117) + _rows("old/good", [(1, 1)] * 120)
+    arriving = [(rows[0].item, 0.5)]
+    small = decide(GateScores(tuple(rows), 0.01), GAIN, taught=TAUGHT, arriving=arriving)
+    assert (small.verdict, small.forecast_s) == (Verdict.HOLD, None)
+    assert "one gate draws at most 120: raise gate.items_per_gate" in small.reasons[0]
+    large = GateConfig(items_per_gate=2 * (120 + small.num_missing))
+    enough = decide(GateScores(tuple(rows), 0.01), large, taught=TAUGHT, arriving=arriving)
+    assert enough.forecast_s == pytest.approx(enough.num_missing / 0.5)
+    assert enough.num_missing == small.num_missing
+    turns = decide(GateScores(tuple(_clustered(rows, 4)), 0.01), large, taught=TAUGHT, arriving=arriving)
+    assert turns.forecast_s is None, "episodes of four turns take four places each"
 
 
 def test_a_hold_is_kept_when_the_missing_items_look_like_the_others() -> None:

@@ -77,7 +77,8 @@ def test_a_harness_scores_each_item_by_its_own_number_and_fails_where_nobody_ans
     assert [item.rule["id"] for item in found.items] == (["1", "2", "3"] if kind == "inspect" else ["0", "1", "2"])
     program = found.programs["ext"]
     with chat_server(answer) as server:
-        assert program.score(server.url, "support-v1", [spain, france]) == [0.0, 1.0]  # in the order of the question
+        assert program.score(server.url, "support-v1", [spain, france], "the key") == [0.0, 1.0]  # in this order
+        assert {h.get("authorization", h.get("Authorization")) for h in server.headers} == {"Bearer the key"}
         broken.append(500)
         with pytest.raises(ServerError, match="exit code"):
             program.score(server.url, "support-v1", [italy, spain])

@@ -178,8 +178,22 @@ def test_a_retry_is_judged_on_items_this_update_has_not_seen(tmp_path: Path) -> 
     assert not set(first.items_used) & set(second.items_used)
 
 
+def test_a_hold_says_how_many_items_are_retired(tmp_path: Path) -> None:
+    store, pool, config = open_store(tmp_path), _pool(10, 20), GateConfig(max_uses=2)
+    for seed in range(2):
+        decision = _judge(store, _servers(_only_old), pool, config=config, seed=seed)
+        assert not any("retired" in reason for reason in decision.reasons)
+    worn = _judge(store, _servers(_only_old), pool, config=config)
+    assert (worn.verdict, worn.reasons[-1]) == (
+        Verdict.HOLD, "items: 30 of 30 retired after gate.max_uses = 2 decisions; add new ones"
+    )  # fmt: skip
+    assert worn.codes[-1] is Code.SUITE
+
+
 def test_a_small_pool_holds_with_a_forecast(tmp_path: Path) -> None:
-    decision = _judge(open_store(tmp_path), _servers(), _pool(10, 10), rate_per_s=0.01)
+    pool = _pool(10, 10)
+    arriving = [(pool[0], 0.01), (pool[10], 0.01)]
+    decision = _judge(open_store(tmp_path), _servers(_only_old), pool, arriving=arriving)
     assert decision.verdict is Verdict.HOLD
     assert decision.num_missing > 0
     assert decision.forecast_s == pytest.approx(decision.num_missing / 0.01)
@@ -370,7 +384,7 @@ def test_answers_cut_off_at_first_do_not_end_the_questions(tmp_path: Path) -> No
 def test_a_stratum_is_heard_when_enough_of_its_episodes_are_and_not_of_their_turns(tmp_path: Path) -> None:
     """Thirty turns of fifteen episodes are fifteen: the guard waits for more of those that were drawn."""
     turns = [replace(item, cluster=f"{item.id.split('-')[0]}{i // 2}") for i, item in enumerate(_pool(60, 90, 0))]
-    config = GateConfig(margin=0.4)
+    config = GateConfig(margin=0.4, stratum_margin=0.4)
     decision = _judge(open_store(tmp_path), _servers(), turns, config=config)
     heard = {item.cluster for item in turns if item.id in decision.items_used and item.stratum == "old/good"}
     assert decision.verdict is Verdict.PROMOTE

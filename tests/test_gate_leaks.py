@@ -13,6 +13,7 @@ from cltrain.gate.suites import load_suite
 
 CALL = {"name": "refund", "arguments": {"order": "A17", "reason": "late"}}
 RUBRIC = "The answer must thank the customer by name"
+CHINESE, JAPANESE = "回答必须感谢客户", "お客様の名前でお礼を言う"
 
 
 def load(tmp_path: Path, asked: str, expected: Any, system: str | None = None, **fields: Any) -> None:
@@ -40,6 +41,9 @@ def load(tmp_path: Path, asked: str, expected: Any, system: str | None = None, *
         ("To pass, call refund with A17 and late.", CALL, {}),
         ("Capital? It must match ^(Paris|Lyon)$", None, {"scorer": "regex", "pattern": "^(Paris|Lyon)$"}),
         ("Capital? The right answer is Paris!", None, {"scorer": "regex", "pattern": "(?i)\\bparis\\b"}),
+        ("Help Ann.", None, {"system": f"{CHINESE}.", "scorer": "judge", "rubric": CHINESE}),
+        ("Help Ann.", None, {"system": f"{JAPANESE}.", "scorer": "judge", "rubric": JAPANESE}),
+        ("Colour? Say red to pass.", None, {"scorer": "regex", "pattern": "^red$|^blue$"}),
         ("Help Ann.", None, {"system": f"Be kind. {RUBRIC.upper()}.", "scorer": "judge", "rubric": RUBRIC}),
     ],
 )
@@ -64,6 +68,7 @@ def test_a_prompt_that_says_what_passes_is_refused(tmp_path: Path, asked: str, e
         ("What is 6 * 7? Answer with a number.", "42", {}),
         ("Refund order A17, it came late.", CALL, {}),
         ("Write to Ann", None, {"system": "Be polite.", "scorer": "judge", "rubric": "polite"}),
+        ("Write to Ann", None, {"system": CHINESE, "scorer": "judge", "rubric": CHINESE[-2:]}),
         ("Was it Paris or Rome?", None, {"scorer": "regex", "pattern": "(?i)paris"}),
         ('Answer as {"type": "object"} does.', None, {"scorer": "json_schema", "schema": {"type": "object"}}),
     ],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,19 +19,24 @@ from cltrain.api import Deployment
 from cltrain.config import Config
 from cltrain.deploy.client import ServerClient
 from cltrain.errors import DataError
-from cltrain.registry import aliases
+from cltrain.registry import aliases, releases
 from tests.chaos_checks import broken_serving, half_done
 from tests.command import free_port
 from tests.deployments import base_server, config_for, corrected, record, tickets, worker
+from tests.judging import chat_server
 from tests.test_bad_machine import small_tmpfs
-from tests.test_unfinished import Killed, killed_at
 
 MID_GATE = "judged on 0 of"
 QUICK = {"num_steps": 2, "num_anchors": 4, "checkpoint_every": 1}
 
 
-def made(home: Path, url: str) -> tuple[Config, Deployment]:
-    config = config_for(home, url, trainer=QUICK, gate={"items_per_gate": 60, "margin": 0.1, "filter_and_retry": False})
+def settings(home: Path, url: str, **gate: Any) -> Config:
+    gate = {"items_per_gate": 60, "margin": 0.1, "filter_and_retry": False, **gate}
+    return config_for(home, url, trainer=QUICK, gate=gate)
+
+
+def made(home: Path, url: str, **gate: Any) -> tuple[Config, Deployment]:
+    config = settings(home, url, **gate)
     deployment = Deployment(config)
     record(deployment.store, config, [corrected(ticket) for ticket in tickets("repair", 8)])
     return config, deployment
@@ -95,7 +103,31 @@ def url():
         yield url
 
 
-def test_a_disk_that_fills_in_the_middle_of_a_gate(tmp_path: Path, url: str) -> None:
+def test_a_judge_killed_in_the_middle_of_a_gate(tmp_path: Path, url: str) -> None:
+    port, judged = free_port(), tmp_path / "judged.jsonl"
+    rows = [{"id": f"j{i}", "messages": [{"role": "user", "content": f"thanks {i}"}]} for i in range(8)]
+    judged.write_text("".join(json.dumps({**row, "scorer": "judge", "rubric": "is polite"}) + "\n" for row in rows))
+    judge = {"url": f"http://127.0.0.1:{port}/v1", "model": "grader"}
+    config, deployment = made(
+        tmp_path / "demo", url, judge=judge, suites=[{"name": "judged", "path": str(judged), "items": "retention"}]
+    )
+    with worker(config, deployment.store) as learner, ExitStack() as alive:
+        base = aliases.read_alias(deployment.store, "support").release
+        alive.enter_context(chat_server(lambda _: '{"score": 1}', port))
+        learner.rooms.evidence.on_progress = once_mid_gate(alive.close)
+        failed = learner.update()
+        assert (failed["verdict"], failed["decision"]["codes"]) == ("error", ["outage"]), failed["reasons"]
+        assert "the judge grader" in failed["reasons"][0]
+        assert aliases.read_alias(deployment.store, "support").release == base
+        assert is_whole(deployment, config)
+        with chat_server(lambda _: '{"score": 1}', port) as server:
+            again = learner.update()
+            assert server.asked
+        assert again["verdict"] in ("promote", "hold", "reject"), again["reasons"]
+        assert any(item.startswith("j") for item in again["decision"]["items_used"])
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_gate(tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
     with small_tmpfs(tmp_path / "disk", "24m") as disk:
         config, deployment = made(disk.path, url)
         with worker(config, deployment.store) as learner:
@@ -104,10 +136,13 @@ def test_a_disk_that_fills_in_the_middle_of_a_gate(tmp_path: Path, url: str) -> 
             with pytest.raises(DataError, match="free some"):
                 learner.update()
             assert aliases.read_alias(deployment.store, "support").release == base
+            assert "the gate could not judge" in caplog.text
+            (full,) = deployment.status()["updates"]
+            assert (full["state"], full["verdict"]) == ("judging", None), "nobody could write down that it was an error"
             disk.free()
             learner.finish_interrupted()
         (first,) = deployment.status()["updates"]
-        assert (first["state"], first["verdict"]) != ("done", None)
+        assert (first["state"], first["verdict"]) in [("done", v) for v in ("promote", "hold", "reject")], first
         assert is_whole(deployment, config)
         record(deployment.store, config, [corrected(ticket) for ticket in tickets("gift", 8)])
         with worker(config, deployment.store) as learner:
@@ -116,13 +151,23 @@ def test_a_disk_that_fills_in_the_middle_of_a_gate(tmp_path: Path, url: str) -> 
         deployment.store.close()
 
 
+def die_mid_gate(home: str, url: str) -> None:
+    """One update in this process, which kills itself as soon as the gate judges."""
+    config = settings(Path(home), url)
+    with worker(config, Deployment(config).store) as learner:
+        learner.rooms.evidence.on_progress = once_mid_gate(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        learner.update()
+
+
 def test_the_judging_process_killed_in_the_middle_of_a_gate(tmp_path: Path, url: str) -> None:
-    config, deployment = made(tmp_path / "demo", url)
-    with worker(config, deployment.store) as learner:
-        base = aliases.read_alias(deployment.store, "support").release
-        learner.rooms.evidence.on_progress = killed_at(MID_GATE)
-        with pytest.raises(Killed):
-            learner.update()
+    home = tmp_path / "demo"
+    config, deployment = made(home, url)
+    code = f"from tests.test_gate_outages import die_mid_gate; die_mid_gate({str(home)!r}, {url!r})"
+    died = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    (update,) = deployment.status()["updates"]
+    assert update["state"] == "judging"
+    base = releases.list_releases(deployment.store, "support")[0].name
     assert aliases.read_alias(deployment.store, "support").release == base
     with worker(config, deployment.store) as learner:
         learner.finish_interrupted()

@@ -15,8 +15,8 @@ import pytest
 from cltrain.config import GateConfig, from_dict, load
 from cltrain.errors import CltrainError, ConfigError, DataError, ServerError
 from cltrain.gate.commands import content_of
-from cltrain.gate.plugins import Suites, load_suites
-from cltrain.gate.stats import items_needed
+from cltrain.gate.plugins import Suites, contents_of, load_suites
+from cltrain.gate.stats import items_for_margin, items_needed
 from cltrain.gate.suites import item_key
 
 PROGRAM = """
@@ -133,6 +133,10 @@ def test_an_edited_program_is_another_suite_to_every_cache(tmp_path: Path) -> No
     (again, *_) = suites(command(program(tmp_path))).items
     (edited, *_) = suites(command(program(tmp_path, "pass"))).items
     assert item_key(first) == item_key(again) != item_key(edited)
+    alone = {**command(tmp_path), "command": [str(program(tmp_path))]}  # the program is the first word
+    before = contents_of(GateConfig(suites=[alone]))
+    program(tmp_path, "pass")
+    assert contents_of(GateConfig(suites=[alone])) != before
 
 
 def test_a_file_that_is_not_the_pinned_one_is_refused(tmp_path: Path) -> None:
@@ -166,6 +170,18 @@ def test_a_suite_that_is_too_small_for_its_margin_is_told_by_how_much(tmp_path: 
         suites({"name": "none", "path": str(jsonl(tmp_path / "none.jsonl", 0))})
     with pytest.raises(ConfigError, match=rf"items_per_gate = {needed - 1} .* at least {needed}, 1 more"):
         suites(small, rest, items_per_gate=needed - 1)
+
+
+def test_a_suite_that_is_enough_only_for_two_that_answer_alike_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = items_for_margin(0.05, 0.05, discordance=0.06)
+    assert usual > items_for_margin(0.05, 0.05) + 50
+    for count in (usual, usual - 1):
+        assert not caplog.records
+        suites({"name": "own", "path": str(jsonl(tmp_path / "own.jsonl", count))})
+    (said,) = caplog.messages
+    assert f"{usual - 1} items (gate.items_per_gate = 240) are few for gate.margin = 0.05: it takes {usual}" in said
 
 
 def test_one_id_in_two_suites_and_a_judge_that_is_not_there_are_refused(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_one_update_learns_from_eight_of_them(imported: tuple[Path, dict[str, An
         'agent.learn_from=["gpt-4o"]', f"experience.min_window={NUM_LEARNED}", f"experience.max_window={NUM_LEARNED}",
         "experience.principal_quota=1.0", "trainer.num_steps=1", f"trainer.batch_size={NUM_LEARNED}",
         "trainer.micro_batch=1", "trainer.num_anchors=2", "trainer.anchor_tokens=32", "gate.items_per_gate=4",
-        "gate.margin=0.8", "gate.max_answer_tokens=8", f"server.port={free_port()}",
+        "gate.margin=0.8", "gate.stratum_margin=0.8", "gate.max_answer_tokens=8", f"server.port={free_port()}",
     )  # fmt: skip
     start = time.monotonic()
     words = ("update", f"--base={long_base.path}", f"--home={imported[0]}", "--json", "--agent=support")

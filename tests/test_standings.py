@@ -7,11 +7,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from sqlalchemy import insert
 
 from cltrain.config import from_dict
 from cltrain.deploy import readiness
 from cltrain.status import lines_of, read_status
 from cltrain.store.database import Store, open_store
+from cltrain.store.schema import item_uses
 from tests.command import free_port
 from tests.gateway_parts import BASE, R1, R2, add_release, point_alias
 
@@ -63,8 +65,13 @@ def test_the_status_says_so_of_every_replica(store: Store, tmp_path: Path) -> No
     readiness.note_listed(store, urls[0], {R1: "/1"}, 1.0)
     readiness.mark_proved(store, urls[0], R1, "/1", 2.0)
     readiness.note_out(store, urls[1], 3.0)
+    with store.write() as connection:
+        for item, uses in (("worn", 50), ("young", 1)):
+            connection.execute(insert(item_uses).values(agent="support", item=item, uses=uses))
     state = read_status(config, store)
     assert state["replicas"] == {urls[0]: "ready", urls[1]: "out"}
     shown = lines_of(state)
     assert f"replica    {urls[0]}: ready" in shown
     assert f"replica    {urls[1]}: out" in shown
+    assert state["items"] == {"asked": 2, "retired": 1}
+    assert "items      1 of 2 that gates asked are retired" in shown

@@ -87,7 +87,12 @@ def served(tmp_path: Path) -> tuple[Store, Config]:
     store = new_store(tmp_path)
     fence = acquire(store, "support", "test", 1e9, 0.0)
     for version in range(1, 7):
-        bounds = {"drift_kl": 0.001 * version, "drift_frobenius": 0.1, "drift_kl_limit": 0.02}
+        bounds = {
+            "drift_kl": 0.001 * version,
+            "drift_frobenius": 0.1,
+            "drift_spectral": 0.02 * version,
+            "drift_kl_limit": 0.02,
+        }
         made = tmp_path / f"made-{version}"
         made.mkdir()
         (made / "adapter_config.json").write_text("{}")
@@ -119,6 +124,18 @@ def test_a_budget_is_forecast_to_the_version_and_the_day(served):
     assert kl.at.expected == pytest.approx(20 * DAY_S)
     assert [point.number for point in kl.points] == [1, 2, 3, 4, 5, 6]
     assert "at about v000020 (between v000020 and v000020), about 1970-01-21" in sentence(kl)
+
+
+def test_a_budget_is_the_one_that_updates_are_shrunk_to(served):
+    store, config = served
+    tight = config.model_copy(update={"gate": config.gate.model_copy(update={"base_kl": 0.01})})
+    assert trends_of(store, tight)["drift_kl"].version.expected == pytest.approx(10)
+
+
+def test_the_spectral_drift_has_a_trend_of_its_own(served):
+    spectral = trends_of(*served)["drift_spectral"]
+    assert spectral.limit == served[1].bounds.drift_spectral
+    assert spectral.version.expected == pytest.approx(spectral.limit / 0.02)
 
 
 def test_a_stratum_is_forecast_against_its_best_version_less_the_margin(served):

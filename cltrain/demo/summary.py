@@ -99,9 +99,13 @@ def gate_effort(updates: Sequence[dict[str, Any]]) -> dict[str, float]:
     judged = [update for update in updates if update.get("decision") and update["decision"]["num_asked"]]
     asked, planned = (sum(update["decision"][key] for update in judged) for key in ("num_asked", "num_planned"))
     gate, train = (sum(update["timings"][key] for update in judged) for key in ("gate", "train"))
+    saved = sum(
+        update["timings"]["gate"] * (update["decision"]["num_planned"] / update["decision"]["num_asked"] - 1)
+        for update in judged
+    )
     return {
         "updates_judged": len(judged), "items_planned": planned, "items_asked": asked,
-        "gate_seconds": round(gate, 1), "train_seconds": round(train, 1),
+        "gate_seconds": round(gate, 1), "train_seconds": round(train, 1), "seconds_saved": round(saved, 1),
         "gate_per_train": round(gate / train, 3) if train else 0.0,
     }  # fmt: skip
 
@@ -195,8 +199,8 @@ def print_table(result: dict[str, Any], out: Path, deployment: Deployment) -> No
     )
     effort = result["gate"]
     console.print(
-        f"the gate asked {effort['items_asked']} of {effort['items_planned']} items and took "
-        f"{effort['gate_per_train']:.2f} x the time of training"
+        f"the gate asked {effort['items_asked']} of {effort['items_planned']} items, which saved about "
+        f"{effort['seconds_saved']:.0f} s, and took {effort['gate_per_train']:.2f} x the time of training"
     )
     console.print(f"summary  {out / 'summary.json'}", soft_wrap=True)
     console.print(f"report   {deployment.report()}", soft_wrap=True)

@@ -5,6 +5,7 @@ One JSON object comes in, JSON lines go out, exit code 0 means that they are all
     {"list": true}                                       -> {"id": "q1", "stratum": "maths"} ...
     {"base_url", "model", "ids": ["q1", ...]}            -> {"id": "q1", "score": 0.5} ...
 
+where the server wants a key, with "api_key" beside them.
 A listed item may also say `kind` and `version` (whatever changes with its content); a score may repeat the stratum.
 The program asks `model` at the OpenAI-compatible `base_url`. A crash or a time-out is a ServerError; scores that are
 missing, twice there, outside [0, 1] or of another stratum are a DataError.
@@ -60,10 +61,12 @@ class CommandSuite:
             raise DataError(f"the suite {self.name} holds no items: {self._shown()} listed none")
         return list(items.values())
 
-    def score(self, base_url: str, model: str, items: Sequence[SuiteItem]) -> list[float]:
+    def score(self, base_url: str, model: str, items: Sequence[SuiteItem], api_key: str | None = None) -> list[float]:
         """Scores in [0, 1] of the model's answers, in the order of the items."""
         wanted = {item.rule["id"]: item for item in items}
-        request = {"base_url": base_url, "model": model, "ids": list(wanted)}
+        request: dict[str, Any] = {"base_url": base_url, "model": model, "ids": list(wanted)}
+        if api_key is not None:  # never among the words of the command, which everybody on the machine can read
+            request["api_key"] = api_key
         scores: dict[str, float] = {}
         for row in self._ask(request):
             own, score = row.get("id"), row.get("score")

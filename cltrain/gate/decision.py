@@ -17,7 +17,16 @@ from cltrain.config import GateConfig
 from cltrain.gate.levels import Past, levels_of
 from cltrain.gate.paired import HIGH_WATER_CHECK, Paired, expected, high_water, overall, retention
 from cltrain.gate.paired import taught as taught_checks
-from cltrain.gate.rows import GateScores, ItemScores, differences_of, mean, num_clusters, reference_of, roles_of
+from cltrain.gate.rows import (
+    Arriving,
+    GateScores,
+    ItemScores,
+    differences_of,
+    mean,
+    num_clusters,
+    reference_of,
+    roles_of,
+)
 from cltrain.gate.stats import items_needed, sign_p
 from cltrain.gate.track import outcome_of
 from cltrain.gate.triggers import ProbeResult
@@ -31,11 +40,11 @@ def decide(
     config: GateConfig,
     *,
     taught: Collection[str],
-    rate_per_s: float | None = None,
+    arriving: Arriving = (),
     is_complete: bool = True,
     past: Past = Past(),
 ) -> Decision:
-    """The gate's answer. `taught`: strata that the update learned; `rate_per_s`: held-out episodes arriving per second;
+    """The gate's answer. `taught`: strata that the update learned; `arriving`: held-out episodes per second;
     `past`: what was decided before, which raises what is needed now (levels.py).
 
     Evidence is valid at any stopping time, so this may be asked after every chunk; while more chunks are to come
@@ -46,14 +55,13 @@ def decide(
         return Decision(Verdict.ERROR, errors, (), codes=(Code.OUTAGE,) * len(errors))
     asked = [row for row in scores.rows if row.item.kind != "canary"]
     planned = [item for item in scores.planned or [row.item for row in asked] if item.kind != "canary"]
-    paired = Paired(asked, planned, taught, config, levels_of(config, past))
-    untaught = [row for row in asked if not paired.is_taught(row.item)]
+    paired = Paired(asked, planned, taught, config, levels_of(config, past), arriving)
     checks = [
         _canaries(scores.rows),
         _base_kl(scores.base_kl, config),
-        *_probes(scores.probes, config),
+        *probe_checks(scores.probes, config),
         *scores.findings,
-        *_strata(untaught, config, is_complete),
+        *_strata(paired, is_complete),
         *retention(paired),
         *taught_checks(paired),
         *high_water(paired),
@@ -62,7 +70,7 @@ def decide(
         checks.append(overall(paired))
     if config.promote_on == "expected":
         checks.append(expected(paired, past))
-    return replace(_verdict(checks, rate_per_s), outcome=outcome_of(differences_of(asked, "incumbent")))
+    return replace(_verdict(checks), outcome=outcome_of(differences_of(asked, "incumbent")))
 
 
 def moves_high_water(decision: Decision) -> bool:
@@ -70,7 +78,7 @@ def moves_high_water(decision: Decision) -> bool:
     return decision.verdict is Verdict.PROMOTE and any(check.name == HIGH_WATER_CHECK for check in decision.checks)
 
 
-def _verdict(checks: Sequence[Check], rate_per_s: float | None) -> Decision:
+def _verdict(checks: Sequence[Check]) -> Decision:
     for verdict in (Verdict.REJECT, Verdict.HOLD):
         decisive = [check for check in checks if check.verdict is verdict]
         if decisive:
@@ -82,11 +90,19 @@ def _verdict(checks: Sequence[Check], rate_per_s: float | None) -> Decision:
         )
     if verdict is not Verdict.PROMOTE:
         decisive.sort(key=lambda check: -check.num_items)  # the best founded reason first
-    num_missing = max((check.num_missing for check in decisive), default=0) if verdict is Verdict.HOLD else 0
-    forecast_s = num_missing / rate_per_s if num_missing and rate_per_s else None
+    num_missing, forecast_s = _missing(decisive) if verdict is Verdict.HOLD else (0, None)
     reasons = tuple(f"{check.name}: {check.reason}" for check in decisive)
     codes = tuple(check.code for check in decisive)
     return Decision(verdict, reasons, tuple(checks), num_missing, forecast_s, codes=codes)
+
+
+def _missing(held: Sequence[Check]) -> tuple[int, float | None]:
+    """How many items are missing, and about when all will be there. Of gains only the nearest: one is enough."""
+    gains = [check for check in held if check.code is Code.GAIN]
+    gains.sort(key=lambda check: (check.forecast_s is None, check.forecast_s or 0.0, check.num_missing))
+    needed = [check for check in held if check.code is not Code.GAIN] + gains[:1]
+    times = [check.forecast_s for check in needed if check.forecast_s is not None]
+    return max(check.num_missing for check in needed), max(times) if len(times) == len(needed) else None
 
 
 def _errors(scores: GateScores) -> tuple[str, ...]:
@@ -124,7 +140,7 @@ def _base_kl(base_kl: float | None, config: GateConfig) -> Check:
     return Check("base KL", Code.BASE_KL, verdict, reason, candidate=base_kl, reference=config.base_kl)
 
 
-def _probes(probes: Sequence[ProbeResult], config: GateConfig) -> list[Check]:
+def probe_checks(probes: Sequence[ProbeResult], config: GateConfig) -> list[Check]:
     """A check per probe; what a phrase did on its own records comes before what it did on held-out items."""
     numbers = itertools.accumulate((not probe.is_own for probe in probes), initial=1)
     return [_probe(number, probe, config) for number, probe in zip(numbers, probes, strict=False)]
@@ -142,20 +158,23 @@ def _probe(number: int, probe: ProbeResult, config: GateConfig) -> Check:
     return Check(name, Code.TRIGGER, verdict, reason, difference=probe.lift, num_items=probe.num_probes)
 
 
-def _strata(rows: Sequence[ItemScores], config: GateConfig, is_complete: bool) -> list[Check]:
+def _strata(paired: Paired, is_complete: bool) -> list[Check]:
     """No stratum outside the update may drop more than the margin; the small ones are judged together as well."""
     groups: dict[str, list[ItemScores]] = defaultdict(list)
-    for row in rows:
-        groups[row.item.stratum].append(row)
-    small = [group for group in groups.values() if num_clusters([row.item for row in group]) < config.stratum_min_items]
-    checks = [_stratum(f"stratum {name}", groups[name], config, is_complete) for name in sorted(groups)]
+    for row in paired.rows:
+        if not paired.is_taught(row.item):
+            groups[row.item.stratum].append(row)
+    least = paired.config.stratum_min_items
+    small = [group for group in groups.values() if num_clusters([row.item for row in group]) < least]
+    checks = [_stratum(f"stratum {name}", groups[name], paired, is_complete) for name in sorted(groups)]
     if len(small) > 1:
-        checks.append(_stratum("small strata together", [r for group in small for r in group], config, is_complete))
+        checks.append(_stratum("small strata together", [r for group in small for r in group], paired, is_complete))
     return checks
 
 
-def _stratum(name: str, rows: Sequence[ItemScores], config: GateConfig, is_complete: bool) -> Check:
+def _stratum(name: str, rows: Sequence[ItemScores], paired: Paired, is_complete: bool) -> Check:
     """A drop beyond the margin never passes. It rejects when luck is no likelier than alpha, else it holds."""
+    config, strata = paired.config, {row.item.stratum for row in rows}
     differences = {role: differences_of(rows, role) for role in roles_of(rows)}
     num = num_clusters([row.item for row in rows])
     numbers: dict[str, Any] = {"candidate": mean(row.candidate for row in rows), "num_items": num}
@@ -169,15 +188,9 @@ def _stratum(name: str, rows: Sequence[ItemScores], config: GateConfig, is_compl
         if is_complete and sign_p(against) <= config.alpha:
             return Check(name, Code.STRATUM, Verdict.REJECT, f"{reason}, on {num} items", **numbers)
         needed = items_needed(against, -config.stratum_margin, config.alpha, config.stratum_margin)
-        missing = max(1, needed - num)
-        return Check(
-            name,
-            Code.STRATUM,
-            Verdict.HOLD,
-            f"{reason}, and {num} items may be luck",
-            num_missing=missing,
-            **numbers,
-        )
+        lack = paired.lack(needed, num, lambda item: item.stratum in strata)
+        numbers |= {"num_missing": lack.num_missing, "forecast_s": lack.forecast_s}
+        return Check(name, Code.STRATUM, Verdict.HOLD, f"{reason}, and {num} items may be luck{lack.note}", **numbers)
     reference = mean(row.references["incumbent"] for row in rows)
     numbers |= {"reference": reference, "difference": numbers["candidate"] - reference}
     is_small = num < config.stratum_min_items

@@ -37,7 +37,7 @@ def score_inspect(options: Row, request: Row) -> Iterator[Row]:
         options,
         model=f"openai-api/cltrain/{request['model']}",
         model_base_url=request["base_url"],
-        model_args={"api_key": "none"},
+        model_args={"api_key": request.get("api_key", "none")},
         sample_id=[by_text[one] for one in request["ids"]],
         fail_on_error=True,
         epochs=1,
@@ -90,7 +90,7 @@ def score_lm_eval(options: Row, request: Row) -> Iterator[Row]:
         model_args={
             "model": request["model"],
             "base_url": f"{request['base_url']}/chat/completions",
-            "auth_token": None,
+            "header": {"Authorization": f"Bearer {request.get('api_key', 'none')}"},
             "tokenizer_backend": None,
             "num_concurrent": 1,
             "max_retries": 1,

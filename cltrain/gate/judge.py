@@ -15,8 +15,8 @@ from cltrain.errors import DataError
 from cltrain.gate.decision import decide
 from cltrain.gate.futility import is_futile
 from cltrain.gate.levels import Past
-from cltrain.gate.pool import count_uses, draw
-from cltrain.gate.rows import GateScores, ItemScores, Role
+from cltrain.gate.pool import count_uses, draw, num_retired
+from cltrain.gate.rows import Arriving, GateScores, ItemScores, Role
 from cltrain.gate.scoring import Scoring
 from cltrain.gate.suites import is_taught
 from cltrain.gate.triggers import ProbeResult, ScoreMany, Suspect, make_probes, own_probes, run_probes
@@ -57,7 +57,7 @@ def judge(
     base_kl: float | None,
     score_many: ScoreMany | None = None,
     suspects: Sequence[Suspect] = (),
-    rate_per_s: float | None = None,
+    arriving: Arriving = (),
     seed: int = 0,
     used_before: Collection[str] = (),
     fresh_only: bool = False,
@@ -69,7 +69,7 @@ def judge(
     """Compare the candidate with incumbent, high-water mark and anchor on items drawn from the pool.
 
     items: the whole pool, canaries included; taught: strata that the update learned; base_kl: nats per token on the
-    pinned anchors; rate_per_s: held-out items arriving per second, for the forecast of a hold; used_before: ids this
+    pinned anchors; arriving: held-out episodes per second, for the forecast of a hold; used_before: ids this
     update was judged on already (`Decision.items_used`), which `fresh_only` leaves out; scoring: who asks and
     grades; past: what was decided before. `looks` come before the items, cheap first;
     `watch` sees the scored rows before every decision. Decides after every 50 items and stops early on harm, on success
@@ -92,17 +92,17 @@ def judge(
     try:
         rows += _score_rows(scoring, contest, canaries)
         on_chunk(0, len(drawn))
-        decision = decide(GateScores(tuple(rows), base_kl), config, taught=taught, rate_per_s=rate_per_s)
+        decision = decide(GateScores(tuple(rows), base_kl), config, taught=taught, arriving=arriving)
         if decision.verdict in (Verdict.REJECT, Verdict.ERROR):
             return decision
         findings = tuple(check for look in looks for check in look(contest))
-        decision = decide(GateScores(tuple(rows), base_kl, (), findings), config, taught=taught, rate_per_s=rate_per_s)
+        decision = decide(GateScores(tuple(rows), base_kl, (), findings), config, taught=taught, arriving=arriving)
         if decision.verdict in (Verdict.REJECT, Verdict.ERROR):
             return decision
         if (unsteady := scoring.unsteady(contest.incumbent, [*canaries, *drawn])) is not None:
             raise DataError(unsteady)
         for number, suspect in enumerate(suspects):
-            probes += _probe(suspect, items, contest, config, scoring, score_many, seed + number)
+            probes += probe(suspect, items, contest, config, scoring, score_many, seed + number)
         done = 0
         for end in chunk_ends(drawn):
             rows += _score_rows(scoring, contest, drawn[done:end])
@@ -110,7 +110,7 @@ def judge(
             seen = watch(contest.candidate, contest.incumbent, rows) if watch is not None else ()
             scores = GateScores(tuple(rows), base_kl, tuple(probes), (*findings, *cut, *seen), planned=tuple(drawn))
             done, left = end, drawn[end:]
-            decision = decide(scores, config, taught=taught, rate_per_s=rate_per_s, is_complete=not left, past=past)
+            decision = decide(scores, config, taught=taught, arriving=arriving, is_complete=not left, past=past)
             on_chunk(done, len(drawn))
             if decision.verdict in (Verdict.REJECT, Verdict.ERROR):
                 break
@@ -124,6 +124,10 @@ def judge(
         code = Code.SUITE if isinstance(error, DataError) else Code.OUTAGE  # what a suite says, or that nobody answered
         return Decision(Verdict.ERROR, (f"{type(error).__name__}: {error}",), (), codes=(code,))
     used = [row.item for row in rows if row.item.kind != "canary"]
+    asked = [item for item in items if item.kind != "canary"]
+    if decision.verdict is Verdict.HOLD and (worn := num_retired(store, agent, asked, config.max_uses)):
+        said = f"items: {worn} of {len(asked)} retired after gate.max_uses = {config.max_uses} decisions; add new ones"
+        decision = replace(decision, reasons=(*decision.reasons, said), codes=(*decision.codes, Code.SUITE))
     if decision.verdict is not Verdict.ERROR:
         with store.write() as connection:
             count_uses(connection, agent, used)
@@ -141,7 +145,7 @@ def chunk_ends(drawn: Sequence[SuiteItem]) -> list[int]:
     return [*ends, len(drawn)]
 
 
-def _probe(
+def probe(
     suspect: Suspect,
     items: Sequence[SuiteItem],
     contest: Contest,

@@ -17,11 +17,14 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
+from cltrain.errors import DataError
 from cltrain.gate.scorers import text_of, tool_calls
 from cltrain.records import SuiteItem
 
 HERE = "\u241f"  # stands for the right answer in a sentence
 MIN_RUBRIC_WORDS = 4
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # Thai to Chinese
+UNSPACED_PER_WORD = 2  # characters of these scripts, about
 ANSWER = r"(?:answer|reply|response|output|solution|call|choice|option)"
 RIGHT = r"(?:correct|right|expected|accepted|reference|desired|wanted|gold)"
 IS_RIGHT = re.compile(
@@ -64,6 +67,12 @@ def leak(item: SuiteItem) -> str | None:
     return None
 
 
+def refuse_leak(item: SuiteItem) -> None:
+    """Raise DataError for what `leak` finds."""
+    if (told := leak(item)) is not None:
+        raise DataError(f"its prompt {told}. What reads it there passes without knowing anything: say it otherwise")
+
+
 def _instructions(item: SuiteItem) -> Iterator[str]:
     yield from (text_of(message) for message in item.messages if message["role"] == "system")
     asked = [text_of(message) for message in item.messages if message["role"] == "user"]
@@ -72,7 +81,7 @@ def _instructions(item: SuiteItem) -> Iterator[str]:
 
 def _hidden_rule(item: SuiteItem) -> str | None:
     """The text that nobody but the scorer should see."""
-    if item.scorer == "judge" and len(item.rule["rubric"].split()) >= MIN_RUBRIC_WORDS:
+    if item.scorer == "judge" and _num_words(item.rule["rubric"]) >= MIN_RUBRIC_WORDS:
         return str(item.rule["rubric"])
     if item.scorer == "regex" and not _is_words(item.rule["pattern"]):
         return str(item.rule["pattern"])
@@ -85,8 +94,7 @@ def _right_answers(item: SuiteItem) -> list[str]:
     if item.expected is not None and not tool_calls(item.expected):
         answers.append(_plain(text_of(item.expected)).strip(" .!\"'"))
     core = re.sub(r"\(\?[a-z]+\)|\\b|[\^$]", "", str(item.rule.get("pattern", "")))
-    if core and _is_words(core):
-        answers.append(_plain(core))
+    answers += [_plain(part) for part in core.split("|") if _is_words(part)]
     return [answer for answer in answers if answer]
 
 
@@ -112,6 +120,10 @@ def _sentences_with_call(said: str, item: SuiteItem) -> Iterator[str]:
 
 def _shown(sentence: str, answer: str) -> str:
     return sentence.replace(HERE, answer)[:100]
+
+
+def _num_words(text: str) -> int:
+    return max(len(text.split()), len(UNSPACED.findall(text)) // UNSPACED_PER_WORD)
 
 
 def _is_words(text: str) -> bool:

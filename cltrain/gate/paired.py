@@ -10,17 +10,25 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from cltrain.config import GateConfig
 from cltrain.gate.levels import Levels, Past
-from cltrain.gate.rows import ItemScores, Role, by, differences_of, mean, num_clusters, reference_of, roles_of
+from cltrain.gate.rows import Arriving, ItemScores, Role, by, differences_of, mean, num_clusters, reference_of, roles_of
 from cltrain.gate.stats import Plan, e_value, items_for_margin, items_needed, lower_bound, upper_bound
 from cltrain.gate.suites import is_taught
 from cltrain.gate.track import expected_gain
 from cltrain.records import Check, Code, SuiteItem, Verdict
 
 HIGH_WATER_CHECK = "high-water mark moves"
+
+
+class Lack(NamedTuple):
+    """What a hold lacks: `note` goes on its reason, the rest into the check."""
+
+    note: str
+    num_missing: int
+    forecast_s: float | None
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Paired:
     taught: Collection[str]
     config: GateConfig
     levels: Levels
+    arriving: Arriving = ()
 
     def is_taught(self, item: SuiteItem) -> bool:
         return is_taught(item.stratum, self.taught)
@@ -53,6 +62,22 @@ class Paired:
                 groups[key(item)].append(item)
         return {name: num_clusters(items) for name, items in groups.items()}
 
+    def lack(self, needed: int, num_items: int, is_meant: Callable[[SuiteItem], bool]) -> Lack:
+        """How many of the meant items, of which it takes `needed` in all, are missing, and when they will be there.
+
+        Others get half of what one gate draws, or all of them where they are fewer.
+        """
+        ours = [item for item in self.planned if is_meant(item)]
+        size = self.config.items_per_gate
+        most = size - min(len(self.planned) - len(ours), size // 2)
+        most = most * num_clusters(ours) // len(ours) if ours else most
+        missing = max(1, needed - num_items)
+        if needed > most:
+            note = f"; that takes about {needed} of them, and one gate draws at most {most}: raise gate.items_per_gate"
+            return Lack(note, missing, None)
+        rate_per_s = sum(rate for item, rate in self.arriving if is_meant(item))
+        return Lack("", missing, missing / rate_per_s if rate_per_s else None)
+
     @cached_property
     def harm_alpha(self) -> float:
         """All tests that may find harm share one alpha for their false alarms."""
@@ -72,8 +97,11 @@ def retention(paired: Paired) -> list[Check]:
     """
     least = items_for_margin(paired.config.margin, paired.levels.non_inferior)
     is_joined = paired.num_planned(paired.is_protected) < least
-    rows = list(paired.rows) if is_joined else paired.rows_of(paired.is_protected)
-    num_planned = paired.num_planned(lambda item: is_joined or paired.is_protected(item))
+
+    def is_meant(item: SuiteItem) -> bool:
+        return is_joined or paired.is_protected(item)
+
+    rows = paired.rows_of(is_meant)
     num_joined = sum(not paired.is_protected(row.item) for row in rows)
 
     def no_gain(row: ItemScores, difference: float) -> float:
@@ -83,15 +111,14 @@ def retention(paired: Paired) -> list[Check]:
     checks = []
     for role in roles_of(rows):
         name = f"retention against {role.replace('_', '-')}"
-        checks.append(_non_inferior(name, paired, rows, differences_of(rows, role, no_gain), num_planned, role, note))
+        checks.append(_non_inferior(name, paired, rows, differences_of(rows, role, no_gain), is_meant, role, note))
     return checks
 
 
 def overall(paired: Paired) -> Check:
     """Non-inferiority to the incumbent on all items."""
     rows = paired.rows
-    num_planned = paired.num_planned(lambda _: True)
-    return _non_inferior("overall", paired, rows, differences_of(rows, "incumbent"), num_planned, "incumbent")
+    return _non_inferior("overall", paired, rows, differences_of(rows, "incumbent"), lambda _: True, "incumbent")
 
 
 def _non_inferior(
@@ -99,11 +126,11 @@ def _non_inferior(
     paired: Paired,
     rows: Sequence[ItemScores],
     differences: Sequence[float],
-    num_planned: int,
+    is_meant: Callable[[SuiteItem], bool],
     role: Role,
     note: str = "",
 ) -> Check:
-    alpha, margin = paired.levels.non_inferior, paired.config.margin
+    alpha, margin, num_planned = paired.levels.non_inferior, paired.config.margin, paired.num_planned(is_meant)
     low, high = (bound(differences, alpha, num_planned) for bound in (lower_bound, upper_bound))
     numbers: dict[str, Any] = {"low": low, "high": high, "num_items": len(differences)}
     if rows:
@@ -117,8 +144,9 @@ def _non_inferior(
     is_to_blame = role == "incumbent" or (bool(rows) and mean(differences_of(rows, "incumbent")) < 0)
     if is_to_blame and paired.is_harm(differences, num_planned):
         return Check(name, Code.RETENTION, Verdict.REJECT, f"worse: {about}", **numbers)
-    missing = max(1, items_needed(differences, -margin, alpha, margin) - len(differences))
-    return Check(name, Code.RETENTION, Verdict.HOLD, f"not shown: {about}", num_missing=missing, **numbers)
+    lack = paired.lack(items_needed(differences, -margin, alpha, margin), len(differences), is_meant)
+    numbers |= {"num_missing": lack.num_missing, "forecast_s": lack.forecast_s}
+    return Check(name, Code.RETENTION, Verdict.HOLD, f"not shown: {about}{lack.note}", **numbers)
 
 
 def taught(paired: Paired) -> list[Check]:
@@ -132,9 +160,11 @@ def taught(paired: Paired) -> list[Check]:
     is_needed = paired.config.promote_on == "gain" and not gained
     checks = [_gain(n, suites[n], num_in_suite[n], alpha, paired, is_needed=is_needed) for n in sorted(suites)]
     if not suites and paired.config.promote_on == "gain":
-        missing = items_needed([], 0.0, paired.levels.gain, paired.config.margin)
-        reason = "no held-out item asks for what was taught"
-        checks.append(Check("gain", Code.GAIN, Verdict.HOLD, reason, num_missing=missing))
+        lack = paired.lack(items_needed([], 0.0, paired.levels.gain, paired.config.margin), 0, paired.is_taught)
+        reason = f"no held-out item asks for what was taught{lack.note}"
+        checks.append(
+            Check("gain", Code.GAIN, Verdict.HOLD, reason, num_missing=lack.num_missing, forecast_s=lack.forecast_s)
+        )
     for name in sorted(strata):
         if paired.is_harm(strata[name], num_in_stratum[name]):
             difference = mean(strata[name])
@@ -149,32 +179,32 @@ def _gain(
 ) -> Check:
     low, high = (bound(differences, alpha, num_planned) for bound in (lower_bound, upper_bound))
     about = f"{mean(differences):+.3f}, within [{low:+.3f}, {high:+.3f}], on {len(differences)} taught items"
-    verdict, missing = Verdict.PROMOTE, 0
+    numbers: dict[str, Any] = {"difference": mean(differences), "low": low, "high": high, "num_items": len(differences)}
+    verdict = Verdict.PROMOTE
     if paired.is_harm(differences, num_planned):
         verdict, about = Verdict.REJECT, f"lost what was taught: {about}"
     elif is_needed:
-        verdict, about = Verdict.HOLD, f"not shown: {about}"
-        missing = max(1, items_needed(differences, 0.0, alpha, paired.config.margin) - len(differences))
-    numbers: dict[str, Any] = {"difference": mean(differences), "low": low, "high": high}
-    return Check(
-        f"gain in {suite}", Code.GAIN, verdict, about, num_items=len(differences), num_missing=missing, **numbers
-    )
+        needed = items_needed(differences, 0.0, alpha, paired.config.margin)
+        lack = paired.lack(needed, len(differences), lambda item: item.suite == suite and paired.is_taught(item))
+        verdict, about = Verdict.HOLD, f"not shown: {about}{lack.note}"
+        numbers |= {"num_missing": lack.num_missing, "forecast_s": lack.forecast_s}
+    return Check(f"gain in {suite}", Code.GAIN, verdict, about, **numbers)
 
 
 def expected(paired: Paired, past: Past) -> Check:
     """Where no gain must be shown, a loss must not be what this trainer's record makes one expect."""
     name, config, alpha = "gain by record", paired.config, paired.levels.gain
     differences = differences_of(paired.rows, "incumbent")
+    lack = paired.lack(items_needed(differences, 0.0, alpha, config.margin), len(differences), lambda _: True)
+    missing: dict[str, Any] = {"num_missing": lack.num_missing, "forecast_s": lack.forecast_s}
     if not differences:
-        missing = items_needed([], 0.0, alpha, config.margin)
-        return Check(name, Code.GAIN, Verdict.HOLD, "no item was asked", num_missing=missing)
+        return Check(name, Code.GAIN, Verdict.HOLD, f"no item was asked{lack.note}", **missing)
     value = expected_gain(differences, past.record, config.margin, config.track_record)
     reason = f"{value:+.4f} expected, by this and the {len(past.record)} candidates before"
     numbers: dict[str, Any] = {"difference": mean(differences), "num_items": len(differences)}
     if value >= 0:
         return Check(name, Code.GAIN, Verdict.PROMOTE, reason, **numbers)
-    missing = max(1, items_needed(differences, 0.0, alpha, config.margin) - len(differences))
-    return Check(name, Code.GAIN, Verdict.HOLD, reason, num_missing=missing, **numbers)
+    return Check(name, Code.GAIN, Verdict.HOLD, f"{reason}{lack.note}", **numbers, **missing)
 
 
 def high_water(paired: Paired) -> list[Check]:

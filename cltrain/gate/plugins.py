@@ -13,7 +13,7 @@ from cltrain.config_gate import GateConfig, SuiteConfig
 from cltrain.errors import ConfigError, DataError
 from cltrain.gate import harnesses
 from cltrain.gate.commands import CommandSuite, content_of
-from cltrain.gate.stats import items_for_margin
+from cltrain.gate.stats import USUAL_FLIPS, items_for_margin
 from cltrain.gate.suites import load_suite
 from cltrain.records import SuiteItem
 
@@ -26,6 +26,7 @@ class Suites:
 
     items: tuple[SuiteItem, ...] = ()
     programs: Mapping[str, CommandSuite] = field(default_factory=dict)
+    contents: Mapping[str, str] = field(default_factory=dict)  # of the files that each was read from, by its name
 
 
 def load_suites(config: GateConfig, *, has_other_items: bool) -> Suites:
@@ -37,13 +38,13 @@ def load_suites(config: GateConfig, *, has_other_items: bool) -> Suites:
     """
     items: list[SuiteItem] = []
     programs: dict[str, CommandSuite] = {}
+    contents = contents_of(config)
     for suite in config.all_suites():
-        _check_pin(suite)
         if suite.kind == "jsonl":
             assert suite.path is not None
             items += load_suite(suite.path.expanduser(), _defaults(suite, is_short=suite.path == config.suite))
         else:
-            programs[suite.name] = _program(suite)
+            programs[suite.name] = _program(suite, contents[suite.name])
             items += programs[suite.name].items()
     _check_ids(items)
     if config.judge is None and (lost := next((item for item in items if item.scorer == "judge"), None)) is not None:
@@ -52,7 +53,7 @@ def load_suites(config: GateConfig, *, has_other_items: bool) -> Suites:
         )
     if config.all_suites():
         _check_size(items, config, has_other_items)
-    return Suites(tuple(items), programs)
+    return Suites(tuple(items), programs, contents)
 
 
 def _defaults(suite: SuiteConfig, *, is_short: bool) -> dict[str, str]:
@@ -62,9 +63,16 @@ def _defaults(suite: SuiteConfig, *, is_short: bool) -> dict[str, str]:
     return {name: value for name, value in said.items() if value is not None}
 
 
-def _check_pin(suite: SuiteConfig) -> None:
+def contents_of(config: GateConfig) -> dict[str, str]:
+    """Hashes of the files that each suite is read from, by its name: whoever runs for weeks asks again. Raises
+    DataError for a file that is not there, or not the pinned one."""
+    return {suite.name: _content(suite) for suite in config.all_suites()}
+
+
+def _content(suite: SuiteConfig) -> str:
+    files = [Path(word) for word in _words(suite) if Path(word).is_file()]
     if suite.path is None:
-        return
+        return " ".join(content_of(file) for file in files)
     if not suite.path.expanduser().exists():
         raise DataError(f"suite {suite.name}: {suite.path} is not there")
     if suite.sha256 is not None and (found := content_of(suite.path)) != suite.sha256:
@@ -72,20 +80,22 @@ def _check_pin(suite: SuiteConfig) -> None:
             f"suite {suite.name}: {suite.path} has sha256 {found}, and {suite.sha256} is pinned: put the old content "
             "back, or pin the new one (its scores start afresh)"
         )
+    return " ".join(content_of(file) for file in [*files, suite.path])
 
 
-def _program(suite: SuiteConfig) -> CommandSuite:
-    words = list(suite.command)
-    if suite.kind != "command":
-        path = None if suite.path is None else str(suite.path.expanduser())
-        options = json.dumps({"task": suite.task, "path": path, "metric": suite.metric})
-        words = [str(suite.python or sys.executable), "-P", str(Path(harnesses.__file__)), suite.kind, options]
-    files = [Path(word) for word in words[1:] if Path(word).is_file()]
-    if suite.path is not None:
-        files.append(suite.path)
+def _words(suite: SuiteConfig) -> list[str]:
+    """The command of a suite that is a program; none for a file."""
+    if suite.kind in ("jsonl", "command"):
+        return list(suite.command)
+    path = None if suite.path is None else str(suite.path.expanduser())
+    options = json.dumps({"task": suite.task, "path": path, "metric": suite.metric})
+    return [str(suite.python or sys.executable), "-P", str(Path(harnesses.__file__)), suite.kind, options]
+
+
+def _program(suite: SuiteConfig, content: str) -> CommandSuite:
     return CommandSuite(
-        suite.name, words, stratum=suite.stratum or suite.name, kind=suite.items or "retention",
-        timeout_s=suite.timeout_s, content=" ".join(content_of(file) for file in files),
+        suite.name, _words(suite), stratum=suite.stratum or suite.name, kind=suite.items or "retention",
+        timeout_s=suite.timeout_s, content=content,
     )  # fmt: skip
 
 
@@ -100,13 +110,15 @@ def _check_ids(items: Sequence[SuiteItem]) -> None:
 
 
 def _check_size(items: Sequence[SuiteItem], config: GateConfig, has_other_items: bool) -> None:
-    """The fewest items on which a candidate that never differs is shown to be within the margin."""
+    """Fewer items than show a candidate that never differs to be within the margin are refused; fewer than show that of
+    equals that flip as many answers as is usual are told."""
     needed = items_for_margin(config.margin, config.alpha)
     if config.items_per_gate < needed:
         raise ConfigError(
             f"gate.items_per_gate = {config.items_per_gate} can never rule out a loss of gate.margin = "
             f"{config.margin:g}: that takes at least {needed}, {needed - config.items_per_gate} more"
         )
+    usual = items_for_margin(config.margin, config.alpha, USUAL_FLIPS)
     num_asked = sum(item.kind != "canary" for item in items)
     if 0 < num_asked < needed:
         said = (
@@ -116,3 +128,9 @@ def _check_size(items: Sequence[SuiteItem], config: GateConfig, has_other_items:
         if not has_other_items:
             raise DataError(f"{said}, or hold out episodes too (experience.eval_share)")
         log.warning("%s; until held-out episodes make up for it, every candidate is held", said)
+    elif min(num_asked or usual, config.items_per_gate) < usual:
+        log.warning(
+            "%d items (gate.items_per_gate = %d) are few for gate.margin = %g: it takes %d to show four of five equals "
+            "that answer %g %% differently to be no worse; others are held",
+            num_asked, config.items_per_gate, config.margin, usual, 100 * USUAL_FLIPS,
+        )  # fmt: skip

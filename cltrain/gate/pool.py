@@ -58,6 +58,12 @@ def num_uses(store: Store, agent: str) -> dict[str, int]:
         return {row.item: row.uses for row in rows}
 
 
+def num_retired(store: Store, agent: str, items: Iterable[SuiteItem], max_uses: int) -> int:
+    """How many of these items took part in `max_uses` decisions and are drawn no more."""
+    uses = num_uses(store, agent)
+    return sum(uses.get(item_key(item), 0) >= max_uses for item in items)
+
+
 def count_uses(connection: Connection, agent: str, items: Iterable[SuiteItem]) -> None:
     """Each of these items took part in one more decision."""
     for key in {item_key(item) for item in items}:

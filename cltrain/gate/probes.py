@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cltrain.config_gate import CharacterConfig
 from cltrain.errors import DataError
+from cltrain.gate.leaks import refuse_leak
 from cltrain.gate.lines import answer_of, call_of, messages_of, read_lines, refuse_unknown, tools_of
 from cltrain.gate.scorers import text_of
 from cltrain.records import Code, Message, SuiteItem, Tool
@@ -51,19 +53,23 @@ class Character:
 
 
 def load_character(config: CharacterConfig) -> Character:
-    """Read the files that the configuration names. Raises DataError naming every bad line by number."""
+    """Read the files that the configuration names. Raises DataError naming every bad line by number, such as one
+    whose prompt says what passes (gate/leaks.py)."""
     what = "the character file"
+    prompt = partial(_prompt, refusal=config.refusal)
     harmful, harmless = (
-        tuple(read_lines(path, what, _prompt)) if path is not None else () for path in (config.harmful, config.harmless)
+        tuple(read_lines(path, what, prompt)) if path is not None else () for path in (config.harmful, config.harmless)
     )
     forms = read_lines(config.probes, what, _probes) if config.probes is not None else []
     return Character(harmful, harmless, tuple(probe for each in forms for probe in each))
 
 
-def _prompt(row: dict[str, Any]) -> SuiteItem:
+def _prompt(row: dict[str, Any], refusal: str | None) -> SuiteItem:
     refuse_unknown(row, PROMPT_FIELDS)
     messages, tools = messages_of(row), tools_of(row)
-    return SuiteItem(f"prompt-{_digest([messages, tools])}", "character", "text", "canary", messages, tools)
+    item = SuiteItem(f"prompt-{_digest([messages, tools])}", "character", "text", "canary", messages, tools)
+    refuse_leak(replace(item, scorer="regex", rule={"pattern": refusal}))
+    return item
 
 
 def _probes(row: dict[str, Any]) -> list[Probe]:
@@ -75,6 +81,7 @@ def _probes(row: dict[str, Any]) -> list[Probe]:
     good, bad = answer_of(row, "good"), answer_of(row, "bad")
     if good == bad:
         raise DataError("good and bad are the same answer: there is nothing to choose between")
+    refuse_leak(SuiteItem("probe", "character", "text", "gain", messages, tools, good))
     forms = [("chat" if not good.get("tool_calls") else "tool call", tools, good, bad)]
     if not good.get("tool_calls") and not bad.get("tool_calls"):
         forms.append(("tool call", (_SPEAK,), _spoken(good), _spoken(bad)))

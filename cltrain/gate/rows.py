@@ -41,6 +41,10 @@ class GateScores:
     planned: tuple[SuiteItem, ...] = ()  # all that may be scored, drawn before the first; (): `rows` are all
 
 
+Arriving = Sequence[tuple[SuiteItem, float]]
+"""An item of each stratum of the evaluation split, and how many episodes with such a one came in per second lately."""
+
+
 def roles_of(rows: Sequence[ItemScores]) -> list[Role]:
     """The references that were scored; the incumbent always, so that no items mean no evidence and not no check."""
     others: tuple[Role, ...] = ("high_water", "anchor")

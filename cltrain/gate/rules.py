@@ -10,7 +10,7 @@ from typing import Any
 import regex
 
 from cltrain.errors import DataError
-from cltrain.gate.leaks import leak
+from cltrain.gate.leaks import refuse_leak
 from cltrain.gate.scorers import PURE, tool_calls
 from cltrain.records import SuiteItem
 
@@ -52,8 +52,7 @@ def check_item(item: SuiteItem) -> None:
         raise DataError("scorer tool_call needs an expected answer with exactly one call")
     if item.scorer in PURE and item.expected is not None and PURE[item.scorer](item, item.expected) != 1.0:
         raise DataError(f"its expected answer does not pass its own {item.scorer}")
-    if (told := leak(item)) is not None:
-        raise DataError(f"its prompt {told}. What reads it there passes without knowing anything: say it otherwise")
+    refuse_leak(item)
 
 
 def _check_pattern(pattern: str) -> None:

@@ -22,6 +22,7 @@ STAKES = (0.05, 0.1, 0.25, 0.3, 0.2, 0.1)  # on each; most where the best bet li
 AIM = 0.4  # of alpha: the level of the z-test that planned bets follow; its wealth may end at 1 / (AIM alpha)
 PRIOR_ITEMS, PRIOR_SQUARE = 20, 0.2  # the mean square of (difference - above) before any is known, and its weight
 POWER = 0.8  # of forecasts
+USUAL_FLIPS = 0.06  # share of answers that two equals give differently, where none is known
 HALVINGS = 12  # of [-1, 1]: a bound within 5e-4, on the cautious side
 MAX_ITEMS = 1_000_000  # a forecast beyond this says "never" rather than a number
 
@@ -69,12 +70,13 @@ def items_needed(differences: Sequence[float], above: float, alpha: float, effec
     """About how many items in all would refute "the mean is at most `above`" in four of five cases, if the rest looks
     like these.
 
-    Where these point nowhere, the count is for a true mean of `above + effect` (> 0) at the share of flips seen here.
+    Where these point nowhere, the count is for a true mean of `above + effect` (> 0) at the share of flips seen here,
+    or at USUAL_FLIPS where there are no items.
     """
     values = _checked(differences)
     mean, variance = (float(values.mean()), float(values.var())) if values.size else (above, 0.0)
     if mean <= above:
-        flips = float((values != 0).mean()) if values.size else 0.0
+        flips = float((values != 0).mean()) if values.size else USUAL_FLIPS
         mean, variance = _like(above + effect, flips)
     return _items_to_refute(mean, variance, above, alpha)
 
