@@ -36,6 +36,7 @@ from cltrain.models.anchors import load_anchors
 from cltrain.models.base import Base, load_base
 from cltrain.records import BoundReport, Example, TokenRow
 from cltrain.registry import releases
+from cltrain.staleness import settle
 from cltrain.store.database import Store
 from cltrain.store.schema import aliases
 from cltrain.trainer.reference import Reference
@@ -61,7 +62,8 @@ def calibrate(config: Config, store: Store, *, now: float, on_progress: Callable
         config.base.path, device=config.base.device, dtype=config.base.dtype, context=config.base.context,
         num_threads=config.base.num_threads,
     )  # fmt: skip
-    examples, notes = waiting_examples(config, Unwritten(store.engine), now)
+    incumbent = serving(config, store)
+    examples, notes = waiting_examples(config, Unwritten(store.engine), base, incumbent, now)
     usable = [rows for rows in (render(base, [example])[0] for example in examples) if rows]
     least = config.experience.min_window
     num_missing = max(0, MIN_UPDATES * least - len(usable))
@@ -78,7 +80,9 @@ def calibrate(config: Config, store: Store, *, now: float, on_progress: Callable
     parts = split(usable, min(MAX_UPDATES, len(usable) // least))
     with tempfile.TemporaryDirectory(prefix="cltrain-calibrate-") as scratch:
         windows = [[row for rows in part for row in rows] for part in parts]
-        reports = _naive_updates(config, base, serving(config, store), windows, Path(scratch), on_progress)
+        reports = _naive_updates(
+            config, base, weights_of(config, store, incumbent), windows, Path(scratch), on_progress
+        )
     measured = [{name: getattr(report, name) for name in (*STEPS, *DRIFTS)} for report in reports]
     return {**found, "updates": measured, "proposed": proposed(measured)}
 
@@ -119,20 +123,23 @@ class _TakenBack(Exception):
     pass
 
 
-def waiting_examples(config: Config, store: Store, now: float) -> tuple[list[Example], list[str]]:
-    """Up to MAX_UPDATES windows of what waits, oldest first, each screened as an update would; and why a window was
-    refused or other records are unusable."""
+def waiting_examples(
+    config: Config, store: Store, base: Base, incumbent: str, now: float
+) -> tuple[list[Example], list[str]]:
+    """Up to MAX_UPDATES windows of what waits, oldest first, each screened and settled as by an update; and why a
+    window was refused or other records are unusable."""
     agent, experience = config.agent, config.experience
     size = experience.max_window
     waiting = next_window(
         store, agent.name, experience.model_copy(update={"max_window": MAX_UPDATES * size}),
-        learn_from=agent.learn_from, tools_allowed=agent.tools_allowed, now=now,
+        learn_from=agent.learn_from, tools_allowed=agent.tools_allowed, now=now, objectives=config.trainer.objectives,
     )  # fmt: skip
     parts = split(waiting.examples, -(-len(waiting.examples) // size))
     windows = [screen(part, experience, tools_allowed=agent.tools_allowed) for part in parts]
-    kept = [example for window in windows for example in within_shares(window.kept, experience)[0]]
+    settled = [settle(store, config, base, incumbent, window.kept) for window in windows]
+    kept = [example for examples, _ in settled for example in within_shares(examples, experience)[0]]
     notes = [f"a window is refused: {window.reason}" for window in windows if window.is_refused]
-    unusable = Counter(reason for _, reason in waiting.unusable)
+    unusable = Counter([reason for _, reason in waiting.unusable] + [one.reason for _, them in settled for one in them])
     return kept, [*notes, most_often(unusable)] if unusable else notes
 
 
@@ -142,12 +149,16 @@ def split(items: Sequence[T], num_parts: int) -> list[Sequence[T]]:
     return [items[low:high] for low, high in pairwise(edges)]
 
 
-def serving(config: Config, store: Store) -> AdapterFile | None:
-    """The weights that serve; None for the bare base, also where nothing ever served."""
+def serving(config: Config, store: Store) -> str:
+    """The release that serves; no name where nothing ever served."""
     with store.read() as connection:
         query = select(aliases.c.release).where(aliases.c.agent == config.agent.name)
-        name = connection.execute(query).scalar()
-    directory = None if name is None else releases.release_dir(config.state_dir, releases.get(store, name))
+        return connection.scalar(query) or ""
+
+
+def weights_of(config: Config, store: Store, release: str) -> AdapterFile | None:
+    """None for the bare base."""
+    directory = releases.release_dir(config.state_dir, releases.get(store, release)) if release else None
     return None if directory is None else read_adapter(directory)
 
 

@@ -103,7 +103,7 @@ class ObjectivesConfig(Section):
     dpo_beta: float = Field(0.1, gt=0)
     kto_beta: float = Field(0.1, gt=0)
     policy_kind: Literal["cispo", "ppo"] = "cispo"
-    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_low: float = Field(0.2, gt=0, lt=1)  # of ppo alone: cispo has no lower bound (arXiv:2506.13585, section 3.1)
     clip_high: float = Field(0.28, gt=0)
     truncate: float = Field(2.0, ge=1)  # cap on the importance weight
     max_lag: int = Field(2, ge=0)  # promotions between the record's adapter and the incumbent
@@ -114,6 +114,12 @@ class ObjectivesConfig(Section):
     def _corrections_are_learned(self) -> ObjectivesConfig:
         if self.corrections not in self.use and self.corrections == "dpo":
             raise ValueError(f"corrections = 'dpo', but use does not list dpo; it has {', '.join(self.use)}")
+        return self
+
+    @model_validator(mode="after")
+    def _clip_is_used(self) -> ObjectivesConfig:
+        if self.policy_kind == "cispo" and self.clip_low != type(self).model_fields["clip_low"].default:
+            raise ValueError(f"clip_low = {self.clip_low}, but policy_kind = 'cispo' has no lower bound: leave it out")
         return self
 
 
@@ -161,10 +167,12 @@ class BoundsConfig(Section):
 
 
 class HealthConfig(Section):
-    """Signs of collapse on the anchors, against the base; beyond them an update is discarded with its reason."""
+    """Signs of collapse, on the anchors against the base; beyond them an update is discarded with its reason."""
 
     min_entropy_share: float = Field(0.5, gt=0, le=1)
+    max_entropy_share: float = Field(2.0, gt=1)
     max_ending_ratio: float = Field(4.0, gt=1)  # of the chance to end an answer early, either way
+    min_rank_share: float = Field(0.5, gt=0, le=1)  # of the incumbent's effective rank
     max_grad_norm: float = Field(1e4, gt=0)  # before clipping
 
 

@@ -129,7 +129,7 @@ class Example:
     targets: tuple[int, ...]  # indices of the assistant messages that carry loss
     tools: tuple[Tool, ...] = ()
     kind: Literal["success", "correction", "rehearsal", "critique", "failure"] = "success"
-    weight: float = 1.0
+    weight: float = 1.0  # of its loss; a success has that of its score
     prompt_ids: tuple[int, ...] | None = None  # recorded ids, when one untouched generation is the whole target
     completion_ids: tuple[int, ...] | None = None
     objective: Objective = "sft"

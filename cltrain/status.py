@@ -15,6 +15,7 @@ from cltrain.config import Config
 from cltrain.deploy import readiness
 from cltrain.errors import DataError
 from cltrain.experience import rows, waiting
+from cltrain.models.digest import changed_anchors
 from cltrain.monitoring.outbox import lags
 from cltrain.registry import decisions, lease, rollouts
 from cltrain.store import schema as s
@@ -102,6 +103,10 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
         "immature": waiting.num_immature(store, agent, config.experience.mature_after_s, now),
         "late_feedback": waiting.num_late_feedback(store, agent),
         "tenants": tenants.standing_of(config, store, now),
+        "notices": [
+            f"the anchors {file} were changed since they were pinned: no update begins until they are restored"
+            for file in changed_anchors(config.state_dir / "anchors")
+        ],
         "decisions": num_decisions,
         "chain": chain_state,
         "processes": {
@@ -120,6 +125,7 @@ def lines_of(state: dict[str, Any]) -> list[str]:
     worn = state["items"]["retired"]
     return [
         f"agent      {state['agent']}  mode {state['mode']}{frozen}",
+        *(f"notice     {notice}" for notice in state["notices"]),
         f"serving    {state['release'] or 'nothing yet'}",
         *([f"trying     {_trying(state['tried'])}"] if state["tried"] else []),
         f"before     {state['previous'] or '-'}   anchor {state['anchor'] or '-'}",

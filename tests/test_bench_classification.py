@@ -99,10 +99,12 @@ def _row(method: str, seed: int, acc: float, bwt: float = 0.0, base_kl: float = 
 
 def test_the_verdict_compares_on_the_seeds_that_both_have() -> None:
     rows = [_row("replay", 0, 0.5), _row("replay", 1, 0.7), _row("bounded_replay", 0, 0.6, -0.03, 0.1)]
-    against, bwt = verdict(rows)
+    (against, is_above), bwt = verdict(rows)
     assert "+0.100 from replay on ACC (+0.100 by seed); base KL 0.100 against 0.500" in against
-    assert bwt == "bounded_replay: BWT -0.030, beyond 0.02"
+    assert is_above
+    assert bwt == ("bounded_replay: BWT -0.030, beyond 0.02", False)
     assert verdict(rows[:2]) == []
+    assert [holds for _, holds in verdict([rows[0], _row("bounded_replay", 0, 0.5)])] == [False, True]
 
 
 def test_a_bench_that_breaks_off_keeps_the_rows_of_the_methods_that_ended(tmp_path) -> None:

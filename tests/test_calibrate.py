@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cltrain.api import Deployment
-from cltrain.calibration import calibrate, proposed, split, toml_lines
+from cltrain.calibration import calibrate, proposed, split, toml_lines, waiting_examples
 from cltrain.config import Config, load
 from cltrain.errors import ConfigError, DataError
 from cltrain.models.adapter import new_factors, write_adapter
 from cltrain.models.base import load_base
-from cltrain.records import Trajectory
+from cltrain.records import Feedback, Generation, Trajectory
 from cltrain.registry.aliases import move_alias
 from cltrain.registry.releases import ensure_base_release, seal
 from cltrain.store.database import Store, open_store
@@ -157,6 +159,24 @@ def test_a_window_that_the_screens_refuse_is_left_out_and_said(tmp_path: Path) -
     found = calibrate(config, store, now=time.time(), on_progress=lambda line: None)
     assert (found["num_records"], found["num_missing"]) == (8, 4)
     assert any("window is refused" in reason for reason in found["reasons"])
+
+
+def test_budgets_are_those_of_the_objectives_in_use_each_record_settled_as_by_an_update(tmp_path: Path) -> None:
+    config = settings_of(
+        tmp_path / "state", 'trainer.objectives.use=["dpo","policy","kto"]', "trainer.objectives.corrections=dpo"
+    )
+    store, base = open_store(config.state_dir), load_base(None)
+    record(store, config, [corrected(ticket) for ticket in tickets("repair", 12)])
+    (failed,) = (corrected(ticket) for ticket in tickets("refund", 1))
+    answer = Generation("g", failed.id, 1, "support-v000009-aaaaaaaaaaaa", (1, 2), (3, 4), (-0.5, -0.5))
+    thumb = Feedback("thumb", failed.id, score=-1.0, created_at=2.0)
+    record(store, config, [replace(failed, feedback=(thumb,), generations=(answer,))])
+    examples, _ = waiting_examples(config, store, base, "", time.time())
+    assert Counter(example.objective for example in examples) == {"dpo": 12, "kto": 1}
+    assert any("its adapter is gone" in note for example in examples for note in example.notes)
+    found = calibrate(config, store, now=time.time(), on_progress=lambda line: None)
+    assert len(found["updates"]) == 3
+    assert found["proposed"]
 
 
 def test_the_lines_show_what_each_update_measured() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from cltrain.config import Config, load
+from cltrain.config import Config, from_dict, load
 from cltrain.errors import ConfigError
 from cltrain.launch import needed
 from tests.command import Command, cltrain
@@ -130,3 +130,11 @@ def test_replicas_are_named_by_urls_alone() -> None:
     assert load().server.replicas == ("http://127.0.0.1:8101",)
     with pytest.raises(ConfigError, match=r"server\.url and server\.urls are both given"):
         load((), [*two, "server.url=http://c:8000"])
+
+
+def test_a_lower_clip_that_cispo_does_not_have_is_refused_and_ppo_takes_it() -> None:
+    """MiniMax-M1 (arXiv:2506.13585) clips the importance weight from above alone."""
+    assert from_dict({"trainer": {"objectives": {"policy_kind": "ppo", "clip_low": 0.3}}})
+    with pytest.raises(ConfigError, match=r"clip_low = 0.3, but policy_kind = 'cispo' has no lower bound"):
+        from_dict({"trainer": {"objectives": {"clip_low": 0.3}}})
+    assert from_dict(Config().resolved())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cltrain.demo import lab
+from cltrain.demo import lab, world
 from cltrain.demo.leak import leaking
 from cltrain.experience import bench, buffer, screens, window
 from cltrain.experience.recording import Recorder
@@ -59,3 +59,40 @@ def test_the_gate_of_the_lab_counts_held_out_items_by_the_labs_clock(tmp_path) -
     finally:
         deployed.close()
         setting.server.close()
+
+
+def test_the_scores_of_a_matrix_worked_out_by_hand() -> None:
+    """Two skills, then the first again."""
+    before, first, second, returned = (
+        {"repair": repair, "refund": refund} for repair, refund in ((0.0, 0.1), (0.8, 0.3), (0.2, 0.9), (0.7, 0.6))
+    )
+    assert lab.scores([before, first, second, returned], ["repair", "refund"]) == pytest.approx(
+        {
+            "learn": (0.8 + 0.9) / 2,
+            "min_learn": 0.8,
+            "final": (0.7 + 0.6) / 2,
+            "min_skill": 0.6,
+            "bwt": ((0.7 - 0.8) + (0.6 - 0.9)) / 2,
+            "fwt": 0.3 - 0.1,
+        }
+    )
+    assert lab.scores([before, first], ["repair"])["fwt"] == 0.0
+
+
+def test_one_window_of_the_stream_is_worked_learned_and_examined(tmp_path) -> None:
+    settings = ["trainer.method=naive", "trainer.num_anchors=4", "trainer.num_steps=8"]
+    setting = lab.Setting.make(tmp_path / "run", 901, settings)
+    learner = lab.Bare(setting, tmp_path / "bare")
+    try:
+        (window, *_) = world.phases(901)
+        found = lab.run(learner, setting, 901, windows=[window])
+    finally:
+        setting.server.close()
+    assert found["said"][0].startswith("learned ")
+    assert 1 <= int(found["said"][0].split()[1]) <= len(window.tickets)
+    assert learner.name == learner.release == "bare-1"
+    before, after = found["matrix"]
+    assert set(before) == set(after) == {window.skill}
+    assert (found["learn"], found["final"], found["bwt"]) == (after[window.skill], after[window.skill], 0.0)
+    assert len(found["attack_rates"]) == 3, "before, after the update, all attacks at the end"
+    assert found["base_kl"] > 0

@@ -76,6 +76,12 @@ def test_a_success_teaches_the_agents_turns_and_no_other():
     assert learned(handed_over, learn_from=("agent", "colleague")).targets == (1, 3)
 
 
+@pytest.mark.parametrize(("given", "weight"), [(1.0, 1.0), (0.4, 0.4), (0.05, 0.1)])
+def test_a_success_weighs_what_its_score_says_and_a_correction_one(given, weight):
+    assert learned(episode(score(given))).weight == weight
+    assert learned(episode(score(given), correction(called(item="door")))).weight == 1.0
+
+
 @pytest.mark.parametrize(
     ("trajectory", "reason"),
     [

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from cltrain.config import ExperienceConfig
+from cltrain.config import ExperienceConfig, ObjectivesConfig
 from cltrain.errors import DataError
 from cltrain.experience import ingest
 from cltrain.experience.examples import example_of
 from cltrain.experience.ingest import import_file, read_rehearsal
+from cltrain.experience.lanes import lane_of
 from cltrain.experience.reading import read_trajectories
 from cltrain.experience.recording import Recorder
 from cltrain.experience.rows import num_set_aside
@@ -205,6 +206,52 @@ def test_nothing_is_guessed_about_producer_tools_and_reward(recorder, store, tmp
     assert (u.feedback, u.tools, u.principal, u.session) == ((), (), "import:log", "u")
     assert (m.feedback[0].score, m.producers[1]) == (-0.5, "old-agent")
     assert (s.feedback[0].score, s.principal) == (0.25, "ann")
+
+
+def pair(identifier="p", **changes):
+    (asked, rejected, *_), (_, chosen, *_) = episode()["messages"], episode(arguments='{"item": "my lamp"}')["messages"]
+    return {"id": identifier, "prompt": [asked], "chosen": [chosen], "rejected": [rejected], **changes}
+
+
+def test_a_pair_is_a_correction_of_the_rejected_answer_and_learned_by_dpo_where_asked(recorder, store, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(pair()))
+    assert take(recorder, store, file, producer="agent").num_imported == 1
+    assert take(recorder, store, file, producer="agent").num_duplicates == 1
+    (stored,) = read_trajectories(store, "support")
+    rules = {"learn_from": ("agent",), "tools_allowed": None}
+    learned = lane_of(stored, ObjectivesConfig(corrections="dpo"), **rules)
+    assert (learned.objective, learned.kind, learned.targets) == ("dpo", "correction", (1,))
+    assert [called["tool_calls"][0]["function"]["arguments"] for called in (learned.messages[1], learned.rejected)] == [
+        '{"item": "my lamp"}', '{"item": "lamp"}',
+    ]  # fmt: skip
+    assert lane_of(stored, ObjectivesConfig(), **rules).objective == "sft"
+    file.write_text(json.dumps(pair(chosen=pair()["rejected"])))
+    assert take(recorder, store, file, producer="agent").reasons == {"conflicts with what is stored": 1}
+
+
+def test_a_pair_whose_author_nobody_named_is_set_aside_until_somebody_does(recorder, store, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(pair()))
+    assert take(recorder, store, file).reasons == {"nobody said who wrote the answers of a pair": 1}
+    assert take(recorder, store, file, producer="agent").num_imported == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prompt": "my lamp"}, "a pair's `prompt` is not a list of messages"),
+        ({"rejected": None}, "has no `messages`"),
+        (
+            {"chosen": episode()["messages"]},
+            "a pair's `chosen` and `rejected` are not one answer of the assistant each",
+        ),
+    ],
+)
+def test_a_pair_of_another_form_is_set_aside_with_its_reason(recorder, store, tmp_path, changes, reason):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(pair(**changes)))
+    assert take(recorder, store, file, producer="agent").reasons == {reason: 1}
 
 
 def test_the_owner_names_the_producer_of_a_log(recorder, store, tmp_path):

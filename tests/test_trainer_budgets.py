@@ -27,7 +27,7 @@ from tests.trainer_parts import ADAPTER, LOOSE, Tiny, dense, dense_distances, ma
 
 TIGHT = BoundsConfig(
     step_frobenius=0.05, drift_frobenius=0.12, step_spectral=0.04, drift_spectral=0.1, step_kl=0.1, drift_kl=0.3,
-    day_frobenius=0.13, min_shrink=0.01,
+    day_frobenius=0.13, min_shrink=0.01, max_steps=3,
 )  # fmt: skip
 WEIGHTS = ("step_frobenius", "drift_frobenius", "step_spectral", "drift_spectral")
 ALMOST = 1 + 1e-9  # float64 rounding of the dense matrices; the margin for float32 is the trainer's own affair
@@ -63,6 +63,7 @@ EVENTS = st.lists(
         st.sampled_from([0.003, 0.1]),
         st.sampled_from([(), ("replay", "kl"), ("ema",), ("oplora", "l2sp")]),
         st.sampled_from([3, 4]),
+        st.sampled_from([15, 40, 1000]),
     ),
     min_size=2,
     max_size=7,
@@ -73,7 +74,7 @@ EVENTS = st.lists(
 @given(events=EVENTS)
 def test_no_sequence_of_updates_rejections_interruptions_and_rollbacks_breaks_a_budget(tiny, events):
     served, today, discarded = [None], 0.0, []
-    for number, (event, skill, lr, remember, rank) in enumerate(events):
+    for number, (event, skill, lr, remember, rank, max_tokens) in enumerate(events):
         if event == "midnight":
             today = 0.0
             continue
@@ -83,7 +84,8 @@ def test_no_sequence_of_updates_rejections_interruptions_and_rollbacks_breaks_a_
         name = f"event-{time.monotonic_ns()}-{number}"
         arguments = {
             "trainer": {"lr": lr, "num_steps": 3, "checkpoint_every": 1, "remember": remember},
-            "bounds": TIGHT, "spent_today": today, "adapter": ADAPTER.model_copy(update={"rank": rank}),
+            "bounds": TIGHT.model_copy(update={"max_tokens": max_tokens}), "spent_today": today,
+            "adapter": ADAPTER.model_copy(update={"rank": rank}),
         }  # fmt: skip
         rows = skill_rows(skill, 4), skill_rows(skill + 1, 3), served[-1]
         try:
@@ -95,55 +97,80 @@ def test_no_sequence_of_updates_rejections_interruptions_and_rollbacks_breaks_a_
             discarded.append(str(error))
             continue
         assert_within(tiny, made, served[-1], TIGHT)
+        assert 4 * len(made.candidate.reads) <= max_tokens, "every row has four targets"
+        assert len({read.step for read in made.candidate.reads}) <= TIGHT.max_steps
         if event != "reject":
             today += made.candidate.bounds.step_frobenius
             served.append(made)
         assert today <= TIGHT.day_frobenius
-    assert all("min_shrink" in reason for reason in discarded), discarded
+    assert all("min_shrink" in reason or "max_tokens" in reason for reason in discarded), discarded
 
 
-def test_five_hundred_updates_each_within_the_step_budget_never_leave_the_cumulative_one(tmp_path):
+@pytest.mark.parametrize(
+    ("bound", "limit", "num_updates"),
+    [("drift_frobenius", 0.3, 500), ("drift_spectral", 0.2, 60), ("drift_kl", 0.02, 60)],
+)
+def test_hundreds_of_updates_each_within_the_step_budget_never_leave_the_cumulative_one(
+    tmp_path, bound, limit, num_updates
+):
     """Factors that always pull the same way, as a feed that poisons slowly would: pulled back, not trained."""
     tiny = make_tiny(tmp_path)
-    bounds = LOOSE.model_copy(update={"step_frobenius": 0.02, "drift_frobenius": 0.3})
+    bounds = LOOSE.model_copy(update={"step_frobenius": 0.02, bound: limit, "min_shrink": 1e-3})
     incumbent = new_factors(tiny.base, 2, 4.0, ("q_proj",), seed=1)
     generator = torch.Generator().manual_seed(5)
     (module,) = incumbent.factors
     far_NR = torch.randn(incumbent.factors[module][1].shape, generator=generator)
-    of_base = Reference(tiny.base, tiny.base.model, tiny.anchors[:1])
+    anchors = tiny.anchors[:1]
+    of_base = Reference(tiny.base, tiny.base.model, anchors)
     drifts = []
-    ruler = Ruler(tiny.base, None, incumbent, tiny.anchors[:1], of_base)
-    for _ in range(500):
+    ruler = Ruler(tiny.base, None, incumbent, anchors, of_base)
+    for _ in range(num_updates):
         a_RK, b_NR = incumbent.factors[module]
         noise = [torch.randn(factor.shape, generator=generator) for factor in (a_RK, b_NR)]
         trained = incumbent.with_factors({module: (a_RK + 0.02 * noise[0], b_NR + far_NR + 0.1 * noise[1])})
         candidate, shrink = shrink_to_bounds(ruler, incumbent, trained, bounds, Spent(0.0, 1, 1))
         assert shrink > 0
         distances = dense_distances(tiny.base, candidate, incumbent)
+        if bound == "drift_kl":
+            distances[bound] = mean_kl(tiny.base, anchors, None, candidate)
         assert distances["step_frobenius"] <= 0.02 * ALMOST
-        assert distances["drift_frobenius"] <= 0.3 * ALMOST
-        drifts.append(distances["drift_frobenius"])
+        assert distances[bound] <= limit * (1 + 1e-5 if bound == "drift_kl" else ALMOST)
+        drifts.append(distances[bound])
         incumbent = candidate
-        ruler = Ruler(tiny.base, incumbent, incumbent, tiny.anchors[:1], of_base)
-    assert max(drifts[:14]) < 0.99 * 0.3, "a step is at most 0.02: 0.3 takes fifteen of them"
-    assert min(drifts[20:]) > 0.99 * 0.3
+        ruler = Ruler(tiny.base, incumbent, incumbent, anchors, of_base)
+    if bound == "drift_frobenius":
+        assert max(drifts[:14]) < 0.99 * limit, "a step is at most 0.02: 0.3 takes fifteen of them"
+    assert min(drifts[20:]) > 0.9 * limit
 
 
-def test_an_adapter_at_the_cumulative_bound_goes_on_learning_within_it(tiny):
-    bounds = LOOSE.model_copy(update={"step_frobenius": 0.05, "drift_frobenius": 0.15})
+@pytest.mark.parametrize(("bound", "limit"), [("drift_frobenius", 0.15), ("drift_spectral", 0.08), ("drift_kl", 0.05)])
+def test_an_adapter_at_a_cumulative_bound_goes_on_learning_within_it(tiny, bound, limit):
+    bounds = LOOSE.model_copy(update={"step_frobenius": 0.05, bound: limit})
     before, nll = None, []
     for number in range(16):
         skill = number // 8
         made = tiny.update(
-            f"long-{number}", skill_rows(skill, 4), (), before, bounds=bounds,
+            f"{bound}-{number}", skill_rows(skill, 4), (), before, bounds=bounds,
             trainer={"lr": 0.05, "num_steps": 4, "remember": ()},
         )  # fmt: skip
         assert_within(tiny, made, before, bounds)
         nll.append(tiny.nll(made.adapter, skill_rows(1, 4, seed=1)))
         before = made
         if number == 7:
-            assert made.candidate.bounds.drift_frobenius > 0.99 * 0.15
+            assert getattr(made.candidate.bounds, bound) > 0.9 * limit
     assert nll[-1] < nll[7] - 0.5, "eight updates at the bound taught nothing"
+
+
+@pytest.mark.parametrize(("bound", "limit"), [("drift_frobenius", 0.15), ("drift_spectral", 0.08), ("drift_kl", 0.05)])
+def test_what_exploded_is_not_scaled_back_into_a_cumulative_bound(tiny, bound, limit):
+    """Whatever is left of it would be noise at the size of the bound."""
+    start = new_factors(tiny.base, 2, 4.0, ("q_proj", "v_proj"), seed=1)
+    ruler = Ruler(tiny.base, None, start, tiny.anchors[:1])
+    bounds = LOOSE.model_copy(update={bound: limit, "min_shrink": 0.5})
+    far = start.with_factors({m: (a, 500 * torch.ones_like(b)) for m, (a, b) in start.factors.items()})
+    made, shrink = shrink_to_bounds(ruler, start, far, bounds, Spent(0.0, 1, 1))
+    assert shrink < bounds.min_shrink
+    assert getattr(ruler.report(made, bounds, Spent(0.0, 1, 1), shrink), bound) <= limit
 
 
 def test_training_ends_before_the_token_budget(tiny):

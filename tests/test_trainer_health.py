@@ -9,6 +9,7 @@ from cltrain.config import HealthConfig
 from cltrain.models.adapter import attach
 from cltrain.models.base import stop_ids
 from cltrain.models.forward import next_log_probs, predicted
+from cltrain.trainer.health import collapse
 from cltrain.trainer.update import UpdateDiscarded
 from tests.trainer_parts import Tiny, dense, make_tiny, skill_rows
 
@@ -61,6 +62,29 @@ def test_a_healthy_update_passes_with_its_vital_signs_in_the_metrics(tiny):
     assert metrics["effective_rank"] == pytest.approx(np.mean(ranks), rel=1e-4)
     assert metrics["plasticity"] == pytest.approx(1 - metrics["nll_fresh_last"] / metrics["nll_fresh_first"])
     assert metrics["plasticity"] > 0.05
+
+
+def test_the_effective_rank_is_compared_with_the_incumbents(tiny):
+    first = tiny.update("rank-1", skill_rows(0, 6), trainer={"lr": 0.05})
+    assert "rank_share" not in first.candidate.metrics
+    then = tiny.update("rank-2", skill_rows(1, 6), (), first, trainer={"lr": 0.05}).candidate.metrics
+    assert then["rank_share"] == pytest.approx(then["effective_rank"] / first.candidate.metrics["effective_rank"])
+
+
+@pytest.mark.parametrize(
+    ("signs", "said"),
+    [
+        ({}, None),
+        ({"entropy_share": 0.49}, "0.49 of the base's, below health.min_entropy_share = 0.5"),
+        ({"entropy_share": 2.01}, "2.01 of the base's, above health.max_entropy_share = 2.0"),
+        ({"rank_share": 0.49}, "0.49 of the incumbent's, below health.min_rank_share = 0.5"),
+        ({"ending_ratio": 4.1}, "health.max_ending_ratio allows 4.0 either way"),
+    ],
+)
+def test_each_limit_is_named_with_what_was_seen(signs, said):
+    healthy = {"entropy_share": 1.0, "ending_ratio": 1.0, "effective_rank": 3.0, "rank_share": 0.9}
+    reason = collapse({**healthy, **signs}, HealthConfig())
+    assert reason is None if said is None else said in reason
 
 
 def test_an_update_that_becomes_certain_of_everything_is_discarded(tiny):

@@ -16,7 +16,9 @@ from cltrain.models.anchors import mean_kl
 from cltrain.models.scoring import token_log_probs
 from cltrain.records import TokenRow
 from cltrain.trainer import reference
+from cltrain.trainer.draws import Draws
 from cltrain.trainer.streams import Streams
+from cltrain.trainer.terms import Batching, Fresh
 from cltrain.trainer.update import UpdateDiscarded
 from tests.trainer_parts import LOOSE, Tiny, make_tiny, skill_rows
 
@@ -103,6 +105,23 @@ def test_a_coefficient_multiplies_its_own_objective_only(tiny):
     alone, _ = measure(tiny, "own-alone", [r for r in fresh if r.objective == "dpo"], num_steps=1, batch_size=6)
     of_dpo = (alone[0]["grad_norm_fresh"] / 2) ** 2  # there each row fills two slots
     assert (squares[2] - 2 * squares[1] + squares[0]) / 2 == pytest.approx(of_dpo, rel=1e-3)
+
+
+def test_each_stream_is_the_mean_of_its_rows_times_their_share_of_the_step_and_its_coefficient(tiny):
+    """So that a row weighs the same whatever it is learned by, and a principal's share of rows is its part of the
+    loss."""
+    one, three = rows_of(tiny, "sft", 1), rows_of(tiny, "dpo", 3)
+
+    def gradient(rows, config):
+        adapter = new_factors(tiny.base, 4, 8.0, ("q_proj", "up_proj"), seed=1)
+        model = attach(tiny.base, adapter)
+        streams = Streams(tiny.base, model, tiny.base.model, rows, config)
+        Fresh(Draws(7, rows, [], 1), streams, Batching(len(rows), None, 0.0)).add(0)
+        return torch.cat([b_NR.grad.flatten() for _, b_NR in parameters_of(model, adapter).values()])
+
+    together = gradient([*one, *three], ObjectivesConfig(dpo=2.0))
+    apart = [gradient(rows, ObjectivesConfig()) for rows in (one, three)]
+    torch.testing.assert_close(together, 0.25 * apart[0] + 0.75 * 2.0 * apart[1], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(

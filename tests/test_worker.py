@@ -103,6 +103,8 @@ def test_a_worker_neither_starts_nor_updates_on_anchors_that_fail_their_hash(mad
         pinned.write_bytes(whole.replace(b"1.0]", b"0.5]", 1))
         with pytest.raises(DataError, match="changed since they were pinned"):
             learner.update()
+        (notice,) = deployment.status()["notices"]
+        assert f"the anchors {pinned} were changed" in notice
         pinned.unlink()
         with pytest.raises(DataError, match="cannot be read"):
             learner.update()
@@ -112,6 +114,7 @@ def test_a_worker_neither_starts_nor_updates_on_anchors_that_fail_their_hash(mad
     with deployment.store.read() as connection:
         assert connection.execute(select(updates)).all() == []
     pinned.write_bytes(whole)
+    assert deployment.status()["notices"] == []
     with worker(config, deployment.store) as learner:
         assert learner.update()["number"] == 1
 

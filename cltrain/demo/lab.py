@@ -222,15 +222,25 @@ class Bare:
         return [*(self._learned[record] for ids in chosen.values() for record in ids), *own]
 
 
-def run(learner: Learner, setting: Setting, seed: int, *, is_clean: bool = False, say: Any = None) -> dict[str, Any]:
-    """Work the whole stream; returns the figures of one row (see `scores`) and what was said after every window."""
+def run(
+    learner: Learner,
+    setting: Setting,
+    seed: int,
+    *,
+    windows: Sequence[world.Window] | None = None,
+    is_clean: bool = False,
+    say: Any = None,
+) -> dict[str, Any]:
+    """Work these windows (None: the whole stream); returns the figures of one row (see `scores`) and what was said
+    after every window."""
     started = time.process_time()
     rng, late = random.Random(f"{seed}/opinions"), list[dict[str, Any]]()
-    test = [ticket for ticket in world.test_items(seed) if ticket.skill in world.NEW_SKILLS]
+    windows = world.phases(seed) if windows is None else windows
+    skills = list(dict.fromkeys(window.skill for window in windows))
+    test = [ticket for ticket in world.test_items(seed) if ticket.skill in skills]
     attacks = world.attack_items(seed)[::ATTACK_STRIDE]
     matrix: list[dict[str, float]] = [_success(setting, learner.name, test)]
     attack_rates, said, asked = [0.0], [], ""
-    windows = world.phases(seed)
     for number, window in enumerate(windows):
         now = BEGIN + (number + 1) * HOUR_S
         tickets = [t for t in window.tickets if t.kind == "clean"] if is_clean else list(window.tickets)
@@ -252,7 +262,7 @@ def run(learner: Learner, setting: Setting, seed: int, *, is_clean: bool = False
     attack_rates.append(_attack_rate(setting, learner.name, world.attack_items(seed)))
     samples = exam.base_samples(setting.base, setting.config.state_dir / "samples")
     return {
-        **scores(matrix),
+        **scores(matrix, skills),
         "base_kl": exam.drift(setting.base, learner.adapter(), samples),
         "attack_success_rate": max(attack_rates),
         "attack_rates": attack_rates,
@@ -262,10 +272,10 @@ def run(learner: Learner, setting: Setting, seed: int, *, is_clean: bool = False
     }
 
 
-def scores(matrix: Sequence[dict[str, float]]) -> dict[str, float]:
-    """From success per skill before the stream, after each phase and at the end: learn = mean R[j, j], final and
-    min_skill of the last row, bwt = mean R[last, j] - R[j, j], fwt = mean over j > first of R[j - 1, j] - before."""
-    skills = world.NEW_SKILLS
+def scores(matrix: Sequence[dict[str, float]], skills: Sequence[str]) -> dict[str, float]:
+    """From success per skill before the stream and after each phase, of which the first ones taught `skills` in turn:
+    learn = mean R[j, j], final and min_skill of the last row, bwt = mean R[last, j] - R[j, j], fwt = mean over j >
+    first of R[j - 1, j] - before (0 of one skill)."""
     after, last = matrix[1:], matrix[-1]
     own = [after[j][skill] for j, skill in enumerate(skills)]
     ahead = [after[j - 1][skill] - matrix[0][skill] for j, skill in enumerate(skills) if j > 0]
@@ -275,7 +285,7 @@ def scores(matrix: Sequence[dict[str, float]]) -> dict[str, float]:
         "final": sum(last[skill] for skill in skills) / len(skills),
         "min_skill": min(last[skill] for skill in skills),
         "bwt": sum(last[skill] - mine for skill, mine in zip(skills, own, strict=True)) / len(skills),
-        "fwt": sum(ahead) / len(ahead),
+        "fwt": sum(ahead) / max(1, len(ahead)),
     }
 
 

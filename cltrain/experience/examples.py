@@ -16,6 +16,7 @@ from cltrain.records import Example, Feedback, Generation, Message, SuiteItem, T
 SOURCE_RANK = {"verifier": 0, "operator": 1, "import": 2, "user": 3}  # who is believed first; nobody else is
 CUT_SHORT = frozenset({"length", "abort", "error", "content_filter"})  # finish reasons that make a turn no example
 POOLED = "other"
+MIN_WEIGHT = 0.1  # of a success that was hardly one
 OURS = frozenset(
     {"agent", "operator", "rehearsal", "user", "tool", "system"}
 )  # producers that no sender may claim to be
@@ -36,7 +37,7 @@ def example_of(
     with a single answer is of that answer; one that names the episode of a branch names no turn of the branch, and the
     branch is not learned. Otherwise the latest score of the best source decides (verifier, operator, import, user); a
     positive one makes every turn of a listed producer a target, except turns that have a non-positive score of their
-    own. `tools_allowed` None allows every tool.
+    own, and is the example's weight (MIN_WEIGHT at least). `tools_allowed` None allows every tool.
     """
     if trajectory.split != "train":
         return "held out for evaluation"
@@ -149,7 +150,7 @@ def _successful(trajectory: Trajectory, learn_from: Sequence[str]) -> Example | 
     targets = tuple(k for k in listed if is_whole(trajectory, k) and k not in bad)
     if not targets:
         return "every answer was cut short, empty or judged a failure"
-    return of_turns(trajectory, targets, "good", verdict.source)
+    return replace(of_turns(trajectory, targets, "good", verdict.source), weight=max(MIN_WEIGHT, score_of(verdict)))
 
 
 def of_turns(trajectory: Trajectory, targets: tuple[int, ...], feedback_class: str, source: str) -> Example:

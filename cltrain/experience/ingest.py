@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ def import_file(
     """Import a JSONL file of {id, messages, tools?, reward | score, model?, session?, principal?, created_at?}, or of
     {request, response, ...} (see `exchanges`): of those only the answer itself is the producer's. Where the producer is
     the agent and one of its `releases` answered, its tokens and log-probs are kept as if the gateway had recorded them.
+    {prompt, chosen, rejected, ...} with messages, as TRL has it, is an episode that ended with the rejected answer, and
+    the chosen one as its correction: both are the producer's.
 
     `reward` is in [0, 1] (0 failure, 1 success), or negative for a failure; `score` is in [-1, 1]. The answers'
     producer is `producer`, else the line's `model`, which may not be a word that is trusted here (`OURS`): that the
@@ -236,6 +238,9 @@ def _trajectory(
             line, told = unfold(line)
         except ValueError as error:
             raise _Refused("no request with its answer", str(error)) from None
+    chosen: Message | None = None
+    if "chosen" in line:
+        line, chosen = _pair(line)
     messages = _messages(line.get("messages"))
     author = producer if producer is not None else _author(line)
     identifier = _identifier(line, raw)
@@ -245,6 +250,11 @@ def _trajectory(
     created_at = float(created_at)
     score = _score(line)
     given = Feedback(id=f"{identifier}:reward", target=identifier, score=score, source="import", created_at=created_at)
+    feedback = [] if score is None else [given]
+    if chosen is not None:
+        if author is None:
+            raise _Refused("nobody said who wrote the answers of a pair", "see --producer")
+        feedback.append(replace(given, id=f"{identifier}:chosen", score=None, correction=chosen, source=author))
     last = len(messages) - 1
     generations: tuple[Generation, ...] = ()
     if told is not None and producer == "agent" and told.model in releases:
@@ -263,10 +273,20 @@ def _trajectory(
         ),
         tools=_tools(line.get("tools")),
         generations=generations,
-        feedback=() if score is None else (given,),
+        feedback=tuple(feedback),
         release=generations[0].release if generations else None,
         created_at=created_at,
     )
+
+
+def _pair(line: dict[str, Any]) -> tuple[dict[str, Any], Message]:
+    """The line as the episode that ended with the rejected answer, and the chosen one."""
+    if not isinstance(line.get("prompt"), list):
+        raise _Refused("a pair's `prompt` is not a list of messages")
+    answers = {key: _messages(line.get(key)) for key in ("chosen", "rejected")}
+    if any([message["role"] for message in messages] != ["assistant"] for messages in answers.values()):
+        raise _Refused("a pair's `chosen` and `rejected` are not one answer of the assistant each")
+    return {**line, "messages": [*line["prompt"], *answers["rejected"]]}, answers["chosen"][0]
 
 
 def _author(line: dict[str, Any]) -> str | None:
@@ -278,8 +298,9 @@ def _author(line: dict[str, Any]) -> str | None:
 
 def _comparable(trajectory: Trajectory) -> tuple[object, ...]:
     """What makes two lines with one id the same episode."""
-    scores = [f.score for f in trajectory.feedback if f.id == f"{trajectory.id}:reward"]
-    return trajectory.messages, trajectory.tools, trajectory.producers, trajectory.session, trajectory.principal, scores
+    ids = {f"{trajectory.id}:reward", f"{trajectory.id}:chosen"}
+    given = [(f.score, f.correction) for f in trajectory.feedback if f.id in ids]
+    return trajectory.messages, trajectory.tools, trajectory.producers, trajectory.session, trajectory.principal, given
 
 
 def _object(raw: bytes) -> dict[str, Any]:

@@ -196,13 +196,14 @@ def _named(connection: Connection, stored: Any, given: Trajectory) -> bool:
     if stored.agent != given.agent:
         raise ConflictError(f"{given.id!r} is already stored for agent {stored.agent!r}: use a new id")
     payload = json.loads(json.dumps({"messages": given.messages, "tools": given.tools}))
-    reward = next((said.score for said in given.feedback if said.id == f"{given.id}:reward"), None)
-    said = connection.execute(SAID, {"id": f"{given.id}:reward"}).first()
+    ids = [f"{given.id}:{name}" for name in ("reward", "chosen")]  # what an import says of an episode
+    told = {said.id: (said.score, said.correction) for said in given.feedback if said.id in ids}
+    known_of = {id_: said for id_ in ids if (said := connection.execute(SAID, {"id": id_}).first()) is not None}
     pairs = list(zip(stored.payload["producers"], given.producers, strict=False))
     is_same = (
         (stored.session, stored.principal) == (given.session, given.principal)
         and {name: stored.payload[name] for name in payload} == payload
-        and (None if said is None else said.score) == reward
+        and {id_: (said.score, said.correction) for id_, said in known_of.items()} == told
         and all(known == named or (known is None and stored.release is None) for known, named in pairs)
     )
     if not is_same:

@@ -26,6 +26,12 @@ def base_path(path: Path | None) -> Path:
     return shipped_base() if path is None else Path(path).expanduser().resolve()
 
 
+def changed_anchors(directory: Path) -> list[Path]:
+    """Pinned anchors (see models/anchors.py) whose bytes are not those that their name promises."""
+    pinned = sorted(directory.glob("*-*.jsonl"))
+    return [file for file in pinned if not file.stem.endswith(hashlib.sha256(file.read_bytes()).hexdigest()[:12])]
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The base's safetensors files, sorted by name. Raises DataError when there is no loadable base there."""
     if not (directory / "config.json").is_file():

@@ -34,7 +34,12 @@ class Batching:
 
 
 class Fresh:
-    """What the window teaches, each row by its own objective; what is measured is without the coefficients."""
+    """What the window teaches, each row by its own objective; what is measured is without the coefficients.
+
+    Each objective is a stream with its own normaliser: the mean loss of its rows in the step (of each row over its own
+    tokens), times the stream's share of the step's rows and its coefficient. The share keeps a row's weight the same
+    whatever it is learned by, so a principal's quota of rows bounds its part of the loss too.
+    """
 
     name = "fresh"
 

@@ -174,7 +174,7 @@ class _Update:
         exported = read_adapter(path)
         report = ruler.report(exported, self.bounds, spent, shrink)
         self._check(report)
-        signs = vital_signs(exported, ruler.on_anchors(exported), ruler.base_on_anchors(), history)
+        signs = vital_signs(exported, self.incumbent, ruler.on_anchors(exported), ruler.base_on_anchors(), history)
         if self.method.is_bounded and (reason := collapse(signs, self.health)) is not None:
             raise UpdateDiscarded(reason)
         write_memory(path, self._remember(exported, trained, fresh))
