@@ -201,7 +201,7 @@ def simulate(name: str, regime: str, seed: int, num_gates: int) -> Row:
         "policy": name, "regime": regime, "seed": seed, "promoted": promoted, "false_promoted": false_promoted,
         "true_final": float(policy.incumbent.mean()), "reading": policy.reading(),
         "power": num_better_promoted / num_better if num_better else None, "items": policy.num_asked / num_gates,
-        "planned": getattr(policy, "num", NUM_ITEMS),
+        "planned": getattr(policy, "num", NUM_ITEMS), "gates": num_gates,
     }  # fmt: skip
 
 
@@ -243,8 +243,9 @@ PROMISES: dict[str, tuple[str, Callable[[Sequence[Row]], bool]]] = {  # of a pol
     "of candidates a point better >= 70 % are promoted": (
         "cltrain", lambda rows: mean_of(rows, "honest", "power") >= 0.7
     ),
-    "by default, eroding: true_final >= 0.69 in every seed": (
-        "cltrain defaults", lambda rows: every(rows, "eroding", lambda row: row["true_final"] >= 0.69)
+    "by default, eroding: at most alpha of the gates promote": (
+        "cltrain defaults",
+        lambda rows: every(rows, "eroding", lambda row: row["promoted"] <= Defaults.config.alpha * row["gates"]),
     ),
     "better on average erodes below 0.69": (
         "strict >, fixed 200", lambda rows: mean_of(rows, "eroding", "true_final") < 0.69
