@@ -145,7 +145,9 @@ class Fleet(RuleBasedStateMachine):
     def a_second_worker_takes_over(self) -> None:
         """It thinks the first is gone, which goes on: whatever that would move stays where it is."""
         first = self.rooms.fence
-        self.rooms.fence = lease.acquire(self.store, AGENT, f"worker after {first}", 1e9, first * 2e9)
+        self.rooms.fence = lease.acquire(
+            self.store, AGENT, f"worker after {first}", 1e9, self.now, lambda holder: False
+        )
         before = aliases.read_alias(self.store, AGENT)
         to = self.under_way[0] if self.under_way else before.previous or before.release
         with pytest.raises(ConflictError, match="is not the newest"), self.store.write() as connection:
