@@ -6,11 +6,12 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import httpx
+from sqlalchemy import select
 
 from cltrain import exposure, launch
 from cltrain.config import Config
@@ -21,8 +22,10 @@ from cltrain.gateway import keys
 from cltrain.gateway.guard import check_may_listen, is_loopback
 from cltrain.models.digest import base_digest, base_path
 from cltrain.models.signature import check_signature
+from cltrain.records import SuiteItem
 from cltrain.registry.decisions import verify_chain
 from cltrain.store.database import STORE_FILE, open_store
+from cltrain.store.schema import screenings
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "wandb", "triton", "safetensors")
 MIN_FREE_BYTES = 1 << 30
@@ -60,14 +63,31 @@ def _suites(config: Config) -> str:
     from cltrain.gate.plugins import load_suites
     from cltrain.gate.probes import load_character
 
-    num_items = len(load_suites(config.gate, has_other_items=config.experience.eval_share > 0).items)
+    items = load_suites(config.gate, has_other_items=config.experience.eval_share > 0).items
     asked = load_character(config.gate.character)
     if config.gate.judge is not None:
         HttpJudge(config.gate.judge)  # its key must be there
     return (
-        f"{num_items} items in {len(config.gate.all_suites())} suites of the owner, "
+        f"{len(items)} items in {len(config.gate.all_suites())} suites of the owner, "
         f"{len(asked.harmful) + len(asked.harmless)} prompts and {len(asked.probes)} probes of character"
+        f"{_never_asked(config, items)}"
     )
+
+
+def _never_asked(config: Config, items: Sequence[SuiteItem]) -> str:
+    """A gain item is asked once an update learned its kind of work: those whose kind no record has were misnamed."""
+    from cltrain.gate.suites import is_taught
+
+    if not (config.state_dir / STORE_FILE).exists():
+        return ""
+    with open_store(config.state_dir).read() as connection:
+        ours = select(screenings.c.stratum).where(screenings.c.agent == config.agent.name).distinct()
+        seen = {stratum for stratum in connection.scalars(ours) if stratum}
+    strange = [item.stratum for item in items if item.kind == "gain" and not is_taught(item.stratum, seen)]
+    if not seen or not strange:
+        return ""
+    names = ", ".join(sorted(set(strange))[:5])
+    return f"; {len(strange)} gain items wait: they are of kinds of work that no record has so far ({names})"
 
 
 def _signed(config: Config) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -17,11 +18,13 @@ from cltrain.errors import DataError
 from cltrain.experience import rows, waiting
 from cltrain.models.digest import changed_anchors
 from cltrain.monitoring.outbox import lags
+from cltrain.records import Verdict
 from cltrain.registry import decisions, lease, rollouts
 from cltrain.store import schema as s
 from cltrain.store.database import Store
 
 NUM_SHOWN = 5  # newest updates and releases
+MANY_REJECTED = 3
 EXPLAINED = ("unusable", "quarantined")
 
 
@@ -106,7 +109,8 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
         "notices": [
             f"the anchors {file} were changed since they were pinned: no update begins until they are restored"
             for file in changed_anchors(config.state_dir / "anchors")
-        ],
+        ]
+        + _rejected(state["updates"]),
         "decisions": num_decisions,
         "chain": chain_state,
         "processes": {
@@ -115,6 +119,15 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
             "worker": "up" if lease.lease_until(store, agent) > now else "down",
         },
     }
+
+
+def _rejected(updates: Sequence[dict[str, Any]]) -> list[str]:
+    """What an owner should look at: good records are lost where a feed, a suite or a bound is wrong."""
+    verdicts = [update["verdict"] for update in updates if update["verdict"] is not None]
+    num_rejected = next((i for i, verdict in enumerate(verdicts) if verdict != Verdict.REJECT), len(verdicts))
+    if num_rejected < MANY_REJECTED:
+        return []
+    return [f"the last {num_rejected} updates were rejected, and what they learned is quarantined: see their pages"]
 
 
 def lines_of(state: dict[str, Any]) -> list[str]:

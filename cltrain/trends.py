@@ -91,7 +91,7 @@ def as_json(trend: Trend) -> dict[str, Any]:
 def sentence(trend: Trend) -> str:
     """The trend for a reader."""
     last = trend.points[-1]
-    kind = "limit" if trend.is_ceiling else "floor"
+    kind = "limit" if trend.is_ceiling else "best less the margin"
     now = f"{last.value:.3g} at v{last.number:06d}, {kind} {trend.limit:.3g}"
     if trend.version is None:
         return f"{now}; not enough versions for a forecast: {trend.num_fitted} of {MIN_VERSIONS}"

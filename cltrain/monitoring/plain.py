@@ -36,6 +36,16 @@ GLOSSARY = {
 }
 
 
+SIGNS = {
+    "broken call": "It makes a call that cannot be read, of a tool that is not there, or without what the tool needs,",
+    "question back": "It asks back where an answer was expected",
+    "too short": "It is much shorter than the expected answer",
+    "too long": "It is much longer than the expected answer",
+    "one answer to all": "It says again what it said to another question, though another answer was expected,",
+}
+"""Of each detector that counts answers (cltrain/gate/detectors.py)."""
+
+
 def sentence(check: Check, settings: Mapping[str, Any]) -> str:
     """One sentence for somebody who knows no statistics. `settings` are the update's own, for the limits."""
     kind = check.name.split()[0]
@@ -56,6 +66,9 @@ def sentence(check: Check, settings: Mapping[str, Any]) -> str:
     if check.name == "answers cut off" and check.candidate is not None and check.reference is not None:
         cut, before = _of(check.candidate, check.num_items), _of(check.reference, check.num_items)
         return f"{cut} of its answers were cut off because they were too long, where before it was {before}."
+    if check.name in SIGNS and check.candidate is not None and check.reference is not None:
+        now, before = f"{check.candidate:.0%}", f"{check.reference:.0%}"
+        return f"{SIGNS[check.name]} in {now} of {check.num_items} answers, in {before} before."
     if kind == "high-water":
         return (
             "It is better than the best release so far beyond doubt, and takes its place as the mark to compare with."
