@@ -38,6 +38,7 @@ from cltrain.records import (
     Verdict,
     is_claim,
 )
+from cltrain.registry.approvals import quarantined_in
 from cltrain.registry.decisions import append
 from cltrain.store.database import Store
 from cltrain.store.schema import update_progress, update_reads, updates
@@ -324,7 +325,10 @@ def _file_records(
     if is_served:
         window.forget_rehearsal(connection, plan.agent, doubtful, reason=f"update {plan.number}: {DOUBTFUL}", now=now)
     began_at = connection.execute(select(updates.c.started_at).where(updates.c.id == plan.id)).scalar_one()
+    barred = quarantined_in(connection, [record for record, _, _ in plan.window])
     for record, stratum, _ in plan.window:
+        if record in barred:  # by a rollback, since it was read: that stays
+            continue
         one = aside.get(record)
         if one is None:
             is_sure = record not in doubtful

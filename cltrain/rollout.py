@@ -22,7 +22,7 @@ from cltrain.experience.faults import fault_of
 from cltrain.experience.reading import read_trajectories
 from cltrain.gate.sequential import Outcome, Weighed, judge, weigh
 from cltrain.records import Alias, LearningMode, Trajectory, Verdict
-from cltrain.registry import aliases, rollouts
+from cltrain.registry import aliases, approvals, releases, rollouts
 from cltrain.registry.rollouts import Rollout
 from cltrain.rooms import Rooms, desired, required_ready
 from cltrain.store.schema import named_records, records
@@ -55,6 +55,7 @@ def look(rooms: Rooms) -> str | None:
         rollouts.require_same(connection, tried, rooms.fence)
         try:
             _require_leave(rooms, tried, barred)
+            approvals.refuse_withdrawn(connection, releases.get_in(connection, tried.release))
             readiness.require_ready(connection, rooms.server.urls, tried.release, required_ready(rooms))
             action, reason = next_action(settings, tried, evidence, num_tried, num_tried - began_with, now)
         except ConflictError as error:

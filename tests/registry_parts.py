@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import insert, select
 
@@ -24,12 +25,12 @@ def new_store(tmp_path: Path) -> Store:
     return store
 
 
-def sealed(store: Store, tmp_path: Path, parent: str, weights: str) -> str:
+def sealed(store: Store, tmp_path: Path, parent: str, weights: str, manifest: dict[str, Any] | None = None) -> str:
     directory = tmp_path / f"candidate-{weights}"
     directory.mkdir(exist_ok=True)
     (directory / "adapter_config.json").write_text("{}")
     (directory / "adapter_model.safetensors").write_text(weights)
-    return seal(store, tmp_path / "state", "support", directory, parent, {}, now=2.0).name
+    return seal(store, tmp_path / "state", "support", directory, parent, manifest or {}, now=2.0).name
 
 
 def promoted(store: Store, tmp_path: Path, weights: str, fence: int, *, raises_high_water: bool = False) -> str:

@@ -48,7 +48,7 @@ class Trial:
         self.num_episodes = 0
         self.fence = lease.acquire(self.store, AGENT, "worker", 1e9, 1.0)
         self.incumbent = promoted(self.store, home, "good", self.fence)
-        self.candidate = sealed(self.store, home, self.incumbent, "new")
+        self.candidate = sealed(self.store, home, self.incumbent, "new", {"replayed": ["theirs"]})
         self.alias = aliases.read_alias(self.store, AGENT)
         self.shelves = [Shelf(url) for url in urls]
         values = {"kind": "canary", "weights": [0.5], "step_episodes": 20, "settle_s": 10.0, **rollout}

@@ -102,6 +102,15 @@ def test_what_was_rehearsed_and_is_doubted_leaves_the_buffer_only_once_the_doubt
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("verdict", [Verdict.PROMOTE, Verdict.ERROR, Verdict.REJECT])
+def test_what_a_rollback_quarantined_since_it_was_read_stays_quarantined(store, verdict):
+    with store.write() as connection:
+        window.mark(connection, "support", "right", "quarantined", now=15.0, reason="rolled back", update="before")
+    found = filed(store, plan_of((row_of("right"), row_of("other"))), Decision(verdict, ("",), ()))
+    assert found["right"] == ("quarantined", "rolled back", "before")
+    assert found["other"][2] == "u"
+
+
 @pytest.mark.parametrize("verdict", [Verdict.PROMOTE, Verdict.REJECT])
 def test_what_is_set_aside_goes_where_it_was_set_aside_to_whatever_the_verdict_and_its_reason_says(store, verdict):
     aside = [

@@ -32,9 +32,9 @@ CHECK = Check("gain in suite", Code.GAIN, Verdict.PROMOTE, "+0.2", 0.9, 0.7, 0.2
 BROKEN = '{"item": '
 
 
-def concluded(made: Trial, verdict: Verdict) -> dict[str, Any]:
+def concluded(made: Trial, verdict: Verdict, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
     """What the loop makes of the gate's verdict on one more candidate."""
-    name = sealed(made.store, made.home, made.incumbent, "judged")
+    name = sealed(made.store, made.home, made.incumbent, "judged", manifest)
     work_dir = made.home / "work"
     work_dir.mkdir()
     plan = plans.Plan(

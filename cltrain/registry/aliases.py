@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Row, Select, case, or_, select, update
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.records import Alias, Verdict
+from cltrain.registry.approvals import refuse_withdrawn
 from cltrain.registry.decisions import append, entries_of
 from cltrain.registry.lease import agent_row, require_fence
 from cltrain.registry.releases import change_status, get_in
@@ -96,7 +97,8 @@ def move_alias_in(
     back, and a freeze that was lifted meanwhile. `fence` is the worker's lease; only a human may pass None. A human
     move makes `to` the new anchor, `raises_high_water` the new high-water mark. What is being tried on live traffic
     ends with the move. Raises ConflictError when the alias or the lease moved, learning is frozen (not for a human), or
-    `to` may not serve: rejected, held, deleted and any verdict but promote never, rolled back only by a human.
+    `to` may not serve: rejected, held, deleted and any verdict but promote never, rolled back only by a human, for the
+    first time only if nothing that it read was quarantined or removed since.
     """
     if fence is None and not is_human:
         raise ConflictError(f"{agent}: a move without a lease is a human's; pass the fence of the lease")
@@ -115,6 +117,7 @@ def move_alias_in(
     if target.status == "rolled_back" and not is_human:
         raise ConflictError(f"{to} was rolled back: only a human can promote it again")
     _refuse_verdict(connection, agent, to)
+    refuse_withdrawn(connection, target)
     settle_in(connection, agent, serving=to, now=now)
     change_status(connection, to, "released", now=now)
     moved = {

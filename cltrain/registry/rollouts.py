@@ -14,9 +14,10 @@ from sqlalchemy import Connection, Row, insert, select, update
 
 from cltrain.errors import ConflictError
 from cltrain.records import Alias
+from cltrain.registry.approvals import refuse_withdrawn
 from cltrain.registry.decisions import append
 from cltrain.registry.lease import agent_row, require_fence
-from cltrain.registry.releases import retire
+from cltrain.registry.releases import get_in, retire
 from cltrain.store.database import Store
 from cltrain.store.schema import aliases, rollout_outcomes, rollouts, screenings, updates
 from cltrain.store.trials import is_open
@@ -78,7 +79,8 @@ def start_in(
 ) -> None:
     """Try `release` beside what serves, in the caller's write transaction.
 
-    Raises ConflictError when the lease or the alias moved, learning is frozen, or another one is open.
+    Raises ConflictError when the lease or the alias moved, learning is frozen, another one is open, or what `release`
+    read was quarantined or removed since.
     """
     agent = expected.agent
     require_fence(connection, agent, fence)
@@ -90,6 +92,7 @@ def start_in(
         raise ConflictError(f"{agent} is frozen ({switch.frozen_reason}): unfreeze it to try {release}")
     if (other := open_in(connection, agent)) is not None:
         raise ConflictError(f"{other.release} of {agent} is being tried already")
+    refuse_withdrawn(connection, get_in(connection, release))
     values = {
         "agent": agent, "kind": settings["kind"], "incumbent": expected.release, "release": release,
         "update": update_id, "alias_version": expected.version, "raises_high_water": raises_high_water,
