@@ -93,6 +93,7 @@ def test_broken_lines_are_counted_and_kept_with_their_reason(recorder, store, tm
         b"",
         json.dumps(episode("e", reward=7)).encode(),
         json.dumps(episode("f", reward=True)).encode(),
+        json.dumps(episode("f", reward=-0.5)).encode(),  # as a score it would be one
         json.dumps(episode("g", messages=[])).encode(),
         json.dumps(episode("h", messages=[{"role": "user", "content": "hi"}])).encode(),
         json.dumps(episode("i", messages=[{"role": "king", "content": "hi"}])).encode(),
@@ -114,7 +115,7 @@ def test_broken_lines_are_counted_and_kept_with_their_reason(recorder, store, tm
     assert (report.num_imported, report.num_duplicates, report.num_blank) == (2, 1, 1)
     assert report.num_lines == len(lines) - 1 == 2 + 1 + report.num_set_aside
     aside = kept_aside(store)
-    assert [row.line for row in aside] == [2, 3, 4, 5, 6, *range(8, 22)]
+    assert [row.line for row in aside] == [2, 3, 4, 5, 6, *range(8, 23)]
     assert [row.raw for row in aside] == [lines[row.line - 1] for row in aside]
     assert sum(report.reasons.values()) == len(aside)
     assert (

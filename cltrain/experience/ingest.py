@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from cltrain.errors import BAD_CONTENT, ConflictError, DataError, guarded
-from cltrain.experience.examples import OURS, first_tool
+from cltrain.experience.examples import OURS, first_tool, score_of_reward
 from cltrain.experience.exchanges import Told, unfold
 from cltrain.experience.lines import MAX_LINE_BYTES, digest_of, lines_of, opened
 from cltrain.experience.recording import Recorder
@@ -28,6 +28,7 @@ from cltrain.records import Example, Feedback, Generation, Message, Trajectory
 P = ParamSpec("P")
 T = TypeVar("T")
 
+MAX_NAMED = 20  # lines set aside that the report names; all are in the store
 MAX_PENDING = 256  # lines between reading and their commit
 MAX_SECONDS = 1e11  # beyond it a time is in milliseconds, or none
 PRODUCERS = {"user": "user", "system": "system", "developer": "system", "tool": "tool"}
@@ -45,7 +46,9 @@ class ImportReport:
     num_positive: int  # imported with a reward above failure
     num_without_reward: int
     num_without_tools: int  # imported without tool definitions
+    num_without_author: int  # imported, and nobody said who wrote the last answer
     reasons: dict[str, int]  # why lines were set aside, and how often
+    set_aside: tuple[dict[str, Any], ...]  # the first of them: {line, reason}
 
 
 class _Refused(Exception):
@@ -71,11 +74,11 @@ def import_file(
     {prompt, chosen, rejected, ...} with messages, as TRL has it, is an episode that ended with the rejected answer, and
     the chosen one as its correction: both are the producer's.
 
-    `reward` is in [0, 1] (0 failure, 1 success), or negative for a failure; `score` is in [-1, 1]. The answers'
-    producer is `producer`, else the line's `model`, which may not be a word that is trusted here (`OURS`): that the
-    owner's agent wrote a log is for the owner to say, not for the file. Without `principal` a line's is
-    `import:<file stem>`: one file is one source. A line whose id is stored is a duplicate if it says the same, else set
-    aside; so importing again changes nothing, but that a producer given now is that of answers whose was unknown.
+    `reward` is in [0, 1] (0 failure, 1 success), `score` in [-1, 1] (above 0 success). The answers' producer is
+    `producer`, else the line's `model`, which may not be a word that is trusted here (`OURS`): that the owner's agent
+    wrote a log is for the owner to say, not for the file. Without `principal` a line's is `import:<file stem>`: one
+    file is one source. A line whose id is stored is a duplicate if it says the same, else set aside; so importing again
+    changes nothing, but that a producer given now is that of answers whose was unknown.
     Set-aside lines are kept in the store, of lines over 16 MiB the first 64 KiB. Raises DataError for a file that
     cannot be read or is UTF-16.
     """
@@ -146,13 +149,15 @@ class _Tally:
     def __init__(self, agent: str) -> None:
         self.agent = agent
         self.num_lines = self.num_blank = self.num_imported = self.num_duplicates = 0
-        self.num_positive = self.num_without_reward = self.num_without_tools = 0
+        self.num_positive = self.num_without_reward = self.num_without_tools = self.num_without_author = 0
         self.reasons: Counter[str] = Counter()
+        self.first: list[tuple[int, str]] = []
 
     def set_aside(
         self, recorder: Recorder, source: str, number: int, refusal: _Refused, raw: bytes, now: float
     ) -> None:
         self.reasons[refusal.reason] += 1
+        self.first = sorted([*self.first, (number, str(refusal))])[:MAX_NAMED]
         recorder.set_aside(self.agent, source, number, str(refusal), raw, now=now).result()
 
     def stored(self, trajectory: Trajectory, is_new: bool) -> None:
@@ -164,6 +169,8 @@ class _Tally:
         self.num_positive += score is not None and score > 0
         self.num_without_reward += score is None
         self.num_without_tools += not trajectory.tools
+        answers = (k for k, message in enumerate(trajectory.messages) if message["role"] == "assistant")
+        self.num_without_author += trajectory.producers[max(answers)] is None
 
     def report(self) -> ImportReport:
         return ImportReport(
@@ -175,7 +182,9 @@ class _Tally:
             num_positive=self.num_positive,
             num_without_reward=self.num_without_reward,
             num_without_tools=self.num_without_tools,
+            num_without_author=self.num_without_author,
             reasons=dict(self.reasons),
+            set_aside=tuple({"line": number, "reason": reason} for number, reason in self.first),
         )
 
 
@@ -314,10 +323,11 @@ def _score(line: dict[str, Any]) -> float | None:
     value = line.get(key)
     if value is None:
         return None
+    least = 0 if key == "reward" else -1
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not -1 <= value <= 1:
-        raise _Refused(f"`{key}` is not a number in [-1, 1]")
-    return 2.0 * value - 1.0 if key == "reward" and value >= 0 else float(value)
+    if not is_number or not least <= value <= 1:
+        raise _Refused(f"`{key}` is not a number in [{least}, 1]")
+    return score_of_reward(value) if key == "reward" else float(value)
 
 
 def _messages(value: Any) -> tuple[Message, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cltrain.config_tenants import shared_of
 from cltrain.errors import DataError
-from cltrain.experience.examples import OURS
+from cltrain.experience.examples import OURS, score_of_reward
 from cltrain.experience.strict_json import is_unicode, loads
 from cltrain.experience.verify import tool_fault
 from cltrain.gateway.episodes import producer_of
@@ -180,11 +180,11 @@ def feedback_of(
     )
 
 
-def score_of(value: Any, what: str) -> float:
+def score_of(value: Any, what: str, least: int = -1) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{what} must be a number in [-1, 1]; got {_shown(value)}")
-    if not -1 <= value <= 1:  # false for NaN as well
-        raise DataError(f"{what} must be a finite number in [-1, 1]; got {_shown(value)}")
+        raise DataError(f"{what} must be a number in [{least}, 1]; got {_shown(value)}")
+    if not least <= value <= 1:  # false for NaN as well
+        raise DataError(f"{what} must be a finite number in [{least}, 1]; got {_shown(value)}")
     return float(value)
 
 
@@ -234,8 +234,8 @@ def call_of(call: Any, position: int, where: str) -> dict[str, Any]:
 def trajectory_of(body: dict[str, Any], agent: str, now: float, key: Key | None) -> Trajectory:
     """An episode that happened elsewhere. Its assistant turns have the body's `model` as producer, else nobody known.
 
-    Raises DataError: no id, malformed messages, no answer, arguments that are no JSON, a reward out of [-1, 1]; Refusal
-    403 for what the key may not say.
+    Raises DataError: no id, malformed messages, no answer, arguments that are no JSON, a `reward` out of [0, 1] or a
+    `score` out of [-1, 1]; Refusal 403 for what the key may not say.
     """
     if not is_unicode(body):
         raise DataError("the episode is not valid Unicode: a string in it holds half a surrogate pair")
@@ -252,14 +252,15 @@ def trajectory_of(body: dict[str, Any], agent: str, now: float, key: Key | None)
         messages.append({**message, "tool_calls": checked} if checked else message)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("messages hold no answer of the assistant: there is nothing to learn from")
-    reward = body.get("reward", body.get("score"))
     said: tuple[Feedback, ...] = ()
     named = body.get("principal")
     principal = name_of(named or "anonymous", "principal") if key is None else _own(key, named)
-    if reward is not None:
+    what = "reward" if body.get("reward") is not None else "score"
+    if body.get(what) is not None:
         source = name_of(body.get("source") or "import", "source")
         _check_source(key, source)
-        score = score_of(reward, "reward")
+        score = score_of(body[what], what, least=0 if what == "reward" else -1)
+        score = score_of_reward(score) if what == "reward" else score
         said = (Feedback(f"{given}:reward", given, score, source=source, principal=principal, created_at=now),)
     return Trajectory(
         id=given,
