@@ -107,6 +107,10 @@ def test_a_corrected_tool_call_becomes_an_assistant_message(tmp_path: Path) -> N
         ({"correction": fix("find", "[" * 100_000)}, 400, "levels deep"),
         ({"score": 1, "id": "a\0b"}, 400, "NUL"),
         ({"score": 1, "source": "user\0"}, 400, "NUL"),
+        ({"score": 1, "source": "boss"}, 400, "never counts; these do: verifier, operator, import, user"),
+        ({"correction": "no", "source": "agent"}, 400, "never counts"),
+        ({"score": 1, "id": "v9:reward"}, 400, "comes with an episode"),
+        ({"text": "no", "id": "v9:chosen"}, 400, "comes with an episode"),
     ],
 )
 def test_bad_feedback_is_refused_with_the_reason(shared: Gateway, fields: Any, status: int, said: str) -> None:
@@ -132,6 +136,14 @@ def test_one_feedback_id_for_two_contents_is_a_conflict_and_the_first_stands(
     assert "says something else: use a new id" in answers[2].json()["error"]["message"]
     kept = next(t for t in read_trajectories(shared.store, "support") if t.generations[0].id == records[0])
     assert [f.score for f in kept.feedback] == [1.0]
+
+
+def test_who_is_only_learned_from_may_correct_and_not_judge(tmp_path: Path) -> None:
+    with running(tmp_path, agent={"name": "support", "learn_from": ("agent", "teacher")}) as gateway:
+        record = gateway.chat("one").headers["x-cltrain-record"]
+        for said, status in (({"correction": "so"}, 200), ({"text": "why"}, 200), ({"score": 1}, 400)):
+            given = {"target": record, "source": "teacher", **said}
+            assert gateway.http.post("/v1/feedback", json=given).status_code == status, said
 
 
 @pytest.mark.parametrize(
@@ -219,6 +231,8 @@ def test_bad_lines_are_kept_aside_with_the_reason_and_good_ones_stored(tmp_path:
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "valid Unicode"),
         ({"messages": [{"role": "assistant", **fix("find", "[" * 100_000)}]}, "levels deep"),
         ({"source": "a\0"}, "NUL"),
+        ({"source": "boss"}, "never counts; these do: verifier, operator, import, user"),
+        ({"id": f"traj-{'0' * 32}~ab"}, "a branch of a recorded episode"),
     ],
 )
 def test_a_bad_trajectory_is_refused_with_the_reason(shared: Gateway, fields: Any, said: str) -> None:

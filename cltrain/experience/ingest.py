@@ -21,6 +21,7 @@ from cltrain.experience.examples import OURS, first_tool, score_of_reward
 from cltrain.experience.exchanges import Told, unfold
 from cltrain.experience.lines import MAX_LINE_BYTES, digest_of, lines_of, opened
 from cltrain.experience.recording import Recorder
+from cltrain.experience.rows import TOLD
 from cltrain.experience.strict_json import is_unicode, loads
 from cltrain.experience.verify import arguments_of, text_of, tool_fault
 from cltrain.records import Example, Feedback, Generation, Message, Trajectory
@@ -281,7 +282,7 @@ def _author(line: dict[str, Any]) -> str | None:
 
 def _comparable(trajectory: Trajectory) -> tuple[object, ...]:
     """What makes two lines with one id the same episode."""
-    ids = {f"{trajectory.id}:reward", f"{trajectory.id}:chosen"}
+    ids = {f"{trajectory.id}:{name}" for name in TOLD}
     given = [(f.score, f.correction) for f in trajectory.feedback if f.id in ids]
     return trajectory.messages, trajectory.tools, trajectory.producers, trajectory.session, trajectory.principal, given
 
