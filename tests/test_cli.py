@@ -256,6 +256,25 @@ def test_an_import_shows_in_the_status(cltrain: Command, tmp_path: Path) -> None
     assert (done.json["num_duplicates"], done.json["num_fitting"]) == (3, 0), "the base takes what this import brought"
 
 
+def test_an_import_names_the_lines_it_set_aside_and_says_what_is_never_learned(
+    cltrain: Command, tmp_path: Path
+) -> None:
+    nobodys = {key: value for key, value in EPISODE.items() if key != "model"}
+    lines = [json.dumps(nobodys), *["{"] * 30, json.dumps({**EPISODE, "id": "kept", "reward": -0.5})]
+    file = tmp_path / "log.jsonl"
+    file.write_text("\n".join(lines))
+    home = f"--home={tmp_path / 'state'}"
+    done = cltrain("import", str(file), home)
+    assert (done.code, "line 2: not valid JSON: " in done.out, "--producer NAME" in done.out) == (3, True, True)
+    assert re.search(r"^num_without_author +1  imported without an author", done.out, re.M)
+    assert re.search(r"^num_fitting +1  new, and the base's context holds", done.out, re.M)
+    assert "    1  `reward` is not a number in [0, 1]" in done.out
+    again = cltrain("import", str(file), home, "--producer=agent", "--json").json
+    assert [aside["line"] for aside in again["set_aside"]] == list(range(2, 22))
+    assert (again["num_imported"], again["num_without_author"], again["num_set_aside"]) == (1, 0, 31)
+    assert "--producer NAME the author" not in cltrain("import", str(file), home, "--producer=agent").out
+
+
 def test_an_import_names_the_first_that_are_too_long_and_counts_the_others(cltrain: Command, tmp_path: Path) -> None:
     long = {**EPISODE, "messages": [{"role": "user", "content": "hello " * 2000}, EPISODE["messages"][1]]}
     file = tmp_path / "long.jsonl"

@@ -124,6 +124,7 @@ def line(**changes: Any) -> dict[str, Any]:
         ({"choice": {"logprobs": None}}, (1, 2), None),
         ({"choice": {"logprobs": {"content": [{"logprob": -0.5}]}}}, (1, 2), None),
         ({"choice": {"logprobs": {"content": [{"logprob": -0.5}, {}]}}}, (1, 2), None),
+        ({"choice": {"logprobs": {"content": [{"logprob": -0.5}, {"logprob": -(10**400)}]}}}, (1, 2), None),
         ({"choice": {"token_ids": None}}, None, None),
         ({"choice": {"token_ids": [1, "2"]}}, None, None),
         ({"choice": {"token_ids": [1, -2]}}, None, None),

@@ -13,12 +13,13 @@ from cltrain.experience import ingest
 from cltrain.experience.examples import example_of
 from cltrain.experience.ingest import import_file, read_rehearsal
 from cltrain.experience.lanes import lane_of
+from cltrain.experience.lines import KEPT_BYTES, MAX_LINE_BYTES
 from cltrain.experience.reading import read_trajectories
 from cltrain.experience.recording import Recorder
 from cltrain.experience.rows import num_set_aside
 from cltrain.experience.verify import verify
 from cltrain.experience.window import next_window
-from cltrain.records import Example
+from cltrain.records import Example, Generation, Trajectory
 from cltrain.store.database import open_store
 from cltrain.store.schema import set_aside
 
@@ -92,9 +93,11 @@ def test_broken_lines_are_counted_and_kept_with_their_reason(recorder, store, tm
         b"",
         json.dumps(episode("e", reward=7)).encode(),
         json.dumps(episode("f", reward=True)).encode(),
+        json.dumps(episode("f", reward=-0.5)).encode(),  # as a score it would be one
         json.dumps(episode("g", messages=[])).encode(),
         json.dumps(episode("h", messages=[{"role": "user", "content": "hi"}])).encode(),
         json.dumps(episode("i", messages=[{"role": "king", "content": "hi"}])).encode(),
+        json.dumps(episode("i", messages=[{"role": ["user"], "content": "hi"}])).encode(),
         json.dumps(episode("j", tools="all")).encode(),
         b'{"id": "k", "reward": NaN, "messages": []}',
         b'{"id": "l", "messages": [{"role": "assistant", "content": "\\ud800"}]}',
@@ -112,7 +115,7 @@ def test_broken_lines_are_counted_and_kept_with_their_reason(recorder, store, tm
     assert (report.num_imported, report.num_duplicates, report.num_blank) == (2, 1, 1)
     assert report.num_lines == len(lines) - 1 == 2 + 1 + report.num_set_aside
     aside = kept_aside(store)
-    assert [row.line for row in aside] == [2, 3, 4, 5, 6, *range(8, 21)]
+    assert [row.line for row in aside] == [2, 3, 4, 5, 6, *range(8, 23)]
     assert [row.raw for row in aside] == [lines[row.line - 1] for row in aside]
     assert sum(report.reasons.values()) == len(aside)
     assert (
@@ -136,17 +139,34 @@ def test_numbers_that_are_no_reward_or_time_are_refused(recorder, store, tmp_pat
     assert (report.num_imported, report.num_set_aside) == (1, 1)
 
 
+def test_a_line_that_defeats_its_reader_or_the_store_is_set_aside_and_the_next_one_is_read(recorder, store, tmp_path):
+    with pytest.raises(ingest._Refused, match="its content cannot be used: KeyError"):
+        ingest._read(lambda line: line["messages"], {})
+    message = {"role": "assistant", "content": "hello"}
+    taken = Generation("x:answer", "other", 0, "r1", None, None, None, "stop")
+    recorder.add_trajectory(
+        Trajectory("other", "support", "other", "ann", (message,), ("agent",), generations=(taken,))
+    )
+    choice = {"message": message, "finish_reason": "stop", "token_ids": [1]}
+    asked = {"model": "r1", "messages": [{"role": "user", "content": "hi"}]}
+    lines = [{"id": "x", "request": asked, "response": {"model": "r1", "choices": [choice]}}, episode("next")]
+    file = tmp_path / "log.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    report = take(recorder, store, file, producer="agent", releases=["r1"])
+    assert (report.num_imported, report.reasons) == (1, {"cannot be stored": 1})
+
+
 def test_a_huge_line_costs_no_memory_and_the_next_one_is_read(recorder, store, tmp_path):
     file = tmp_path / "log.jsonl"
     with file.open("wb") as stream:
-        stream.write(b'{"id": "big", "x": "' + b"y" * (ingest.MAX_LINE_BYTES * 2) + b'"}\n')
+        stream.write(b'{"id": "big", "x": "' + b"y" * (MAX_LINE_BYTES * 2) + b'"}\n')
         stream.write(json.dumps(episode("next")).encode())
     report = take(recorder, store, file)
     assert (report.num_lines, report.num_imported, report.num_set_aside) == (2, 1, 1)
     (row,) = kept_aside(store)
     assert row.line == 1
-    assert len(row.raw) == ingest.KEPT_BYTES
-    assert str(ingest.MAX_LINE_BYTES * 2 + 23) in row.reason, "the real size is told"
+    assert len(row.raw) == KEPT_BYTES
+    assert str(MAX_LINE_BYTES * 2 + 23) in row.reason, "the real size is told"
 
 
 def test_an_empty_file_is_no_error_and_an_unreadable_one_is(recorder, store, tmp_path):
@@ -170,9 +190,8 @@ def test_an_id_that_is_stored_with_other_content_is_kept_aside(recorder, store, 
     take(recorder, store, first)
     assert take(recorder, store, second).reasons == {"conflicts with what is stored": 1}
     assert import_file(recorder, first, "sales", clock=lambda: 1.0).reasons == {"conflicts with what is stored": 1}
-    assert [row.reason.partition("'a' ")[2] for row in kept_aside(store)] == [
-        "is already stored for another episode: use a new id", "is already stored for agent 'support': use a new id"
-    ]  # fmt: skip
+    reasons = [row.reason.partition("'a' ")[2] for row in kept_aside(store)]
+    assert reasons == ["is already stored for another episode: use a new id", "is taken: use a new id"]
 
 
 def test_a_producer_named_later_is_that_of_answers_whose_was_unknown(recorder, store, tmp_path):
@@ -242,6 +261,7 @@ def test_a_pair_whose_author_nobody_named_is_set_aside_until_somebody_does(recor
     [
         ({"prompt": "my lamp"}, "a pair's `prompt` is not a list of messages"),
         ({"rejected": None}, "has no `messages`"),
+        *[({key: [{"role": ["user"]}]}, "a message has no known role") for key in ("prompt", "chosen", "rejected")],
         (
             {"chosen": episode()["messages"]},
             "a pair's `chosen` and `rejected` are not one answer of the assistant each",

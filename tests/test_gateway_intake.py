@@ -107,6 +107,10 @@ def test_a_corrected_tool_call_becomes_an_assistant_message(tmp_path: Path) -> N
         ({"correction": fix("find", "[" * 100_000)}, 400, "levels deep"),
         ({"score": 1, "id": "a\0b"}, 400, "NUL"),
         ({"score": 1, "source": "user\0"}, 400, "NUL"),
+        ({"score": 1, "source": "boss"}, 400, "never counts; these do: verifier, operator, import, user"),
+        ({"correction": "no", "source": "agent"}, 400, "never counts"),
+        ({"score": 1, "id": "v9:reward"}, 400, "comes with an episode"),
+        ({"text": "no", "id": "v9:chosen"}, 400, "comes with an episode"),
     ],
 )
 def test_bad_feedback_is_refused_with_the_reason(shared: Gateway, fields: Any, status: int, said: str) -> None:
@@ -134,8 +138,16 @@ def test_one_feedback_id_for_two_contents_is_a_conflict_and_the_first_stands(
     assert [f.score for f in kept.feedback] == [1.0]
 
 
+def test_who_is_only_learned_from_may_correct_and_not_judge(tmp_path: Path) -> None:
+    with running(tmp_path, agent={"name": "support", "learn_from": ("agent", "teacher")}) as gateway:
+        record = gateway.chat("one").headers["x-cltrain-record"]
+        for said, status in (({"correction": "so"}, 200), ({"text": "why"}, 200), ({"score": 1}, 400)):
+            given = {"target": record, "source": "teacher", **said}
+            assert gateway.http.post("/v1/feedback", json=given).status_code == status, said
+
+
 @pytest.mark.parametrize(
-    "other", [{"reward": -1}, {"reward": None}, {"model": "third"}, {"principal": "eve"}, {"tools": [TOOL]},
+    "other", [{"reward": 0}, {"reward": None}, {"model": "third"}, {"principal": "eve"}, {"tools": [TOOL]},
               {"messages": [{"role": "assistant", "content": "other"}]}],
 )  # fmt: skip
 def test_one_trajectory_id_for_two_episodes_is_a_conflict_and_the_first_stands(
@@ -165,6 +177,16 @@ def test_a_posted_trajectory_is_stored_once_and_its_author_is_not_ours(tmp_path:
     assert kept.producers == ("user", "other-llm")
     assert [(f.score, f.source, f.principal) for f in kept.feedback] == [(1.0, "import", "anna")]
     assert (kept.release, kept.end, kept.session) == (None, "ok", "t1")
+
+
+@pytest.mark.parametrize(
+    ("said", "score"), [({"reward": 0.25}, -0.5), ({"reward": None, "score": 0.25}, 0.25), ({"reward": 0}, -1.0)]
+)
+def test_a_reward_means_the_same_as_in_an_import(shared: Gateway, said: dict[str, Any], score: float) -> None:
+    name = f"reward-{score}"
+    assert shared.http.post("/v1/trajectories", json=episode(name, **said)).status_code == 200
+    kept = next(t for t in read_trajectories(shared.store, "support") if t.id == name)
+    assert [f.score for f in kept.feedback] == [score]
 
 
 def test_bad_lines_are_kept_aside_with_the_reason_and_good_ones_stored(tmp_path: Path) -> None:
@@ -198,7 +220,9 @@ def test_bad_lines_are_kept_aside_with_the_reason_and_good_ones_stored(tmp_path:
         ({"id": None}, "id must be a string"),
         ({"messages": []}, "non-empty list"),
         ({"model": "agent"}, "only this deployment itself"),
-        ({"reward": 2}, "[-1, 1]"),
+        ({"reward": 2}, "reward must be a finite number in [0, 1]"),
+        ({"reward": -0.5}, "[0, 1]"),
+        ({"reward": None, "score": -2}, "score must be a finite number in [-1, 1]"),
         ({"reward": False}, "must be a number"),
         ({"agent": "sales"}, "is not served here"),
         ({"tools": {"a": 1}}, "tools must be a list"),
@@ -207,6 +231,8 @@ def test_bad_lines_are_kept_aside_with_the_reason_and_good_ones_stored(tmp_path:
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "valid Unicode"),
         ({"messages": [{"role": "assistant", **fix("find", "[" * 100_000)}]}, "levels deep"),
         ({"source": "a\0"}, "NUL"),
+        ({"source": "boss"}, "never counts; these do: verifier, operator, import, user"),
+        ({"id": f"traj-{'0' * 32}~ab"}, "a branch of a recorded episode"),
     ],
 )
 def test_a_bad_trajectory_is_refused_with_the_reason(shared: Gateway, fields: Any, said: str) -> None:

@@ -108,6 +108,23 @@ def test_a_tenant_cannot_judge_or_post_for_another(door: Door) -> None:
     assert len(door.records_of("support@acme")) == 1
 
 
+def test_a_taken_id_says_nothing_of_whom_it_belongs_to(door: Door) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    answers = {}
+    for name in ("acme", "zorg"):
+        headers = {"authorization": f"Bearer {door.keys[name]}"}
+        target = door.ask(name, "hello").headers["x-cltrain-record"]
+        for path, body in (("trajectories", {"id": "x1", "messages": turns}), ("feedback", {"id": "F", "score": 1})):
+            given = {**body, "target": target} if path == "feedback" else body
+            answers[name, path] = door.gateway.http.post(f"/v1/{path}", json=given, headers=headers)
+    assert [answer.status_code for answer in answers.values()] == [200, 200, 409, 409]
+    said = [answers["zorg", path].json()["error"]["message"] for path in ("trajectories", "feedback")]
+    assert said == [
+        "'x1' is taken: use a new id",
+        "feedback 'F' is already stored and says something else: use a new id",
+    ]
+
+
 @pytest.mark.parametrize("state", [None, "loaded", "draining", "failed", "out"])
 def test_an_adapter_that_no_server_proved_waits_and_the_shared_one_answers(door: Door, state: str | None) -> None:
     own(door.gateway, ACME2, state=state)

@@ -22,7 +22,15 @@ from cltrain.cli.parts import (
     said,
 )
 
-SHOWN = 3  # unusable episodes that `import` names
+SHOWN = 3  # unusable episodes, and lines set aside, that `import` names
+WORDS = {
+    "num_positive": "imported with a reward or score that says success",
+    "num_without_reward": "imported without reward or score: feedback may follow",
+    "num_without_tools": "imported without `tools`: their calls cannot be checked against a schema",
+    "num_without_author": "imported without an author: nothing is learned from them (--producer NAME)",
+    "num_fitting": "new, and the base's context holds them whole",
+    "num_unusable": "new, and the base cannot take them",
+}
 
 
 @about_one
@@ -119,8 +127,12 @@ def import_(
     """Take past episodes in; every line is accounted for."""
     deployment = chosen.open(**based_on(base))
     report = deployment.import_file(file, producer=producer)
-    lines = [f"{key:<16} {value}" for key, value in report.items() if not isinstance(value, dict | list)]
+    counts = {key: value for key, value in report.items() if isinstance(value, int)}
+    lines = [f"{key:<18} {value:>6}  {WORDS.get(key, '')}".rstrip() for key, value in counts.items()]
+    if producer is None:
+        lines.append("without --producer NAME the author is the line's `model`: nothing of an unknown one is learned")
     lines += [f"  {count:>5}  {reason}" for reason, count in report["reasons"].items()]
+    lines += [f"line {aside['line']}: {aside['reason']}" for aside in report["set_aside"][:SHOWN]]
     lines += report["unusable"][:SHOWN]
     if report["num_unusable"] > SHOWN:
         lines.append(f"and {report['num_unusable'] - SHOWN} more (--json lists them)")

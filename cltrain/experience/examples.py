@@ -22,6 +22,11 @@ OURS = frozenset(
 )  # producers that no sender may claim to be
 
 
+def score_of_reward(reward: float) -> float:
+    """The score in [-1, 1] of a reward in [0, 1], of which 0 is failure and 1 is success."""
+    return 2.0 * reward - 1.0
+
+
 def rank_of(source: str | None) -> int:
     """0 is believed before 1, and so on; who may not judge comes last."""
     return SOURCE_RANK.get(source or "", len(SOURCE_RANK))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def _told(answer: dict[str, Any], choice: dict[str, Any]) -> Told:
     entries = content if isinstance(content, list) else []
     scores: list[Any] = [entry.get("logprob") if isinstance(entry, dict) else None for entry in entries]
     are_whole = ids is not None and len(scores) == len(ids)
-    if not are_whole or not all(isinstance(s, int | float) and math.isfinite(s) for s in scores):
+    if not are_whole or not all(isinstance(s, int | float) and abs(s) <= sys.float_info.max for s in scores):
         scores = []
     reason = choice.get("finish_reason")
     return Told(

@@ -10,26 +10,28 @@ import hashlib
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-from cltrain.errors import ConflictError, DataError
-from cltrain.experience.examples import OURS, first_tool
+from cltrain.errors import BAD_CONTENT, ConflictError, DataError, guarded
+from cltrain.experience.examples import OURS, first_tool, score_of_reward
 from cltrain.experience.exchanges import Told, unfold
+from cltrain.experience.lines import MAX_LINE_BYTES, digest_of, lines_of, opened
 from cltrain.experience.recording import Recorder
+from cltrain.experience.rows import TOLD
 from cltrain.experience.strict_json import is_unicode, loads
 from cltrain.experience.verify import arguments_of, text_of, tool_fault
 from cltrain.records import Example, Feedback, Generation, Message, Trajectory
 
-MAX_LINE_BYTES = 16 * 2**20
-KEPT_BYTES = 64 * 2**10  # of a longer line, in the set-aside copy
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_NAMED = 20  # lines set aside that the report names; all are in the store
 MAX_PENDING = 256  # lines between reading and their commit
 MAX_SECONDS = 1e11  # beyond it a time is in milliseconds, or none
-BOM = b"\xef\xbb\xbf"
 PRODUCERS = {"user": "user", "system": "system", "developer": "system", "tool": "tool"}
 
 
@@ -45,7 +47,9 @@ class ImportReport:
     num_positive: int  # imported with a reward above failure
     num_without_reward: int
     num_without_tools: int  # imported without tool definitions
+    num_without_author: int  # imported, and nobody said who wrote the last answer
     reasons: dict[str, int]  # why lines were set aside, and how often
+    set_aside: tuple[dict[str, Any], ...]  # the first of them: {line, reason}
 
 
 class _Refused(Exception):
@@ -71,20 +75,20 @@ def import_file(
     {prompt, chosen, rejected, ...} with messages, as TRL has it, is an episode that ended with the rejected answer, and
     the chosen one as its correction: both are the producer's.
 
-    `reward` is in [0, 1] (0 failure, 1 success), or negative for a failure; `score` is in [-1, 1]. The answers'
-    producer is `producer`, else the line's `model`, which may not be a word that is trusted here (`OURS`): that the
-    owner's agent wrote a log is for the owner to say, not for the file. Without `principal` a line's is
-    `import:<file stem>`: one file is one source. A line whose id is stored is a duplicate if it says the same, else set
-    aside; so importing again changes nothing, but that a producer given now is that of answers whose was unknown.
+    `reward` is in [0, 1] (0 failure, 1 success), `score` in [-1, 1] (above 0 success). The answers' producer is
+    `producer`, else the line's `model`, which may not be a word that is trusted here (`OURS`): that the owner's agent
+    wrote a log is for the owner to say, not for the file. Without `principal` a line's is `import:<file stem>`: one
+    file is one source. A line whose id is stored is a duplicate if it says the same, else set aside; so importing again
+    changes nothing, but that a producer given now is that of answers whose was unknown.
     Set-aside lines are kept in the store, of lines over 16 MiB the first 64 KiB. Raises DataError for a file that
     cannot be read or is UTF-16.
     """
-    source = f"{file.name}:{_digest(file)[:12]}"
+    source = f"{file.name}:{digest_of(file)[:12]}"
     tally = _Tally(agent)
     pending: deque[tuple[int, bytes, Trajectory, Future[bool]]] = deque()
     seen: dict[str, bytes] = {}
-    with _opened(file) as stream:
-        for number, raw, size in _lines(stream):
+    with opened(file) as stream:
+        for number, raw, size in lines_of(stream):
             if not raw.strip():
                 tally.num_blank += 1
                 continue
@@ -92,7 +96,7 @@ def import_file(
             try:
                 if size > MAX_LINE_BYTES:
                     raise _Refused("line too long", f"{size} bytes, at most {MAX_LINE_BYTES}")
-                trajectory = _trajectory(raw, agent, producer, f"import:{file.stem}", clock(), releases)
+                trajectory = _read(_trajectory, raw, agent, producer, f"import:{file.stem}", clock(), releases)
                 content = hashlib.sha256(repr(_comparable(trajectory)).encode()).digest()
                 if seen.setdefault(trajectory.id, content) != content:
                     raise _Refused("id already used in this file for another episode", trajectory.id)
@@ -112,32 +116,32 @@ def read_rehearsal(file: Path) -> list[Example]:
     Raises DataError naming the first line that is no episode: unlike a log, this file is meant to be right.
     """
     examples = []
-    with _opened(file) as stream:
-        for number, raw, _ in _lines(stream):
+    with opened(file) as stream:
+        for number, raw, _ in lines_of(stream):
             if not raw.strip():
                 continue
             try:
-                trajectory = _trajectory(raw, "", "rehearsal", "rehearsal", 0.0)
+                examples.append(_read(_rehearsed, raw))
             except _Refused as refusal:
                 raise DataError(f"{file.name} line {number}: {refusal}") from None
-            answers = [k for k, m in enumerate(trajectory.messages) if m["role"] == "assistant"]
-            targets = tuple(
-                k for k in answers if text_of(trajectory.messages[k]) or trajectory.messages[k].get("tool_calls")
-            )
-            if not targets:
-                raise DataError(f"{file.name} line {number}: every answer is empty")
-            examples.append(
-                Example(
-                    record=f"rehearsal:{trajectory.id}",
-                    principal="rehearsal",
-                    stratum=f"{first_tool(trajectory.messages[k] for k in targets)}/good",
-                    messages=trajectory.messages[: targets[-1] + 1],
-                    targets=targets,
-                    tools=trajectory.tools,
-                    kind="rehearsal",
-                )
-            )
     return examples
+
+
+def _rehearsed(raw: bytes) -> Example:
+    trajectory = _trajectory(raw, "", "rehearsal", "rehearsal", 0.0)
+    answers = [(k, m) for k, m in enumerate(trajectory.messages) if m["role"] == "assistant"]
+    targets = tuple(k for k, message in answers if text_of(message) or message.get("tool_calls"))
+    if not targets:
+        raise _Refused("every answer is empty")
+    return Example(
+        record=f"rehearsal:{trajectory.id}",
+        principal="rehearsal",
+        stratum=f"{first_tool(trajectory.messages[k] for k in targets)}/good",
+        messages=trajectory.messages[: targets[-1] + 1],
+        targets=targets,
+        tools=trajectory.tools,
+        kind="rehearsal",
+    )
 
 
 class _Tally:
@@ -146,13 +150,15 @@ class _Tally:
     def __init__(self, agent: str) -> None:
         self.agent = agent
         self.num_lines = self.num_blank = self.num_imported = self.num_duplicates = 0
-        self.num_positive = self.num_without_reward = self.num_without_tools = 0
+        self.num_positive = self.num_without_reward = self.num_without_tools = self.num_without_author = 0
         self.reasons: Counter[str] = Counter()
+        self.first: list[tuple[int, str]] = []
 
     def set_aside(
         self, recorder: Recorder, source: str, number: int, refusal: _Refused, raw: bytes, now: float
     ) -> None:
         self.reasons[refusal.reason] += 1
+        self.first = sorted([*self.first, (number, str(refusal))])[:MAX_NAMED]
         recorder.set_aside(self.agent, source, number, str(refusal), raw, now=now).result()
 
     def stored(self, trajectory: Trajectory, is_new: bool) -> None:
@@ -164,6 +170,8 @@ class _Tally:
         self.num_positive += score is not None and score > 0
         self.num_without_reward += score is None
         self.num_without_tools += not trajectory.tools
+        answers = (k for k, message in enumerate(trajectory.messages) if message["role"] == "assistant")
+        self.num_without_author += trajectory.producers[max(answers)] is None
 
     def report(self) -> ImportReport:
         return ImportReport(
@@ -175,7 +183,9 @@ class _Tally:
             num_positive=self.num_positive,
             num_without_reward=self.num_without_reward,
             num_without_tools=self.num_without_tools,
+            num_without_author=self.num_without_author,
             reasons=dict(self.reasons),
+            set_aside=tuple({"line": number, "reason": reason} for number, reason in self.first),
         )
 
 
@@ -187,45 +197,19 @@ def _settle(
         tally.stored(trajectory, future.result())
     except ConflictError as error:
         tally.set_aside(recorder, source, number, _Refused("conflicts with what is stored", str(error)), raw, now)
-
-
-# ---------------------------------------------------------------- bytes
-
-
-def _opened(file: Path) -> BufferedReader:
-    try:
-        stream = file.open("rb")
-        head = stream.read(2)
-        stream.seek(0)
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from None
-    if head in (b"\xff\xfe", b"\xfe\xff"):
-        stream.close()
-        raise DataError(f"{file} is UTF-16: convert it first (iconv -f UTF-16 -t UTF-8)")
-    return stream
-
-
-def _digest(file: Path) -> str:
-    with _opened(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _lines(stream: BufferedReader) -> Iterator[tuple[int, bytes, int]]:
-    """(number from 1, bytes without the line end, size in bytes); of a line over MAX_LINE_BYTES only the beginning."""
-    number = 0
-    while raw := stream.readline(MAX_LINE_BYTES + 2):
-        number += 1
-        size, last = len(raw), raw
-        while not last.endswith(b"\n") and (last := stream.readline(MAX_LINE_BYTES)):
-            raw, size = raw[:KEPT_BYTES], size + len(last)
-        raw = raw.removeprefix(BOM) if number == 1 else raw
-        stripped = raw.rstrip(b"\r\n")
-        is_whole = size <= MAX_LINE_BYTES + 2
-        size = len(stripped) if is_whole else size
-        yield number, stripped if size <= MAX_LINE_BYTES else stripped[:KEPT_BYTES], size
+    except BAD_CONTENT as error:
+        tally.set_aside(recorder, source, number, _Refused("cannot be stored", str(error)[:200]), raw, now)
 
 
 # ---------------------------------------------------------------- one line
+
+
+def _read(reader: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `reader` makes of a line. Raises _Refused, also for content that defeats it."""
+    found = guarded(reader, *args, **kwargs)
+    if isinstance(found, str):
+        raise _Refused(*found.split(": ", 1))
+    return found
 
 
 def _trajectory(
@@ -298,7 +282,7 @@ def _author(line: dict[str, Any]) -> str | None:
 
 def _comparable(trajectory: Trajectory) -> tuple[object, ...]:
     """What makes two lines with one id the same episode."""
-    ids = {f"{trajectory.id}:reward", f"{trajectory.id}:chosen"}
+    ids = {f"{trajectory.id}:{name}" for name in TOLD}
     given = [(f.score, f.correction) for f in trajectory.feedback if f.id in ids]
     return trajectory.messages, trajectory.tools, trajectory.producers, trajectory.session, trajectory.principal, given
 
@@ -340,17 +324,18 @@ def _score(line: dict[str, Any]) -> float | None:
     value = line.get(key)
     if value is None:
         return None
+    least = 0 if key == "reward" else -1
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not -1 <= value <= 1:
-        raise _Refused(f"`{key}` is not a number in [-1, 1]")
-    return 2.0 * value - 1.0 if key == "reward" and value >= 0 else float(value)
+    if not is_number or not least <= value <= 1:
+        raise _Refused(f"`{key}` is not a number in [{least}, 1]")
+    return score_of_reward(value) if key == "reward" else float(value)
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise _Refused("has no `messages`")
     for index, message in enumerate(value):
-        if not isinstance(message, dict) or message.get("role") not in {*PRODUCERS, "assistant"}:
+        if not isinstance(message, dict) or message.get("role") not in (*PRODUCERS, "assistant"):
             raise _Refused("a message has no known role", f"message {index}")
         content = message.get("content")
         parts = content if isinstance(content, list) else []

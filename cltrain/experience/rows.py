@@ -28,6 +28,7 @@ EPISODE = select(records.c.agent, records.c.session, records.c.principal, record
     records.c.id == bindparam("id")
 )
 
+TOLD = ("reward", "chosen")  # what comes with an episode is feedback `<episode>:<name>`: an id that no client may give
 BRANCH = re.compile(r"^(traj-[0-9a-f]{32})~[0-9a-f]+$")
 
 
@@ -119,14 +120,13 @@ def write_feedback(connection: Connection, given: Feedback, now: float, only_of:
 
     On an episode it is said of each of its branches (see `reading`). `only_of`: the principal whose records may be
     judged; another's is unknown. False where the same is stored already. Raises UnknownTarget, and ConflictError where
-    something else is stored under its id.
+    something else is stored under its id: not what, for it may be another's.
     """
     stored = connection.execute(SAID, {"id": given.id}).first()
     if stored is not None:
         if stored == (given.target, given.score, given.text, given.correction, given.source, given.principal):
             return False
-        where = f"for {stored.target!r}" if stored.target != given.target else "and says something else"
-        raise ConflictError(f"feedback {given.id!r} is already stored {where}: use a new id")
+        raise ConflictError(f"feedback {given.id!r} is already stored and says something else: use a new id")
     record = connection.scalar(RECORD_OF_GENERATION, {"id": given.target}) or given.target
     owner = (
         connection.execute(OWNER_OF_RECORD, {"id": record}).first()
@@ -194,9 +194,9 @@ def write_trajectory(connection: Connection, trajectory: Trajectory) -> bool:
 def _named(connection: Connection, stored: Any, given: Trajectory) -> bool:
     """Whether this episode names producers that the stored one lacks; then they are stored. Raises ConflictError."""
     if stored.agent != given.agent:
-        raise ConflictError(f"{given.id!r} is already stored for agent {stored.agent!r}: use a new id")
+        raise ConflictError(f"{given.id!r} is taken: use a new id")  # not by whom: it may be another tenant
     payload = json.loads(json.dumps({"messages": given.messages, "tools": given.tools}))
-    ids = [f"{given.id}:{name}" for name in ("reward", "chosen")]  # what an import says of an episode
+    ids = [f"{given.id}:{name}" for name in TOLD]
     told = {said.id: (said.score, said.correction) for said in given.feedback if said.id in ids}
     known_of = {id_: said for id_ in ids if (said := connection.execute(SAID, {"id": id_}).first()) is not None}
     pairs = list(zip(stored.payload["producers"], given.producers, strict=False))

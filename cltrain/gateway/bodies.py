@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cltrain.config_tenants import shared_of
 from cltrain.errors import DataError
-from cltrain.experience.examples import OURS
+from cltrain.experience.examples import OURS, SOURCE_RANK, score_of_reward
+from cltrain.experience.rows import BRANCH, TOLD
 from cltrain.experience.strict_json import is_unicode, loads
 from cltrain.experience.verify import tool_fault
 from cltrain.gateway.episodes import producer_of
@@ -150,9 +151,15 @@ def completion_messages(body: dict[str, Any]) -> tuple[Message, ...]:
 
 
 def feedback_of(
-    body: dict[str, Any], headers: Mapping[str, str], fresh_id: str, now: float, key: Key | None
+    body: dict[str, Any],
+    headers: Mapping[str, str],
+    fresh_id: str,
+    now: float,
+    key: Key | None,
+    learn_from: Sequence[str] = (),
 ) -> Feedback:
-    """Raises DataError for anything that is not feedback, Refusal 403 for what the key may not say."""
+    """Raises DataError for anything that is not feedback or never counts (scores of those who may not judge, words of
+    those who are not in `learn_from` either), Refusal 403 for what the key may not say."""
     known = {"target", "id", "score", "text", "correction", "source", "principal"}
     if unknown := sorted(set(body) - known):
         raise DataError(f"feedback has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
@@ -166,10 +173,14 @@ def feedback_of(
     principal = body.get("principal") or headers.get("x-cltrain-principal")
     if key is not None:
         principal = _own(key, principal)
-    source = name_of(body.get("source") or "user", "source")
+    given = name_of(body.get("id") or fresh_id, "id")
+    if given.endswith(tuple(f":{name}" for name in TOLD)):
+        raise DataError(f"id {_shown(given)} is of the form that feedback has which comes with an episode: use another")
+    has_words = text is not None or correction is not None
+    source = source_of(body, "user", [name for name in learn_from if has_words and name not in OURS])
     _check_source(key, source, (*TRUSTED, "import"))  # what is imported brings its own; here it would overrule users
     return Feedback(
-        id=name_of(body.get("id") or fresh_id, "id"),
+        id=given,
         target=name_of(body.get("target"), "target"),
         score=score,
         text=text,
@@ -180,11 +191,20 @@ def feedback_of(
     )
 
 
-def score_of(value: Any, what: str) -> float:
+def source_of(body: dict[str, Any], default: str, also: Sequence[str] = ()) -> str:
+    """Who says so. Raises DataError for whom nobody would believe."""
+    source = name_of(body.get("source") or default, "source")
+    counting = (*SOURCE_RANK, *also)
+    if source not in counting:
+        raise DataError(f"source {_shown(source)} never counts; these do: {', '.join(counting)}")
+    return source
+
+
+def score_of(value: Any, what: str, least: int = -1) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{what} must be a number in [-1, 1]; got {_shown(value)}")
-    if not -1 <= value <= 1:  # false for NaN as well
-        raise DataError(f"{what} must be a finite number in [-1, 1]; got {_shown(value)}")
+        raise DataError(f"{what} must be a number in [{least}, 1]; got {_shown(value)}")
+    if not least <= value <= 1:  # false for NaN as well
+        raise DataError(f"{what} must be a finite number in [{least}, 1]; got {_shown(value)}")
     return float(value)
 
 
@@ -234,12 +254,14 @@ def call_of(call: Any, position: int, where: str) -> dict[str, Any]:
 def trajectory_of(body: dict[str, Any], agent: str, now: float, key: Key | None) -> Trajectory:
     """An episode that happened elsewhere. Its assistant turns have the body's `model` as producer, else nobody known.
 
-    Raises DataError: no id, malformed messages, no answer, arguments that are no JSON, a reward out of [-1, 1]; Refusal
-    403 for what the key may not say.
+    Raises DataError: no id, malformed messages, no answer, arguments that are no JSON, a `reward` out of [0, 1] or a
+    `score` out of [-1, 1]; Refusal 403 for what the key may not say.
     """
     if not is_unicode(body):
         raise DataError("the episode is not valid Unicode: a string in it holds half a surrogate pair")
     given = name_of(body.get("id"), "id")
+    if BRANCH.match(given):
+        raise DataError(f"id {_shown(given)} is of the form that a branch of a recorded episode has: use another")
     if body.get("agent", agent) not in (agent, shared_of(agent)):
         raise DataError(f"agent {_shown(body['agent'])} is not served here; this gateway records {agent!r}")
     model = None if body.get("model") is None else name_of(body["model"], "model")
@@ -252,14 +274,15 @@ def trajectory_of(body: dict[str, Any], agent: str, now: float, key: Key | None)
         messages.append({**message, "tool_calls": checked} if checked else message)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("messages hold no answer of the assistant: there is nothing to learn from")
-    reward = body.get("reward", body.get("score"))
     said: tuple[Feedback, ...] = ()
     named = body.get("principal")
     principal = name_of(named or "anonymous", "principal") if key is None else _own(key, named)
-    if reward is not None:
-        source = name_of(body.get("source") or "import", "source")
+    what = "reward" if body.get("reward") is not None else "score"
+    if body.get(what) is not None:
+        source = source_of(body, "import")
         _check_source(key, source)
-        score = score_of(reward, "reward")
+        score = score_of(body[what], what, least=0 if what == "reward" else -1)
+        score = score_of_reward(score) if what == "reward" else score
         said = (Feedback(f"{given}:reward", given, score, source=source, principal=principal, created_at=now),)
     return Trajectory(
         id=given,

@@ -58,7 +58,8 @@ async def take_feedback(door: Door, request: Request) -> Response:
     """Raises DataError (malformed), UnknownTarget, ConflictError (same id, other content), Refusal 503 (not stored)."""
     body = bodies.parse(await read_body(request))
     now = door.clock()
-    given = bodies.feedback_of(body, request.headers, f"fb-{uuid.uuid4().hex}", now, request.state.key)
+    learn_from = door.config.agent.learn_from
+    given = bodies.feedback_of(body, request.headers, f"fb-{uuid.uuid4().hex}", now, request.state.key, learn_from)
     only_of = bodies.judges_only(request.state.key)
     is_new = await door.settle(door.recorder.add_feedback(given, now=now, only_of=only_of))
     if bodies.is_done(request.headers):
