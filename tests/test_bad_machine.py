@@ -53,8 +53,9 @@ def test_a_busy_port_ends_with_code_2_and_names_the_setting(
         port = taken.getsockname()[1]
         ports = {"server": free_port(), "gateway": free_port(), name: port}
         settings = [f"--set={each}.port={number}" for each, number in ports.items()]
-        done = cltrain(command, f"--home={tmp_path}", *settings)
+        done = cltrain(command, f"--home={tmp_path / 'home'}", *settings)
     assert done.code == 2
+    assert not (tmp_path / "home").exists(), "what is refused leaves nothing behind"
     assert f"{name}.port = {port} cannot be used on 127.0.0.1" in done.err
     assert f"--set {name}.port=PORT" in done.err
 
@@ -78,6 +79,16 @@ def test_what_a_process_ends_with_at_its_start_is_what_the_command_ends_with(clt
     done = cltrain(*words)
     assert (done.code, done.json["error"]) == (3, "DataError"), done
     assert "not a model directory" in done.json["message"]
+
+
+@pytest.mark.parametrize("words", [("run",), ("serve",), ("run", "--only=gateway")])
+def test_a_base_that_is_none_is_refused_before_anything_is_made(
+    cltrain: Command, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    ports = [f"--set={name}.port={free_port()}" for name in ("server", "gateway")]
+    done = cltrain(*words, f"--home={tmp_path / 'home'}", f"--set=base.path={tmp_path}", *ports)
+    assert (done.code, "not a model directory" in done.err) == (3, True), done
+    assert not (tmp_path / "home").exists()
 
 
 # ---------------------------------------------------------------- a full disk

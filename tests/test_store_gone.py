@@ -51,9 +51,14 @@ def test_without_its_file_a_store_takes_nothing_and_makes_no_other(tmp_path: Pat
 
 def test_what_is_written_when_the_file_goes_away_is_rolled_back(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    with pytest.raises(DataError, match="moved, removed"), store.write() as connection:
-        connection.execute(workers.insert().values(agent="a", settings={}))
-        move(tmp_path, tmp_path / "away")
+
+    def write() -> None:
+        with store.write() as connection:
+            connection.execute(workers.insert().values(agent="a", settings={}))
+            move(tmp_path, tmp_path / "away")
+
+    with pytest.raises(DataError, match="moved, removed or replaced"):
+        write()
     move(tmp_path / "away", tmp_path)
     assert num_workers(store) == 0
 

@@ -34,8 +34,8 @@ class Store:
         """Raise DataError unless the file at the path is the one that was opened: what goes to another is lost."""
         if _identity(self._path) != self._file:
             raise DataError(
-                f"{self._path} is not the file that was opened: it was moved, removed or replaced. Put it back with its "
-                "-wal and -shm, or end all processes before another takes its place"
+                f"{self._path} is not the file that was opened: it was moved, removed or replaced. Put it back with "
+                "its -wal and -shm, or end all processes before another takes its place"
             )
 
     @contextmanager
