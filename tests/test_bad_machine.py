@@ -289,6 +289,12 @@ def test_a_fleet_that_cannot_start_leaves_the_signals_as_they_were(tmp_path: Pat
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_start_says_what_it_waits_for(tmp_path: Path) -> None:
+    said: list[str] = []
+    with Ending(from_dict({"home": str(tmp_path)}), (), ("worker",), on_event=said.append):
+        assert said == ["starting worker ..."]
+
+
 def test_a_worker_that_keeps_ending_is_given_up_and_serving_goes_on(tmp_path: Path) -> None:
     said: list[str] = []
     fleet = Ending(from_dict({"home": str(tmp_path)}), (), ("worker",), on_event=said.append)

@@ -28,13 +28,13 @@ class Store:
 
     def __init__(self, engine: Engine, path: Path) -> None:
         self.engine = engine
-        self._path, self._file = path, _identity(path)
+        self.path, self._file = path, _identity(path)
 
     def require_there(self) -> None:
         """Raise DataError unless the file at the path is the one that was opened: what goes to another is lost."""
-        if _identity(self._path) != self._file:
+        if _identity(self.path) != self._file:
             raise DataError(
-                f"{self._path} is not the file that was opened: it was moved, removed or replaced. Put it back with "
+                f"{self.path} is not the file that was opened: it was moved, removed or replaced. Put it back with "
                 "its -wal and -shm, or end all processes before another takes its place"
             )
 
