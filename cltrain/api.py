@@ -178,6 +178,8 @@ class Deployment:
         waiting = approvals.waiting_for_yes(self._existing(), self.agent)
         if release is not None:
             release = releases.find(self.store, self.agent, release).name
+            if release == aliases.read_alias(self.store, self.agent).release:
+                raise ConflictError(f"{release} already serves")
             if release not in waiting:
                 raise ConflictError(
                     f"{release} does not wait for a yes: `cltrain status` says what became of it, `cltrain promote` "

@@ -63,7 +63,7 @@ def calibrate(config: Config, store: Store, *, now: float, on_progress: Callable
         num_threads=config.base.num_threads,
     )  # fmt: skip
     incumbent = serving(config, store)
-    examples, notes = waiting_examples(config, Unwritten(store.engine), base, incumbent, now)
+    examples, notes = waiting_examples(config, Unwritten(store.engine, store.path), base, incumbent, now)
     usable = [rows for rows in (render(base, [example])[0] for example in examples) if rows]
     least = config.experience.min_window
     num_missing = max(0, MIN_UPDATES * least - len(usable))

@@ -53,6 +53,19 @@ class NotHeldError(UnavailableError):
         self.model = model
 
 
+OF_EXIT_CODE: dict[int, type[CltrainError]] = {
+    kind.exit_code: kind for kind in (ConfigError, DataError, ConflictError, ServerError)
+}
+"""The kind of an error that another process ended with, or answered."""
+
+
+def failure(error: Exception) -> dict[str, object]:
+    """The answer of a worker that could not do it: whoever asked ends with the same kind of error."""
+    if isinstance(error, CltrainError):
+        return {"error": str(error), "exit_code": error.exit_code}
+    return {"error": f"{type(error).__name__}: {error}"}
+
+
 BAD_CONTENT = (DataError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What the content of one record can make its reader raise. A full memory or disk is no record's fault."""
 

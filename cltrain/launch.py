@@ -20,12 +20,11 @@ from types import FrameType
 from urllib.parse import urlsplit
 
 from cltrain.config import Config
-from cltrain.errors import CltrainError, ConfigError, ConflictError, DataError, ServerError
+from cltrain.errors import OF_EXIT_CODE, CltrainError, ConfigError, ServerError
 
 PROCESSES = ("server", "gateway", "worker")
 MAX_RESTARTS = 20  # of one process within RESTARTS_S
 RESTARTS_S = 600.0
-FIXABLE: dict[int, type[CltrainError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, ConflictError)}
 
 
 def server_url(config: Config) -> str:
@@ -104,6 +103,15 @@ def check_port_is_free(host: str, port: int, setting: str) -> None:
             ) from None
 
 
+def check_ports(config: Config, names: Sequence[str]) -> None:
+    """Raise ConfigError where these processes could not listen, or nobody would find them."""
+    for name, section in (("server", config.server), ("gateway", config.gateway)):
+        if name in names:
+            if section.port == 0:
+                raise ConfigError(f"{name}.port = 0 leaves the choice to the system: name a port, others look there")
+            check_port_is_free(section.host, section.port, f"{name}.port")
+
+
 @dataclass
 class Fleet:
     """The processes of one deployment that this program started. Use as a context manager."""
@@ -122,8 +130,9 @@ class Fleet:
     def __enter__(self) -> Fleet:
         self._end_on_sigterm()
         try:
-            self._check_ports()
+            check_ports(self.config, self.names)
             for name in self.names:
+                self.on_event(f"starting {name} ...")
                 self.start(name)
                 self.wait_until_up(name)
         except BaseException:
@@ -133,15 +142,6 @@ class Fleet:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    def _check_ports(self) -> None:
-        for name, section in (("server", self.config.server), ("gateway", self.config.gateway)):
-            if name in self.names:
-                if section.port == 0:
-                    raise ConfigError(
-                        f"{name}.port = 0 leaves the choice to the system: name a port, others look there"
-                    )
-                check_port_is_free(section.host, section.port, f"{name}.port")
 
     def _end_on_sigterm(self) -> None:
         """From the first start on a SIGTERM must end the others too: by default it would leave them running."""
@@ -186,7 +186,9 @@ class Fleet:
         deadline = time.monotonic() + timeout_s
         while url is not None:
             if (code := self.processes[name].poll()) is not None:
-                raise FIXABLE.get(code, ServerError)(f"{name} ended with code {code} at its start:\n{self.tail(name)}")
+                raise OF_EXIT_CODE.get(code, ServerError)(
+                    f"{name} ended with code {code} at its start:\n{self.tail(name)}"
+                )
             try:
                 if httpx.get(f"{url}/health", timeout=2.0, trust_env=False).status_code == 200:
                     return

@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -13,13 +14,15 @@ from sqlalchemy import Connection, func, select
 
 from cltrain import launch, tenants
 from cltrain.config import Config
+from cltrain.config_tenants import shared_of
 from cltrain.deploy import readiness
-from cltrain.errors import DataError
+from cltrain.errors import ConflictError, DataError
 from cltrain.experience import rows, waiting
 from cltrain.models.digest import changed_anchors
 from cltrain.monitoring.outbox import lags
 from cltrain.records import Verdict
-from cltrain.registry import decisions, lease, rollouts
+from cltrain.registry import aliases, approvals, decisions, lease, rollouts
+from cltrain.registry.tenants import incumbent
 from cltrain.store import schema as s
 from cltrain.store.database import Store
 
@@ -31,6 +34,8 @@ EXPLAINED = ("unusable", "quarantined")
 def read_status(config: Config, store: Store) -> dict[str, Any]:
     """The state of one agent as plain JSON, with its newest updates and releases.
 
+    `mode`: the running worker's, which may be another than `config_mode`; `awaits`: candidates that `approve` would
+    serve, oldest first;
     `replicas`: how each stands to what serves, as the worker found it last (see `deploy.readiness.standings`);
     `items`: of the gate, asked so far and retired;
     `immature`: ended episodes that wait for feedback or for `mature_after_s`; `ready`: those that the next update may
@@ -38,6 +43,9 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
     their episode was learned from; `sinks`: events that each has not kept yet.
     """
     agent, now = config.agent.name, time.time()
+    is_worked_on = lease.lease_until(store, agent) > now
+    theirs = lease.settings_of(store, shared_of(agent)) if is_worked_on else None
+    mode = str(config.agent.mode)
     with store.read() as connection:
         alias = connection.execute(select(s.aliases).where(s.aliases.c.agent == agent)).first()
         switch = connection.execute(select(s.agents).where(s.agents.c.agent == agent)).first()
@@ -55,7 +63,8 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
         screened = {row[0]: int(row[1]) for row in connection.execute(standing)}
         state: dict[str, Any] = {
             "agent": agent,
-            "mode": str(config.agent.mode),
+            "mode": theirs["agent"]["mode"] if theirs else mode,
+            "config_mode": mode,
             "frozen": bool(switch and switch.is_frozen),
             "frozen_reason": switch.frozen_reason if switch else None,
             "release": alias.release if alias else None,
@@ -103,6 +112,7 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
         chain_state, num_decisions = f"BROKEN: {error}", -1
     return {
         **state,
+        "awaits": _awaiting(store, agent),
         "immature": waiting.num_immature(store, agent, config.experience.mature_after_s, now),
         "late_feedback": waiting.num_late_feedback(store, agent),
         "tenants": tenants.standing_of(config, store, now),
@@ -116,7 +126,7 @@ def read_status(config: Config, store: Store) -> dict[str, Any]:
         "processes": {
             "gateway": launch.health_of(launch.gateway_url(config)),
             "server": launch.health_of_servers(config),
-            "worker": "up" if lease.lease_until(store, agent) > now else "down",
+            "worker": "up" if is_worked_on else "down",
         },
     }
 
@@ -136,10 +146,15 @@ def lines_of(state: dict[str, Any]) -> list[str]:
     said = f"{state['feedback']} pieces of feedback, {state['set_aside']} lines set aside"
     screened = ", ".join(f"{count} {status}" for status, count in sorted(state["screenings"].items()))
     worn = state["items"]["retired"]
+    is_other = state["mode"] != state["config_mode"]
+    mode = f"{state['mode']}{' of the running worker, ' + state['config_mode'] + ' by this config' if is_other else ''}"
+    *older, newest = state["awaits"] or [None]
     return [
-        f"agent      {state['agent']}  mode {state['mode']}{frozen}",
+        f"agent      {state['agent']}  mode {mode}{frozen}",
         *(f"notice     {notice}" for notice in state["notices"]),
         f"serving    {state['release'] or 'nothing yet'}",
+        *(f"awaits     {name}: cltrain approve {name}" for name in older),
+        *([f"awaits     {newest}: cltrain approve"] if newest else []),
         *([f"trying     {_trying(state['tried'])}"] if state["tried"] else []),
         f"before     {state['previous'] or '-'}   anchor {state['anchor'] or '-'}",
         f"records    {state['records']} episodes, {said}",
@@ -159,6 +174,17 @@ def lines_of(state: dict[str, Any]) -> list[str]:
             for u in state["updates"]
         ),
     ]
+
+
+def _awaiting(store: Store, agent: str) -> list[str]:
+    """Who waits for a person's yes, and was compared with what serves now."""
+    found = []
+    for name in approvals.waiting_for_yes(store, agent):
+        with suppress(ConflictError):
+            serving = incumbent(store, agent, aliases.read_alias(store, agent).release)
+            approvals.require_judged(store, agent, name, serving)
+            found.append(name)
+    return found
 
 
 def _tried(found: rollouts.Rollout | None) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from cltrain.config import Config
 from cltrain.deploy.client import clients_of
 from cltrain.deploy.preflight import check_adapter
 from cltrain.deploy.replicas import Replicas
-from cltrain.errors import ConflictError, DataError, ServerError, UnavailableError
+from cltrain.errors import ConflictError, DataError, ServerError, UnavailableError, failure
 from cltrain.evidence import Evidence
 from cltrain.experience import window
 from cltrain.experience.ingest import read_rehearsal
@@ -315,10 +315,10 @@ class Worker:
             outcome = self._outcome_of(row)
         except ConflictError as error:  # frozen, or learning is off
             self._make_sure_of_lease()  # who lost it leaves the answer to the next worker
-            outcome = {"error": f"ConflictError: {error}"}
+            outcome = failure(error)
         except Exception as error:  # whoever asked must hear of it, whatever it was
             self._go_on_after(error)
-            outcome = {"error": f"{type(error).__name__}: {error}"}
+            outcome = failure(error)
         try:
             with self.store.write() as connection:
                 is_open = (requests.c.id == row.id) & requests.c.outcome.is_(None)

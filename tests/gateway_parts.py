@@ -229,6 +229,7 @@ def running(
     fake: FakeServer | None = None,
     timeout_s: float = 5.0,
     api_key_env: str | None = None,
+    http: type[Http] = Http,
     **sections: Any,
 ) -> Iterator[Gateway]:
     fake = fake or FakeServer()
@@ -240,7 +241,7 @@ def running(
         holder: list[Gateway] = []
         upstream = Upstream(upstream_url, kind=kind, base_model="base", timeout_s=timeout_s)  # type: ignore[arg-type]
         app = create_gateway(store, config, upstream, lambda: holder[0].now if holder else 1000.0, base_release=BASE)
-        with served(app, http=Http) as url:
+        with served(app, http=http) as url:
             gateway = Gateway(directory, url, fake, store, app)
             gateway.urls = [upstream.url]
             holder.append(gateway)

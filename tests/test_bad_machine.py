@@ -53,8 +53,9 @@ def test_a_busy_port_ends_with_code_2_and_names_the_setting(
         port = taken.getsockname()[1]
         ports = {"server": free_port(), "gateway": free_port(), name: port}
         settings = [f"--set={each}.port={number}" for each, number in ports.items()]
-        done = cltrain(command, f"--home={tmp_path}", *settings)
+        done = cltrain(command, f"--home={tmp_path / 'home'}", *settings)
     assert done.code == 2
+    assert not (tmp_path / "home").exists(), "what is refused leaves nothing behind"
     assert f"{name}.port = {port} cannot be used on 127.0.0.1" in done.err
     assert f"--set {name}.port=PORT" in done.err
 
@@ -78,6 +79,16 @@ def test_what_a_process_ends_with_at_its_start_is_what_the_command_ends_with(clt
     done = cltrain(*words)
     assert (done.code, done.json["error"]) == (3, "DataError"), done
     assert "not a model directory" in done.json["message"]
+
+
+@pytest.mark.parametrize("words", [("run",), ("serve",), ("run", "--only=gateway")])
+def test_a_base_that_is_none_is_refused_before_anything_is_made(
+    cltrain: Command, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    ports = [f"--set={name}.port={free_port()}" for name in ("server", "gateway")]
+    done = cltrain(*words, f"--home={tmp_path / 'home'}", f"--set=base.path={tmp_path}", *ports)
+    assert (done.code, "not a model directory" in done.err) == (3, True), done
+    assert not (tmp_path / "home").exists()
 
 
 # ---------------------------------------------------------------- a full disk
@@ -276,6 +287,12 @@ def test_a_fleet_that_cannot_start_leaves_the_signals_as_they_were(tmp_path: Pat
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_start_says_what_it_waits_for(tmp_path: Path) -> None:
+    said: list[str] = []
+    with Ending(from_dict({"home": str(tmp_path)}), (), ("worker",), on_event=said.append):
+        assert said == ["starting worker ..."]
 
 
 def test_a_worker_that_keeps_ending_is_given_up_and_serving_goes_on(tmp_path: Path) -> None:

@@ -114,6 +114,10 @@ def test_every_release_of_a_worker_holds_from_its_files_alone(sealed: Path, cltr
     seen = {finding["name"]: finding["seen"] for finding in done.json["findings"]}
     assert seen["step_frobenius"] != pytest.approx(seen["drift_frobenius"], rel=1e-3), "the step is not from the base"
     assert cltrain("verify", str(release)).out.endswith("holds\n")
+    home = f"--home={release.parents[2]}"
+    assert cltrain("verify", release.name[:-4], home).out.endswith("holds\n")
+    unknown = cltrain("verify", "nobody-v0", home)
+    assert (unknown.code, "none begins with 'nobody-v0'" in unknown.err) == (3, True), unknown
 
 
 def test_norms_are_those_that_theory_gives(tiny: Base) -> None:

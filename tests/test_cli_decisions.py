@@ -58,8 +58,14 @@ def test_approve_without_a_name_serves_the_newest_that_waits_and_makes_it_the_an
     assert cltrain(*words).code == 4
     assert cltrain(*words, held).code == 4
     older, newer = waiting(store, tmp_path, 3), waiting(store, tmp_path, 4)
+    status = ("status", *words[1:-1])
+    assert (
+        f"\nawaits     {older}: cltrain approve {older}\nawaits     {newer}: cltrain approve\n" in cltrain(*status).out
+    )
     done = cltrain(*words)
     assert (done.code, done.json["release"]) == (0, newer), done
+    assert "awaits" not in cltrain(*status).out, "the other was compared with what serves no more"
+    assert f"{newer} already serves" in cltrain(*words, newer).err
     done = cltrain(*words)
     assert (done.code, "was compared with" in done.err) == (4, True), done
     assert cltrain(*words, older).code == 4

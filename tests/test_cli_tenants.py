@@ -61,6 +61,16 @@ def test_all_of_them_at_once(cltrain: Command, home: Path, tmp_path: Path) -> No
     store.close()
 
 
+def test_a_freeze_says_which_tenants_go_on_learning(cltrain: Command, home: Path) -> None:
+    assert "\n2 tenants go on learning: --tenants freezes them too" in cltrain("freeze", f"--home={home}").out
+    alone = cltrain("freeze", f"--home={home}", f"--agent={ACME}")
+    assert "on learning" not in alone.out
+    assert "\n1 tenant goes on learning: --tenants" in cltrain("freeze", f"--home={home}").out
+    assert cltrain("freeze", f"--home={home}", "--json").json["tenants_learning"] == [ZORG]
+    assert "on learning" not in cltrain("freeze", "--tenants", f"--home={home}").out
+    assert "on learning" not in cltrain("freeze", f"--home={home}").out
+
+
 def test_a_rollback_that_did_nothing_for_anybody_says_so_by_its_exit_code(cltrain: Command, home: Path) -> None:
     assert cltrain("rollback", "--tenants", f"--home={home}").code == 0
     again = cltrain("rollback", "--tenants", f"--home={home}", "--json")

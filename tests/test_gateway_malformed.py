@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from cltrain.gateway.wire import MAX_HEAD_BYTES
+from cltrain.gateway.wire import MAX_HEAD_BYTES, Http
 from tests.gateway_parts import Gateway, running
 from tests.test_gateway_faults import CHAT, MESSAGES, check_shape
 
@@ -86,9 +89,10 @@ def test_names_in_headers_are_checked_too(gateway: Gateway, headers: dict[str, s
         ([b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"], 400, "no_http"),  # TLS on a port without it
         ([b"hello\r\n\r\n"], 400, "no_http"),
         ([b"POST /v1/messages HTTP/1.1\r\nhost: a\r\ncontent-length: x\r\n\r\n"], 400, "no_http"),
+        ([b"GET /health HTTP/1.1\r\nx: " + b"a" * MAX_HEAD_BYTES + b"\r\n\r\n"], 431, "headers_too_long"),
         ([b"GET /health HTTP/1.1\r\nx: ", *[b"a" * 1000] * (MAX_HEAD_BYTES // 1000 + 2)], 431, "headers_too_long"),
     ],
-    ids=["TLS", "a word", "a broken header", "a header without end"],
+    ids=["TLS", "a word", "a broken header", "a long header", "a header without end"],
 )
 def test_what_reaches_no_route_is_answered_in_the_apis_shape_and_counted(
     gateway: Gateway, sent: list[bytes], status: int, code: str
@@ -109,6 +113,31 @@ def test_what_reaches_no_route_is_answered_in_the_apis_shape_and_counted(
 
 def test_long_headers_that_end_and_long_bodies_are_taken(gateway: Gateway) -> None:
     assert gateway.chat("x" * 4 * MAX_HEAD_BYTES, "hi", headers={"x-long": "a" * 20_000}).status_code == 200
+
+
+class Impatient(Http):
+    head_timeout_s = 0.5
+
+
+def test_a_connection_whose_headers_do_not_end_is_closed_and_one_that_asks_is_kept(tmp_path: Path) -> None:
+    asks = b"GET /health HTTP/1.1\r\nhost: a\r\n"
+    with running(tmp_path, http=Impatient) as hasty, closing(socket.socket()) as silent:
+        where = ("127.0.0.1", httpx.URL(hasty.url).port or 0)
+        silent.connect(where)
+        with closing(socket.create_connection(where, timeout=10)) as client:
+            for _ in range(2):  # kept alive
+                client.sendall(asks)
+                time.sleep(0.1)
+                client.sendall(b"\r\n")
+                assert b"200 OK" in client.recv(10_000)
+                time.sleep(0.6)  # idle between two requests: not its headers
+            client.sendall(asks)
+            assert b"408" in client.recv(10_000)
+            assert client.recv(1) == b""
+        assert hasty.chat("wait 1").status_code == 200
+        silent.settimeout(10)
+        assert silent.recv(1) == b"", "nobody asked for anything"
+        assert hasty.errors("headers_too_late") == 1
 
 
 def test_feedback_sent_again_is_counted_and_stored_once(gateway: Gateway) -> None:

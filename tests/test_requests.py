@@ -13,11 +13,12 @@ from sqlalchemy import select, update
 
 from cltrain.api import Deployment, Progress
 from cltrain.config import Config, load
-from cltrain.errors import ServerError
+from cltrain.errors import CltrainError, ConfigError, ConflictError, DataError, ServerError, UnavailableError, failure
 from cltrain.models.base import load_base
 from cltrain.registry import lease, requests
 from cltrain.registry.releases import ensure_base_release
 from cltrain.store.database import Store, open_store
+from cltrain.store.schema import agents
 from cltrain.store.schema import requests as asked
 from tests.command import Command, cltrain
 
@@ -122,6 +123,34 @@ def test_settings_that_the_running_worker_does_not_learn_with_are_refused(cltrai
         for words in ((), ("--set=trainer.lr=1e-3",), ("--set=gateway.port=1",)):
             assert cltrain("update", home, *words).code == 10
     assert len(all_asked(store)) == 3
+
+
+@pytest.mark.parametrize("kind", [ConflictError, DataError, ConfigError, UnavailableError, ValueError])
+def test_who_asks_ends_with_the_kind_of_error_that_the_worker_met(
+    cltrain: Command, tmp_path: Path, kind: type[Exception]
+) -> None:
+    store = open_store(tmp_path)
+    taken(store, config_of(tmp_path))
+    with Answering(store, failure(kind("as it is"))):
+        done = cltrain("update", f"--home={tmp_path}")
+    code = kind.exit_code if issubclass(kind, CltrainError) else ServerError.exit_code
+    assert (done.code, "could not do it" in done.err, "as it is" in done.err) == (code, True, True), done
+
+
+def test_the_status_shows_the_mode_of_the_running_worker_and_where_it_is_another(
+    cltrain: Command, tmp_path: Path
+) -> None:
+    store = open_store(tmp_path)
+    ensure_base_release(store, "support", "ab" * 32, now=1.0)
+    words = ["status", f"--home={tmp_path}", "--set=agent.mode=observe"]
+    assert cltrain(*words).out.startswith("agent      support  mode observe\n")
+    taken(store, config_of(tmp_path, "agent.mode=approve"))
+    assert "mode approve of the running worker, observe by this config\n" in cltrain(*words).out
+    assert cltrain(*words, "--json").json["mode"] == "approve"
+    assert "mode approve\n" in cltrain(*words, "--set=agent.mode=approve").out
+    with store.write() as connection:
+        connection.execute(update(agents).values(lease_until=1.0))  # it is gone
+    assert cltrain(*words).out.startswith("agent      support  mode observe\n")
 
 
 def test_a_tenant_is_worked_on_by_the_worker_that_holds_the_shared_lease(cltrain: Command, tmp_path: Path) -> None:

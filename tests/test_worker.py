@@ -193,7 +193,8 @@ def test_probes_that_cannot_be_made_keep_nobody_waiting(made, keeps_signals, tmp
         deployment.freeze("so that it is quick")
         number = deployment.post_request("update")
         run_until(learner, lambda: deployment.request_outcome(number) is not None, timeout_s=5.0)
-        assert "frozen" in deployment.request_outcome(number)["error"]
+        answer = deployment.request_outcome(number)
+        assert ("frozen" in answer["error"], answer["exit_code"]) == (True, ConflictError.exit_code)
         assert not tending.make_missing_probes(learner.rooms)
         said = [line for line in caplog.records if "cannot be proved" in line.getMessage()]
         assert [line.exc_info is not None for line in said] == [True], "said once, with where it happened"

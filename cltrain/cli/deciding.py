@@ -74,10 +74,22 @@ def freeze(
     as_json: AsJson = False,
 ) -> None:
     """Stop learning at once; serving goes on."""
-    _print_each(
-        chosen.open(), lambda deployment: deployment.freeze(reason), tenants, as_json,
-        lambda state: f"{state['agent']}: learning is frozen ({reason})",
-    )  # fmt: skip
+    from cltrain.registry.tenants import learning_in
+
+    def one(deployment: Deployment) -> dict[str, Any]:
+        state = deployment.freeze(reason)
+        if tenants:
+            return state
+        with deployment.store.read() as connection:
+            return {**state, "tenants_learning": learning_in(connection, deployment.agent)}
+
+    def line(state: dict[str, Any]) -> str:
+        said = f"{state['agent']}: learning is frozen ({reason})"
+        num = len(state.get("tenants_learning", ()))
+        go = "1 tenant goes" if num == 1 else f"{num} tenants go"
+        return f"{said}\n{go} on learning: --tenants freezes them too" if num else said
+
+    _print_each(chosen.open(), one, tenants, as_json, line)
 
 
 @about_one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from cltrain.cli.parts import (
     Base,
     Chosen,
     Configs,
+    Home,
     Overrides,
     about_one,
     app,
@@ -21,6 +23,7 @@ from cltrain.cli.parts import (
     print_out,
     said,
 )
+from cltrain.errors import DataError
 
 SHOWN = 3  # unusable episodes, and lines set aside, that `import` names
 WORDS = {
@@ -65,12 +68,13 @@ def share(
 
 @app.command()
 def verify(
-    release: Annotated[Path, typer.Argument(help="Directory of a release: its manifest and adapter files.")],
+    release: Annotated[Path, typer.Argument(help="Directory of a release, or how a name in --home begins.")],
     base: Base = None,
     anchors: Annotated[Path | None, typer.Option(help="Its pinned anchors (default those of its state).")] = None,
     parent: Annotated[Path | None, typer.Option(help="Its parent's directory (default beside it).")] = None,
     config: Configs = None,
     overrides: Overrides = None,
+    home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Recompute a release's bounds from its files alone; with --config or --set against these limits, on this base."""
@@ -82,9 +86,20 @@ def verify(
     if config or overrides:
         chosen = load(config or [], overrides or [])
         base, limits = base or chosen.base.path, chosen.bounds
+    if not release.is_dir() and len(release.parts) == 1:
+        release = _named(Chosen(config, overrides, home).open().config.state_dir / "releases", release.name)
     found = api.verify(release, base=base, anchors=anchors, parent=parent, limits=limits)
     print_out({**asdict(found), "holds": found.holds, "failed": found.failed}, as_json, table(found))
     raise typer.Exit(0 if found.holds else 3)
+
+
+def _named(directory: Path, name: str) -> Path:
+    """The one release, of all agents there, whose name begins so."""
+    found = sorted(directory.glob(f"*/{glob.escape(name)}*"))
+    if len(found) != 1:
+        several = f"{len(found)} releases begin with" if found else "no directory of a release, and none begins with"
+        raise DataError(f"{several} {name!r} in {directory}: give the directory, or --home and more of the name")
+    return found[0]
 
 
 @about_one

@@ -32,6 +32,7 @@ Overrides = Annotated[
 ]
 Configs = Annotated[list[Path] | None, typer.Option("--config", "-c", help="TOML file; several merge left to right.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Home = Annotated[Path | None, typer.Option(help="State directory (default $CLTRAIN_HOME or checkpoints/).")]
 Base = Annotated[Path | None, typer.Option(help="Directory of the frozen base model.")]
 Reason = Annotated[str, typer.Option(help="Goes into the log of decisions.")]
 
@@ -44,7 +45,7 @@ class Chosen:
 
     config: Configs = None
     overrides: Overrides = None
-    home: Annotated[Path | None, typer.Option(help="State directory (default $CLTRAIN_HOME or checkpoints/).")] = None
+    home: Home = None
     agent: Annotated[str | None, typer.Option(help="The agent's name (default agent.name).")] = None
 
     def open(self, **settings: Any) -> Deployment:

@@ -57,6 +57,7 @@ def _start(
     names: tuple[str, ...],
 ) -> None:
     from cltrain import launch
+    from cltrain.models.digest import base_path, weight_files
 
     settings: dict[str, Any] = {"agent.mode": mode, **based_on(base)}
     if upstream is not None:
@@ -68,12 +69,15 @@ def _start(
             settings["server.kind"] = "openai"  # nobody said what it is: record, and load no adapters
     deployment = chosen.open(**settings)
     deployment.require_shared()
+    names = (only,) if only is not None else tuple(name for name in names if name in launch.needed(deployment.config))
+    if only is None:  # a process alone looks itself: another of this deployment may hold the port a moment longer
+        launch.check_ports(deployment.config, names)
+    weight_files(base_path(deployment.config.base.path))
     if not deployment.keep_room():
         warn(f"no room in {deployment.config.state_dir} to set aside for a rollback on a full disk")
     if only is not None:
         deployment.run_process(only)
         return
-    names = tuple(name for name in names if name in launch.needed(deployment.config))
     with launch.Fleet(
         deployment.config, deployment.arguments, names, on_event=lambda line: typer.echo(line, err=True)
     ) as fleet:

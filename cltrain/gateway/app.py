@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cltrain.config import Config
-from cltrain.errors import ConfigError
+from cltrain.errors import ConfigError, DataError
 from cltrain.experience.recording import Recorder, load_secret
 from cltrain.gateway.chat import Door
 from cltrain.gateway.episodes import Episodes
@@ -111,7 +111,14 @@ def create_gateway(
         return await answered(door, request, list_served(door, store, request))
 
     async def health(_: Request) -> Response:
-        return JSONResponse({"status": "ok", "agent": agent, "store": "down" if episodes.watch.is_down else "ok"})
+        if not episodes.watch.is_down:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.to_thread(store.require_there)
+            except (DataError, OSError) as error:  # a TimeoutError is an OSError
+                episodes.watch.failed(error or type(error).__name__)
+        is_down = episodes.watch.is_down
+        return JSONResponse({"status": "ok", "agent": agent, "store": "down" if is_down else "ok"})
 
     async def show_metrics(_: Request) -> Response:
         metrics.waiting.set(recorder.num_waiting)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import insert, select, update
 
-from cltrain.errors import DataError, ServerError
+from cltrain.errors import OF_EXIT_CODE, DataError, ServerError
 from cltrain.registry.lease import lease_until
 from cltrain.store.database import Store
 from cltrain.store.schema import requests
@@ -53,8 +53,8 @@ def wait_for(
 ) -> dict[str, Any]:
     """The answer to a request, which is withdrawn when there is none.
 
-    Raises ServerError for an answer that is an error, after `wait_s` seconds, and once nobody has had the agent's lease
-    for `gone_s` seconds.
+    Raises what the worker answered if that is an error; ServerError after `wait_s` seconds, and once nobody has had the
+    agent's lease for `gone_s` seconds.
     """
     deadline = time.monotonic() + wait_s
     gone_at: float | None = None
@@ -79,5 +79,6 @@ def wait_for(
             withdraw(store, request)
         raise
     if "error" in outcome:
-        raise ServerError(f"the worker could not do it: {outcome['error']}")
+        kind = OF_EXIT_CODE.get(outcome.get("exit_code", 0), ServerError)
+        raise kind(f"the worker could not do it: {outcome['error']}")
     return outcome

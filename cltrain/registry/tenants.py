@@ -11,7 +11,7 @@ from sqlalchemy import Connection, select, update
 from cltrain.config_tenants import is_tenants, shared_of
 from cltrain.store.database import Store
 from cltrain.store.families import of_tenants
-from cltrain.store.schema import aliases, releases
+from cltrain.store.schema import agents, aliases, releases
 
 BARE = select(releases.c.name).where(releases.c.number == 0)
 
@@ -20,6 +20,13 @@ def tenants_in(connection: Connection, shared: str) -> list[str]:
     """The tenants' agents that were set up so far, by name."""
     ours = select(aliases.c.agent).where(of_tenants(aliases.c.agent, shared)).order_by(aliases.c.agent)
     return list(connection.scalars(ours))
+
+
+def learning_in(connection: Connection, shared: str) -> list[str]:
+    """Those of them that are not frozen."""
+    is_frozen = select(agents.c.agent).where(agents.c.is_frozen)
+    frozen = set(connection.scalars(is_frozen))
+    return [agent for agent in tenants_in(connection, shared) if agent not in frozen]
 
 
 def incumbent(store: Store, agent: str, serving: str) -> str:

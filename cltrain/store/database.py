@@ -1,10 +1,12 @@
 """One engine per process: SQLite in WAL mode with full sync, short write transactions begun IMMEDIATE.
 
-A commit that returned is on disk. A full disk or a locked database raises DataError with what to do.
+A commit that returned is on disk, in the file that lies at the path. A full disk, a locked database or a file that went
+away raises DataError with what to do.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,23 +26,35 @@ STORE_FILE = "store.db"
 class Store:
     """The database of one deployment. Cheap to open; safe to share between threads."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, path: Path) -> None:
         self.engine = engine
+        self.path, self._file = path, _identity(path)
+
+    def require_there(self) -> None:
+        """Raise DataError unless the file at the path is the one that was opened: what goes to another is lost."""
+        if _identity(self.path) != self._file:
+            raise DataError(
+                f"{self.path} is not the file that was opened: it was moved, removed or replaced. Put it back with "
+                "its -wal and -shm, or end all processes before another takes its place"
+            )
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A snapshot for reading; never blocks writers."""
+        self.require_there()
         with _explained(self.engine), self.engine.connect() as connection:
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """One short transaction; committed and synced when the block ends, rolled back when it raises."""
+        self.require_there()
         with _explained(self.engine), self.engine.connect() as connection:
             if connection.dialect.name == "sqlite":
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             with connection.begin() if connection.dialect.name != "sqlite" else _sqlite_transaction(connection):
                 yield connection
+                self.require_there()  # else rolled back: nobody would find what is committed
 
     def close(self) -> None:
         self.engine.dispose()
@@ -93,15 +107,30 @@ def open_store(state_dir: Path) -> Store:
         state_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot use {state_dir} for state: {error.strerror}") from None
-    engine = create_engine(
-        f"sqlite:///{state_dir / STORE_FILE}",
-        connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
-    )
+    path = state_dir / STORE_FILE
+    mode = "rwc"
+
+    def connect() -> sqlite3.Connection:
+        uri = f"{path.absolute().as_uri()}?mode={mode}"
+        return sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+
+    engine = create_engine(f"sqlite:///{path}", creator=connect)
     event.listen(engine, "connect", _configure)
-    store = Store(engine)
+    with _explained(engine), engine.connect():
+        store = Store(engine, path)
+    mode = "rw"  # it is made: no later connection makes an empty one where it was moved away
     with store.write() as connection:  # looking and making are one step: processes may open a fresh store at once
         metadata.create_all(connection)
     return store
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file lies there; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _configure(connection: sqlite3.Connection, _record: Any) -> None:
