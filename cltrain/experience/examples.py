@@ -188,6 +188,13 @@ def decisive(given: Iterable[Feedback]) -> Feedback | None:
     return max((f for f in scores if SOURCE_RANK[f.source] == best), key=_when, default=None)
 
 
+def judged(given: Iterable[Feedback]) -> Feedback | None:
+    """As `decisive`, where a correction says that the answer was wrong: -1, of a source that gave no score."""
+    given = list(given)
+    scored = {f.source for f in given if f.score is not None}
+    return decisive(f if f.correction is None or f.source in scored else replace(f, score=-1.0) for f in given)
+
+
 def decisive_of_turn(trajectory: Trajectory, turn: int) -> Feedback | None:
     """As `decisive`, of what was said of that turn's generation alone."""
     ids = {generation.id for generation in trajectory.generations if generation.turn == turn}
