@@ -20,7 +20,7 @@ from cltrain.deploy import readiness
 from cltrain.experience.recording import read_trajectories
 from cltrain.gateway.split import Tried, read_tried, takes
 from cltrain.registry import aliases, lease, rollouts
-from cltrain.store.schema import named_records, record_faults
+from cltrain.store.schema import named_records
 from tests.gateway_parts import BASE, R1, R2, FakeServer, Gateway, add_release, point_alias, running, set_release
 from tests.rollout_parts import FIND, say_ready, until
 from tests.test_gateway_replicas import fleet_of
@@ -221,65 +221,6 @@ def test_what_was_taken_back_answers_nobody_from_the_next_turn_on(tmp_path: Path
         assert [adapter(a) for a in (first, second, gateway.chat("new"))] == [R2, R1, R1]
         mixed = {one.id: one.is_mixed for one in read_trajectories(gateway.store, "support")}
         assert mixed[first.headers["x-cltrain-trajectory"]] is True
-
-
-# ---------------------------------------------------------------- faults of an arm
-
-
-def faults(gateway: Gateway) -> dict[str, str]:
-    with gateway.store.read() as connection:
-        return {row.record: row.reason for row in connection.execute(record_faults.select())}
-
-
-OTHER = {"type": "function", "function": {"name": "other", "parameters": {"type": "object"}}}
-STRICTER = {"type": "function", "function": {**FIND["function"], "parameters": {"required": ["colour"]}}}
-NOTED = "calls 'find', which the episode does not declare"
-
-
-@pytest.mark.parametrize("later", [OTHER, STRICTER])
-def test_an_answer_is_judged_by_the_tools_of_its_own_request(tmp_path: Path, later: dict[str, Any]) -> None:
-    with running(tmp_path) as gateway:
-        first = gateway.chat("call find", tools=[FIND], headers={"X-Session-Id": "s"})
-        gateway.chat("call find", said(first), "hello", tools=[later], headers={"X-Session-Id": "s"})
-        assert faults(gateway) == {}
-        broken = gateway.chat("call find", tools=[OTHER], headers={"X-Session-Id": "t"})
-        gateway.chat("call find", said(broken), "hello", tools=[FIND], headers={"X-Session-Id": "t"})
-        assert faults(gateway) == {broken.headers["x-cltrain-trajectory"]: NOTED}
-
-
-def test_no_client_breaks_an_answer_by_how_it_says_it_again(tmp_path: Path) -> None:
-    with running(tmp_path) as gateway:
-        first = gateway.chat("call find", tools=[FIND])
-        again = said(first)
-        again["tool_calls"][0]["function"]["arguments"] = {"item": "lamp"}  # an object and no text
-        second = gateway.chat("call find", again, "hello", tools=[FIND])
-        assert second.headers["x-cltrain-trajectory"] == first.headers["x-cltrain-trajectory"]
-        assert faults(gateway) == {}
-
-
-@pytest.mark.parametrize("is_streamed", [False, True])
-def test_what_the_client_cut_short_is_no_fault(tmp_path: Path, is_streamed: bool) -> None:
-    with running(tmp_path, fake=Broken(BASE)) as gateway:
-        for most in (1, 400):
-            answer = gateway.chat("say <tool_call>", max_tokens=most, stream=is_streamed)
-            assert answer.status_code == 200
-        whole = answer.headers["x-cltrain-trajectory"]
-        assert faults(gateway) == {whole: "a tool call that could not be read stands in the answer's text"}
-
-
-@pytest.mark.parametrize("session", [{}, {"X-Session-Id": "s"}])
-def test_a_servers_error_survives_the_clients_retry(tmp_path: Path, session: dict[str, str]) -> None:
-    fake = Broken(R2, status=500)
-    with running(tmp_path, fake=fake) as gateway:
-        begin(gateway, weights=[0.999999])
-        assert gateway.chat("hello", headers=session).status_code >= 500
-        until(lambda: len(faults(gateway)) == 1, "it is not noted")
-        fake.status = None
-        answer = gateway.chat("hello", headers=session)
-        assert adapter(answer) == R2
-        (kept,) = read_trajectories(gateway.store, "support")
-        assert (kept.id, len(kept.generations)) == (answer.headers["x-cltrain-trajectory"], 1)
-        assert set(faults(gateway)) == {kept.id}
 
 
 # ---------------------------------------------------------------- shadow

@@ -130,7 +130,7 @@ def _corrected(
         stratum=f"{first_tool([message])}/corrected",
         messages=(*trajectory.messages[:turn], message),
         targets=(turn,),
-        tools=trajectory.tools,
+        tools=trajectory.tools_at(turn),
         kind="correction",
         source=latest.source,
     )
@@ -154,7 +154,10 @@ def _successful(trajectory: Trajectory, learn_from: Sequence[str]) -> Example | 
 
 
 def of_turns(trajectory: Trajectory, targets: tuple[int, ...], feedback_class: str, source: str) -> Example:
-    """The Example of these answers, judged by `source`, with the ids recorded where one generation is all of it."""
+    """The Example of these answers, judged by `source`, with the ids recorded where one generation is all of it. A row
+    has one list of tools: of answers that were offered others than the last one, none is a target."""
+    tools = trajectory.tools_at(targets[-1])
+    targets = tuple(turn for turn in targets if trajectory.tools_at(turn) == tools)
     messages = trajectory.messages[: targets[-1] + 1]
     generation = sole_generation(trajectory, targets)
     has_ids = generation is not None and generation.prompt_ids and generation.completion_ids
@@ -164,7 +167,7 @@ def of_turns(trajectory: Trajectory, targets: tuple[int, ...], feedback_class: s
         stratum=f"{first_tool(messages[k] for k in targets)}/{feedback_class}",
         messages=messages,
         targets=targets,
-        tools=trajectory.tools,
+        tools=tools,
         prompt_ids=generation.prompt_ids if generation and has_ids else None,
         completion_ids=generation.completion_ids if generation and has_ids else None,
         source=source,
@@ -177,7 +180,8 @@ def unfit(trajectory: Trajectory) -> str | None:
         return "a rollback changed the adapter midway"
     if trajectory.end != "ok":
         return f"the episode's end is {trajectory.end!r}: missing data, not a result"
-    fault = next((fault for tool in trajectory.tools if (fault := tool_fault(tool))), None)
+    tools = [*trajectory.tools, *(tool for _, earlier in trajectory.earlier_tools for tool in earlier)]
+    fault = next((fault for tool in tools if (fault := tool_fault(tool))), None)
     return f"a tool that it declares {fault}" if fault else None
 
 

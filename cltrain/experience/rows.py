@@ -14,7 +14,16 @@ from sqlalchemy import Connection, Table, bindparam, delete, exists, func, inser
 from cltrain.errors import ConflictError, DataError
 from cltrain.experience.faults import NEVER_CAME
 from cltrain.records import Feedback, Generation, Message, Split, Tool, Trajectory
-from cltrain.store.schema import feedback, generations, named_records, record_faults, records, screenings, set_aside
+from cltrain.store.schema import (
+    earlier_tools,
+    feedback,
+    generations,
+    named_records,
+    record_faults,
+    records,
+    screenings,
+    set_aside,
+)
 
 # Built once: making a statement costs more than running it.
 STATE_OF_RECORD = select(records.c.prefix, records.c.status, records.c.is_mixed).where(records.c.id == bindparam("id"))
@@ -54,6 +63,7 @@ class Turn:
     generation: Generation | None  # None: nothing came, `end` says why
     end: str = "ok"
     fault: str | None = None  # of the answer's form, by the tools that its own request offered
+    tools_before: tuple[Tool, ...] | None = None  # offered by the request that this one goes on from
     is_mixed: bool = False
     is_done: bool = False
     is_named: bool = False  # the client asked for the release, not for the agent
@@ -95,6 +105,9 @@ def write_turn(connection: Connection, turn: Turn, split: Split, now: float) -> 
             _insert(connection, named_records, {"record": record})
     if turn.generation is not None:
         write_generation(connection, replace(turn.generation, record=record), now)
+        if turn.tools_before not in (None, turn.tools):
+            earlier = {"record": record, "before": turn.generation.turn, "tools": turn.tools_before}
+            _insert(connection, earlier_tools, earlier)
     _note_fault(connection, record, turn)
     if turn.is_done:
         end_episode(connection, record, now)

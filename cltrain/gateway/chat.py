@@ -276,6 +276,7 @@ class Door:
             generation=generation,
             end=end,
             fault=fault,
+            tools_before=lease.tools_before,
             is_mixed=lease.is_mixed,
             is_done=asked.is_done and generation is not None,
             is_named=not lease.is_alias,
