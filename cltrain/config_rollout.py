@@ -45,6 +45,11 @@ class RolloutConfig(Section):
             raise ValueError(f"weights grow from step to step, and these do not: {', '.join(map(str, self.weights))}")
         if self.kind == "shadow" and "score" in (self.metrics or ()):
             raise ValueError("metrics = 'score' needs answers that somebody sees: kind = 'shadow' has faults alone")
+        if self.kind == "canary" and self.settle_s >= self.max_hours * 3600:
+            raise ValueError(
+                f"settle_s = {self.settle_s:g} is no shorter than max_hours = {self.max_hours:g} "
+                f"({self.max_hours * 3600:g} s): no episode of a canary would count before its time is over"
+            )
         return self
 
     @property

@@ -116,6 +116,11 @@ class Trajectory:
     end: str = "ok"  # ok, open, timeout, aborted, error; left: the client hung up
     created_at: float = 0.0
     seq: int = 0
+    earlier_tools: tuple[tuple[int, tuple[Tool, ...]], ...] = ()  # (before which message, what was offered), in order
+
+    def tools_at(self, turn: int) -> tuple[Tool, ...]:
+        """What the request of this answer offered."""
+        return next((tools for before, tools in self.earlier_tools if turn < before), self.tools)
 
 
 @dataclass(frozen=True, slots=True)

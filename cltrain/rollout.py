@@ -17,19 +17,18 @@ from sqlalchemy import Connection, Row, select
 from cltrain.config_rollout import RolloutConfig
 from cltrain.deploy import readiness
 from cltrain.errors import ConflictError
-from cltrain.experience.examples import decisive, score_of
-from cltrain.experience.faults import fault_of
+from cltrain.experience.examples import judged, score_of
+from cltrain.experience.faults import CUT
 from cltrain.experience.reading import read_trajectories
 from cltrain.gate.sequential import Outcome, Weighed, judge, weigh
 from cltrain.records import Alias, LearningMode, Trajectory, Verdict
 from cltrain.registry import aliases, approvals, releases, rollouts
 from cltrain.registry.rollouts import Rollout
 from cltrain.rooms import Rooms, desired, required_ready
-from cltrain.store.schema import named_records, records
+from cltrain.store.schema import named_records, record_faults, records
 
 Action = Literal["go on", "step up", "promote", "harm", "back"]
 UNKNOWN = ("left", "away")  # nothing is known of the arm: the client hung up, or no replica held the release
-NEVER_CAME = ("timeout", "aborted", "error")  # ends of an episode: a fault of whoever answered, and no score
 HOUR_S = 3600.0
 MAX_READ = 500  # episodes at one look
 
@@ -42,7 +41,7 @@ def look(rooms: Rooms) -> str | None:
     tried = rollouts.read_open(rooms.store, rooms.agent)
     if tried is None:
         return None
-    settings, now = RolloutConfig(**tried.settings), rooms.clock()
+    settings, now = RolloutConfig.model_construct(**tried.settings), rooms.clock()  # checked as it began
     fresh, seq = _settled(rooms, tried, settings.settle_s, now) if tried.kind == "canary" else ([], 0)
     with rooms.store.read() as connection:
         known = [Outcome(*row) for row in rollouts.outcomes_of(connection, tried.id)]
@@ -131,11 +130,12 @@ def _settled(rooms: Rooms, tried: Rollout, settle_s: float, now: float) -> tuple
     """(record, outcome) of the episodes that settled since the last look, in the order in which their first answers
     were stored, and the last one's number. One that has not settled keeps later ones waiting: an order by outcome would
     favour the quick. Where a client hung up nothing is known, of either arm: whoever sees who answers could choose what
-    is counted; nor where no replica held the release: others answer for that."""
+    is counted; nor where no replica held the release: others answer for that. A fault from before that is known."""
     last = int(tried.evidence.get("seq", 0))
     columns = (records.c.id, records.c.seq, records.c.created_at, records.c.release, records.c.end, records.c.is_mixed)
+    is_faulty = records.c.id.in_(select(record_faults.c.record)).label("is_faulty")
     query = (
-        select(*columns)
+        select(*columns, is_faulty)
         .where(records.c.agent == rooms.agent, records.c.seq > last, records.c.created_at >= tried.started_at)
         .where(records.c.release.in_((tried.incumbent, tried.release)))
         .where(records.c.prefix.is_not(None))  # the gateway saw it: imported ones have none
@@ -150,19 +150,22 @@ def _settled(rooms: Rooms, tried: Rollout, settle_s: float, now: float) -> tuple
                 break
             rows.append(row)
     # a branch is no episode of its own
-    whole = [row for row in rows if not row.is_mixed and row.end not in UNKNOWN and "~" not in row.id]
+    known = [row for row in rows if row.is_faulty or row.end not in UNKNOWN]
+    whole = [row for row in known if not row.is_mixed and "~" not in row.id]
     read = {one.id: one for one in read_trajectories(rooms.store, rooms.agent, records_in=[row.id for row in whole])}
     found = [(row.id, _outcome(row, read[row.id], tried.release, settle_s)) for row in whole]
-    return found, rows[-1].seq if rows else last
+    return [(unit, outcome) for unit, outcome in found if outcome is not None], rows[-1].seq if rows else last
 
 
-def _outcome(row: Row[Any], episode: Trajectory, candidate: str, settle_s: float) -> Outcome:
-    """How an episode went, by what was said of it in its first seconds, however late it is looked at. Where an answer
-    never came its score is missing: whatever was said is said of the rest."""
+def _outcome(row: Row[Any], episode: Trajectory, candidate: str, settle_s: float) -> Outcome | None:
+    """How an episode went, by what was said of it in its first seconds, however late it is looked at; None where nobody
+    rated it and every answer was cut short. Where its last answer never came its score is missing: whatever was said is
+    said of the rest."""
     arm: Literal["candidate", "incumbent"] = "candidate" if row.release == candidate else "incumbent"
-    if row.end in NEVER_CAME:
+    if row.end != "ok":
         return Outcome(arm, True)
-    turns = [generation.turn for generation in episode.generations]
-    said = decisive([given for given in episode.feedback if given.created_at <= row.created_at + settle_s])
-    is_fault = fault_of(episode.messages, turns, episode.tools) is not None
-    return Outcome(arm, is_fault, None if said is None else score_of(said))
+    said = judged([given for given in episode.feedback if given.created_at <= row.created_at + settle_s])
+    is_cut = all(generation.finish_reason == CUT for generation in episode.generations)
+    if is_cut and said is None and not row.is_faulty:
+        return None
+    return Outcome(arm, row.is_faulty, None if said is None else score_of(said))

@@ -152,6 +152,8 @@ class FakeServer:
 
 def _reason(body: dict[str, Any], message: dict[str, Any]) -> str:
     """As vLLM: a call that was asked for by name ends with stop."""
+    if body.get("max_tokens") == 1:
+        return "length"
     is_named = isinstance(body.get("tool_choice"), dict)
     return "tool_calls" if message.get("tool_calls") and not is_named else "stop"
 

@@ -13,6 +13,7 @@ from sqlalchemy import insert, select
 from cltrain.config import from_dict
 from cltrain.deploy import probes, readiness
 from cltrain.deploy.replicas import Replicas
+from cltrain.experience.faults import fault_of
 from cltrain.experience.rows import write_trajectory
 from cltrain.gate.sequential import Arm
 from cltrain.records import Alias, Feedback, Generation, Trajectory
@@ -20,7 +21,7 @@ from cltrain.registry import aliases, lease, rollouts
 from cltrain.registry.decisions import read_decisions
 from cltrain.rooms import Rooms
 from cltrain.store.database import Store
-from cltrain.store.schema import records, screenings, updates
+from cltrain.store.schema import record_faults, records, screenings, updates
 from cltrain.store.schema import rollouts as table
 from tests.fleet_parts import Shelf, probes_of
 from tests.registry_parts import new_store, promoted, sealed
@@ -135,6 +136,9 @@ class Trial:
                 assert write_trajectory(connection, episode)
                 seen = records.update().where(records.c.id == episode.id).values(prefix="seen")
                 connection.execute(seen)
+                answers = [generation.turn for generation in episode.generations]
+                if fault := fault_of(episode.messages, answers, episode.tools):
+                    connection.execute(insert(record_faults).values(record=episode.id, reason=fault))
 
     def pairs(self, count: int, *, calls: str = '{"item": "lamp"}', score: float | None = 1.0) -> None:
         """So many episodes of either arm, in turn and settled; `calls` and `score` are the candidate's."""

@@ -69,6 +69,7 @@ def test_a_number_is_no_switch() -> None:
         ("rollout.kind=blue-green", "rollout.kind: .*got 'blue-green'"),
         ("rollout.kind=rolling", "rollout.kind = 'rolling' needs two replicas or more"),
         ("rollout.kind=blue_green", "rollout.kind = 'blue_green' needs two replicas or more"),
+        ("rollout={kind='canary', max_hours=0.5, settle_s=1800}", "rollout: .*no episode of a canary would count"),
         ("rollout.on_timeout=hope", "rollout.on_timeout: .*got 'hope'"),
     ],
 )

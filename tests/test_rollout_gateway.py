@@ -280,6 +280,22 @@ def test_a_copy_without_an_answer_is_missing_as_the_incumbents_would_be(tmp_path
         assert outcomes(gateway) == []
 
 
+def test_a_copy_of_a_request_that_cuts_its_answer_short_is_missing(tmp_path: Path) -> None:
+    class CutsR2(FakeServer):
+        async def chat(self, request: Request) -> Response:
+            answer = await super().chat(request)
+            is_r2 = b"support-v000002" in bytes(answer.body)
+            return Response(bytes(answer.body).replace(b'"stop"', b'"length"') if is_r2 else answer.body)
+
+    with running(tmp_path, fake=CutsR2()) as gateway:
+        begin(gateway, **SHADOW)
+        assert adapter(gateway.chat("say <tool_call>", max_tokens=1)) == R1
+        assert adapter(gateway.chat("say <tool_call>")) == R1
+        until(lambda: shadowed(gateway, "missing") == 1, "the copy was not counted")
+        assert outcomes(gateway) == []
+        assert len([body for body in gateway.fake.bodies if body["model"] == R2]) == 1
+
+
 def test_a_note_that_the_database_refuses_is_counted_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

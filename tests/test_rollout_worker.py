@@ -23,7 +23,7 @@ from cltrain.records import Check, Code, Decision, Verdict
 from cltrain.registry import aliases, lease, releases, rollouts
 from cltrain.registry.decisions import read_decisions, verify_chain
 from cltrain.rollout import look
-from cltrain.store.schema import named_records, rollout_outcomes, screenings, updates
+from cltrain.store.schema import rollout_outcomes, screenings, updates
 from cltrain.worker import Worker
 from tests.registry_parts import sealed
 from tests.rollout_parts import AGENT, Trial, trial
@@ -170,51 +170,6 @@ def evidence(made: Trial) -> dict:
     found = rollouts.read_open(made.store, AGENT)
     assert found is not None
     return found.evidence
-
-
-def test_a_time_out_is_a_fault_and_never_a_score(tmp_path: Path) -> None:
-    with trial(tmp_path) as made:
-        made.start()
-        made.recorded(made.episode("incumbent", score=1.0))
-        made.recorded(made.episode("candidate", score=1.0, end="timeout"))
-        made.now += 20.0
-        assert counted(made) == [("incumbent", False, 1.0), ("candidate", True, None)]
-
-
-def counted(made: Trial) -> list[tuple[Any, ...]]:
-    look(made.rooms)
-    with made.store.read() as connection:
-        return [tuple(row) for row in rollouts.outcomes_of(connection, 1)]
-
-
-def test_what_is_said_after_an_episode_settled_does_not_count_however_late_the_look_is(tmp_path: Path) -> None:
-    with trial(tmp_path) as made:
-        made.start()
-        early, late, none = (made.episode("candidate", score=-1.0) for _ in range(3))
-        said = (replace(late.feedback[0], created_at=made.now + 10.1),)
-        made.recorded(early, replace(late, feedback=said), replace(none, feedback=()))
-        made.now += 3600.0
-        assert counted(made) == [("candidate", False, -1.0), ("candidate", False, None), ("candidate", False, None)]
-
-
-def test_a_tool_that_only_the_server_knows_is_no_fault_of_either_arm(tmp_path: Path) -> None:
-    with trial(tmp_path) as made:
-        made.start()
-        asked = [made.episode("incumbent"), made.episode("candidate"), made.episode("candidate", calls=BROKEN)]
-        made.recorded(*(replace(one, tools=({"type": "web_search"}, *one.tools)) for one in asked))
-        made.now += 20.0
-        assert [fault for _, fault, _ in counted(made)] == [False, False, True]
-
-
-def test_an_episode_whose_client_named_the_release_is_no_evidence(tmp_path: Path) -> None:
-    with trial(tmp_path) as made:
-        made.start()
-        named, drawn = made.episode("incumbent", score=-1.0), made.episode("incumbent")
-        made.recorded(named, drawn)
-        with made.store.write() as connection:
-            connection.execute(named_records.insert().values(record=named.id))
-        made.now += 20.0
-        assert counted(made) == [("incumbent", False, None)]
 
 
 @pytest.mark.parametrize("end", ["left", "away"])

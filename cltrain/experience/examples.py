@@ -135,7 +135,7 @@ def _corrected(
         stratum=f"{first_tool([message])}/corrected",
         messages=(*trajectory.messages[:turn], message),
         targets=(turn,),
-        tools=trajectory.tools,
+        tools=trajectory.tools_at(turn),
         kind="correction",
         source=latest.source,
     )
@@ -159,7 +159,10 @@ def _successful(trajectory: Trajectory, learn_from: Sequence[str]) -> Example | 
 
 
 def of_turns(trajectory: Trajectory, targets: tuple[int, ...], feedback_class: str, source: str) -> Example:
-    """The Example of these answers, judged by `source`, with the ids recorded where one generation is all of it."""
+    """The Example of these answers, judged by `source`, with the ids recorded where one generation is all of it. A row
+    has one list of tools: of answers that were offered others than the last one, none is a target."""
+    tools = trajectory.tools_at(targets[-1])
+    targets = tuple(turn for turn in targets if trajectory.tools_at(turn) == tools)
     messages = trajectory.messages[: targets[-1] + 1]
     generation = sole_generation(trajectory, targets)
     has_ids = generation is not None and generation.prompt_ids and generation.completion_ids
@@ -169,7 +172,7 @@ def of_turns(trajectory: Trajectory, targets: tuple[int, ...], feedback_class: s
         stratum=f"{first_tool(messages[k] for k in targets)}/{feedback_class}",
         messages=messages,
         targets=targets,
-        tools=trajectory.tools,
+        tools=tools,
         prompt_ids=generation.prompt_ids if generation and has_ids else None,
         completion_ids=generation.completion_ids if generation and has_ids else None,
         source=source,
@@ -182,7 +185,8 @@ def unfit(trajectory: Trajectory) -> str | None:
         return "a rollback changed the adapter midway"
     if trajectory.end != "ok":
         return f"the episode's end is {trajectory.end!r}: missing data, not a result"
-    fault = next((fault for tool in trajectory.tools if (fault := tool_fault(tool))), None)
+    tools = [*trajectory.tools, *(tool for _, earlier in trajectory.earlier_tools for tool in earlier)]
+    fault = next((fault for tool in tools if (fault := tool_fault(tool))), None)
     return f"a tool that it declares {fault}" if fault else None
 
 
@@ -191,6 +195,13 @@ def decisive(given: Iterable[Feedback]) -> Feedback | None:
     scores = [f for f in given if f.score is not None and f.source in SOURCE_RANK]
     best = min((SOURCE_RANK[f.source] for f in scores), default=None)
     return max((f for f in scores if SOURCE_RANK[f.source] == best), key=_when, default=None)
+
+
+def judged(given: Iterable[Feedback]) -> Feedback | None:
+    """As `decisive`, where a correction says that the answer was wrong: -1, of a source that gave no score."""
+    given = list(given)
+    scored = {f.source for f in given if f.score is not None}
+    return decisive(f if f.correction is None or f.source in scored else replace(f, score=-1.0) for f in given)
 
 
 def decisive_of_turn(trajectory: Trajectory, turn: int) -> Feedback | None:

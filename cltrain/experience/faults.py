@@ -8,6 +8,9 @@ from cltrain.errors import guarded
 from cltrain.experience.verify import verify
 from cltrain.records import Example, Message, Tool
 
+NEVER_CAME = ("timeout", "aborted", "error")  # ends of a turn that the server answers for
+CUT = "length"  # the finish reason of an answer whose end nobody saw: most often the client's own max_tokens
+
 
 def fault_of(messages: Sequence[Message], answers: Sequence[int], tools: Sequence[Tool]) -> str | None:
     """Why one of these answers (indices of `messages`) is broken, or None: it says nothing, or a call of it names no

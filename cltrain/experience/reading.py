@@ -10,10 +10,10 @@ from sqlalchemy import Connection, Row, Select, func, or_, select
 
 from cltrain.errors import DataError
 from cltrain.experience.rows import episode_of, parts
-from cltrain.records import Feedback, Generation, Split, Trajectory
+from cltrain.records import Feedback, Generation, Split, Tool, Trajectory
 from cltrain.store.database import Store
 from cltrain.store.families import of_family
-from cltrain.store.schema import feedback, generations, records
+from cltrain.store.schema import earlier_tools, feedback, generations, records
 
 
 def read_trajectory(connection: Connection, record_id: str) -> Trajectory:
@@ -71,7 +71,11 @@ def _chosen_rows(connection: Connection, chosen: Select[Any], ids: Sequence[str]
 def _trajectories(connection: Connection, rows: Sequence[Row[Any]]) -> list[Trajectory]:
     answers: defaultdict[str, list[Generation]] = defaultdict(list)
     said: defaultdict[str, list[Feedback]] = defaultdict(list)
+    tools: defaultdict[str, list[tuple[int, tuple[Tool, ...]]]] = defaultdict(list)
     for part in parts([row.id for row in rows]):
+        is_of_part = earlier_tools.c.record.in_(part)
+        for e in connection.execute(select(earlier_tools).where(is_of_part).order_by(earlier_tools.c.before)):
+            tools[e.record].append((e.before, tuple(e.tools)))
         for g in connection.execute(
             select(generations)
             .where(generations.c.record.in_(part))
@@ -85,10 +89,15 @@ def _trajectories(connection: Connection, rows: Sequence[Row[Any]]) -> list[Traj
         for f in connection.execute(select(feedback).where(about_part).order_by(feedback.c.created_at, feedback.c.id)):
             for i in branches.get(f.target, [f.record]):  # said of the episode: said of each of its branches
                 said[i].append(_feedback(f))
-    return [_trajectory(row, tuple(answers[row.id]), tuple(said[row.id])) for row in rows]
+    return [_trajectory(row, answers[row.id], said[row.id], tools[row.id]) for row in rows]
 
 
-def _trajectory(row: Row[Any], answers: tuple[Generation, ...], said: tuple[Feedback, ...]) -> Trajectory:
+def _trajectory(
+    row: Row[Any],
+    answers: Sequence[Generation],
+    said: Sequence[Feedback],
+    earlier: Sequence[tuple[int, tuple[Tool, ...]]],
+) -> Trajectory:
     return Trajectory(
         id=row.id,
         agent=row.agent,
@@ -97,8 +106,9 @@ def _trajectory(row: Row[Any], answers: tuple[Generation, ...], said: tuple[Feed
         messages=tuple(row.payload["messages"]),
         producers=tuple(row.payload["producers"]),
         tools=tuple(row.payload.get("tools", ())),
-        generations=answers,
-        feedback=said,
+        generations=tuple(answers),
+        feedback=tuple(said),
+        earlier_tools=tuple(earlier),
         split=cast(Split, row.split),
         release=row.release,
         is_mixed=row.is_mixed,

@@ -12,8 +12,18 @@ from typing import Any
 from sqlalchemy import Connection, Table, bindparam, delete, exists, func, insert, or_, select, update
 
 from cltrain.errors import ConflictError, DataError
+from cltrain.experience.faults import NEVER_CAME
 from cltrain.records import Feedback, Generation, Message, Split, Tool, Trajectory
-from cltrain.store.schema import feedback, generations, named_records, records, screenings, set_aside
+from cltrain.store.schema import (
+    earlier_tools,
+    feedback,
+    generations,
+    named_records,
+    record_faults,
+    records,
+    screenings,
+    set_aside,
+)
 
 # Built once: making a statement costs more than running it.
 STATE_OF_RECORD = select(records.c.prefix, records.c.status, records.c.is_mixed).where(records.c.id == bindparam("id"))
@@ -21,6 +31,7 @@ OWNER_OF_RECORD = select(records.c.agent, records.c.principal).where(records.c.i
 IS_BRANCH = records.c.id.between(bindparam("first"), bindparam("last"))
 OWNER_OF_EPISODE = select(records.c.agent, records.c.principal).where(IS_BRANCH).limit(1)
 RECORD_OF_GENERATION = select(generations.c.record).where(generations.c.id == bindparam("id"))
+FAULT_OF_RECORD = select(record_faults.c.reason).where(record_faults.c.record == bindparam("id"))
 SAID = select(
     feedback.c.target, feedback.c.score, feedback.c.text, feedback.c.correction, feedback.c.source, feedback.c.principal
 ).where(feedback.c.id == bindparam("id"))
@@ -52,6 +63,8 @@ class Turn:
     after: str | None  # the stored record must still have this prefix, else the turn is kept as a branch; None: new
     generation: Generation | None  # None: nothing came, `end` says why
     end: str = "ok"
+    fault: str | None = None  # of the answer's form, by the tools that its own request offered
+    tools_before: tuple[Tool, ...] | None = None  # offered by the request that this one goes on from
     is_mixed: bool = False
     is_done: bool = False
     is_named: bool = False  # the client asked for the release, not for the agent
@@ -70,6 +83,7 @@ def write_turn(connection: Connection, turn: Turn, split: Split, now: float) -> 
     if turn.generation is None and row is not None:  # nothing came: the conversation stays as it was
         if row.prefix == turn.after:
             connection.execute(update(records).where(records.c.id == record).values(end=turn.end, updated_at=now))
+        _note_fault(connection, record, turn)
         return record
     if row is not None and row.prefix != turn.after:
         mark = turn.generation.id if turn.generation else turn.prefix
@@ -92,9 +106,20 @@ def write_turn(connection: Connection, turn: Turn, split: Split, now: float) -> 
             _insert(connection, named_records, {"record": record})
     if turn.generation is not None:
         write_generation(connection, replace(turn.generation, record=record), now)
+        if turn.tools_before not in (None, turn.tools):
+            earlier = {"record": record, "before": turn.generation.turn, "tools": turn.tools_before}
+            _insert(connection, earlier_tools, earlier)
+    _note_fault(connection, record, turn)
     if turn.is_done:
         end_episode(connection, record, now)
     return record
+
+
+def _note_fault(connection: Connection, record: str, turn: Turn) -> None:
+    """A later turn takes the place of what the record says of this one: its fault is kept beside it."""
+    fault = turn.end if turn.end in NEVER_CAME else turn.fault
+    if fault is not None and connection.scalar(FAULT_OF_RECORD, {"id": record}) is None:
+        _insert(connection, record_faults, {"record": record, "reason": fault})
 
 
 def write_generation(connection: Connection, generation: Generation, now: float) -> None:

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from cltrain.config import Config
 from cltrain.errors import ConflictError, DataError
+from cltrain.experience.faults import CUT, fault_of
 from cltrain.experience.recording import Recorder, RecorderFull, Turn, UnknownTarget
 from cltrain.gateway import bodies
 from cltrain.gateway.episodes import Episodes, Lease, next_hash
@@ -144,7 +145,7 @@ class Door:
         return {} if given is None or is_ours else {"authorization": given}
 
     def _mirror(self, asked: Asked, lease: Lease, answer: Answer, passed_on: dict[str, str]) -> None:
-        if asked.route == "chat" and asked.why_unrecordable is None:
+        if asked.route == "chat" and asked.why_unrecordable is None and answer.finish_reason != CUT:
             said = (*asked.messages, answer.message)
             self.shadow.mirror(lease, Copied(asked.record, PATHS["chat"], asked.body, said, passed_on))
 
@@ -227,7 +228,9 @@ class Door:
             finish_reason=answer.finish_reason,
         )
         author = "agent" if asked.route == "chat" else None  # a raw completion has no messages to check it against
-        turn = self._turn(asked, lease, messages, (*lease.producers, author), prefix, generation)
+        is_cut = answer.finish_reason == CUT
+        fault = None if is_cut else fault_of(messages, [len(messages) - 1], asked.tools)
+        turn = self._turn(asked, lease, messages, (*lease.producers, author), prefix, generation, fault=fault)
         try:
             await self.settle(self.recorder.record_turn(turn, now=self.clock()))
         except RecorderFull:
@@ -257,6 +260,7 @@ class Door:
         prefix: str,
         generation: Generation | None,
         end: str = "ok",
+        fault: str | None = None,
     ) -> Turn:
         return Turn(
             record=lease.record,
@@ -271,6 +275,8 @@ class Door:
             after=lease.after,
             generation=generation,
             end=end,
+            fault=fault,
+            tools_before=lease.tools_before,
             is_mixed=lease.is_mixed,
             is_done=asked.is_done and generation is not None,
             is_named=not lease.is_alias,

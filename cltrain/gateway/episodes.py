@@ -26,7 +26,7 @@ from cltrain.experience.strict_json import loads
 from cltrain.gateway.errors import Refusal, unknown_model
 from cltrain.gateway.split import Tried, read_tried, takes
 from cltrain.gateway.tenants import serving
-from cltrain.records import UNDONE, Message
+from cltrain.records import UNDONE, Message, Tool
 from cltrain.store.database import Store
 from cltrain.store.schema import records, releases
 
@@ -52,6 +52,7 @@ class Lease:
     prefix: str  # hash of the request's messages
     after: str | None = None
     producers: tuple[str | None, ...] = ()  # of the request's messages
+    tools_before: tuple[Tool, ...] | None = None  # offered by the request that it goes on from
     is_mixed: bool = False
     is_recordable: bool = True  # False: the store could not be read
     tried: Tried | None = None  # a candidate beside the release that answers
@@ -63,7 +64,7 @@ class Seen:
 
     alias: str | None
     open_records: tuple[Any, ...]  # rows of this session, or matching the messages; oldest turn first
-    producers: dict[str, tuple[str | None, ...]]  # of those whose conversation this one continues
+    payloads: dict[str, dict[str, Any]]  # of those whose conversation this one continues
     releases: dict[str, Any]  # rows by name
     tried: Tried | None  # beside the alias, on live traffic
 
@@ -180,13 +181,13 @@ def look(
         rows = ()
     hashes = set(wish.hashes)
     continued = [row.id for row in rows if row.prefix in hashes][-MAX_LOOKED_UP:]
-    payloads = connection.execute(PAYLOADS, {"ids": continued}) if continued else ()
-    producers = {row.id: tuple(row.payload["producers"]) for row in payloads}
+    found = connection.execute(PAYLOADS, {"ids": continued}) if continued else ()
+    payloads = {row.id: row.payload for row in found}
     alias = serving(connection, agent, wish.agent, urls)
     names = {wish.model, *in_flight, *(row.release for row in rows)} | ({alias} if alias else set())
     known = connection.execute(RELEASES, {"agents": sorted({agent, wish.agent}), "names": sorted(names)})
     tried = read_tried(connection, wish.agent, urls, time.time())
-    return Seen(alias, rows, producers, {row.name: row for row in known}, tried)
+    return Seen(alias, rows, payloads, {row.name: row for row in known}, tried)
 
 
 class Episodes:
@@ -296,8 +297,9 @@ class Episodes:
         elif pinned is None and not is_alias:
             self._check_named(wish.model, seen)
         known: tuple[str | None, ...] = ()
+        stored = None if match is None else seen.payloads.get(match.id)
         if match is not None:
-            known = seen.producers.get(match.id, ())[: position[match.prefix] + 1]
+            known = tuple(stored["producers"] if stored else ())[: position[match.prefix] + 1]
             record = match.id
         else:
             record = f"traj-{fresh}" if episode is None else f"{episode}~{fresh[:12]}"
@@ -313,6 +315,7 @@ class Episodes:
             prefix=wish.prefix,
             after=None if match is None else match.prefix,
             producers=known + tuple(producer_of(m) for m in wish.messages[len(known) :]),
+            tools_before=None if stored is None else tuple(stored.get("tools", ())),
             is_mixed=match is not None and (match.is_mixed or release != match.release),
             tried=seen.tried if is_alias and seen.tried is not None and release == seen.tried.incumbent else None,
         )

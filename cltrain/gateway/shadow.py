@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cltrain.config_rollout import RolloutConfig
 from cltrain.errors import DataError
-from cltrain.experience.faults import fault_of
+from cltrain.experience.faults import CUT, fault_of
 from cltrain.experience.recording import Recorder
 from cltrain.gateway import bodies
 from cltrain.gateway.episodes import Lease
@@ -96,12 +96,13 @@ class Shadow:
         self._count.labels("fault" if ours else "compared").inc()
 
     async def _is_broken(self, lease: Lease, copied: Copied) -> bool | None:
-        """Whether the candidate's answer is broken; None where none came: the incumbent, of which only answers are
-        copied, is not charged with that either."""
+        """Whether the candidate's answer is broken; None where none came or it was cut short: the incumbent, of which
+        only whole answers are copied, is not charged with that either."""
         body = {key: value for key, value in copied.body.items() if key not in NOT_COPIED}
         try:
             async with asyncio.timeout(self._config.shadow_timeout_s):
                 _, raw = await self._upstreams.post(lease, copied.path, body, copied.headers)
-            return copied.is_broken(read_answer("chat", raw).message)
+            answer = read_answer("chat", raw)
+            return None if answer.finish_reason == CUT else copied.is_broken(answer.message)
         except (TimeoutError, Refusal):
             return None

@@ -1,6 +1,7 @@
-"""The tables. Rows in records, named_records, generations and feedback are written by gateways (and import) only;
-updates, reads, verdicts, releases, audits, probes and screenings by the worker only; aliases by `registry.aliases`
-only; rollouts by `registry.rollouts` only; replicas by `deploy.replicas` only; decisions are append-only.
+"""The tables. Rows in records, named_records, record_faults, earlier_tools, generations and feedback are written by
+gateways (and import) only; updates, reads, verdicts, releases, audits, probes and screenings by the worker only;
+aliases by `registry.aliases` only; rollouts by `registry.rollouts` only; replicas by `deploy.replicas` only; decisions
+are append-only.
 """
 
 from __future__ import annotations
@@ -49,6 +50,21 @@ named_records = Table(  # whose client asked for a release by its name: none of 
     "named_records",
     metadata,
     Column("record", String, primary_key=True),
+)
+
+record_faults = Table(  # records with a broken answer, or one that never came: the first, whatever came after it
+    "record_faults",
+    metadata,
+    Column("record", String, primary_key=True),
+    Column("reason", Text, nullable=False),
+)
+
+earlier_tools = Table(  # what a record's answers before that message were offered, where later ones got other tools
+    "earlier_tools",
+    metadata,
+    Column("record", String, primary_key=True),
+    Column("before", Integer, primary_key=True),
+    Column("tools", JSON, nullable=False),
 )
 
 generations = Table(
