@@ -5,6 +5,7 @@ records, and what one of them acknowledged is there once when the other is kille
 from __future__ import annotations
 
 import re
+import sqlite3
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from sqlalchemy import func, select
 
 from cltrain.experience.recording import read_trajectories
 from cltrain.gateway import keys
-from cltrain.store.database import Store, open_store
+from cltrain.store.database import STORE_FILE, Store, open_store
 from cltrain.store.schema import records
 from tests.command import free_port
 from tests.gateway_load import Load, check
@@ -246,3 +247,13 @@ open_store(pathlib.Path(sys.argv[1]))
         process.stdin.write(b"\n")
         process.stdin.flush()
     assert [process.wait() for process in opened] == [0] * count
+
+
+def test_a_fresh_store_that_somebody_holds_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    holder = sqlite3.connect(tmp_path / STORE_FILE, isolation_level=None, check_same_thread=False)
+    holder.execute("CREATE TABLE t (a)")
+    holder.execute("BEGIN EXCLUSIVE")
+    release = threading.Timer(0.5, holder.close)
+    release.start()
+    open_store(tmp_path).close()
+    release.join()
