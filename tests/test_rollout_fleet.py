@@ -152,7 +152,7 @@ def test_an_update_becomes_a_canary_that_answers_and_is_promoted(tmp_path: Path)
             answered = set()
             with served(app) as gateway, httpx.Client(base_url=gateway, timeout=60, trust_env=False) as http:
                 for number in range(60):
-                    body = {"model": "support", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+                    body = {"model": "support", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 64}
                     answer = http.post("/v1/chat/completions", json=body, headers={"X-Session-Id": f"s{number}"})
                     answered.add(answer.headers["x-cltrain-adapter"])
                     if rollouts.read_open(store, "support") is None:  # the worker's other thread judges meanwhile
