@@ -12,7 +12,7 @@ from cltrain.errors import CltrainError
 from cltrain.experience.recording import episode_of, read_trajectories
 from cltrain.registry import aliases, decisions, releases
 from cltrain.store import schema
-from cltrain.store.database import Store
+from cltrain.store.database import STORE_FILE, Store
 from tests.gateway_load import Acknowledged
 
 AGENT = "support"
@@ -21,7 +21,8 @@ GONE = ("rejected", "deleted")
 
 def read_only(state: Path) -> Store:
     """The store without a right to write: the checks must not checkpoint what they look at."""
-    return Store(create_engine(f"sqlite:///file:{state / 'store.db'}?mode=ro&uri=true"))
+    file = state / STORE_FILE
+    return Store(create_engine(f"sqlite:///file:{file}?mode=ro&uri=true"), file)
 
 
 def lost_or_doubled(store: Store, acknowledged: Acknowledged) -> list[str]:
