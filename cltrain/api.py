@@ -164,9 +164,9 @@ class Deployment:
         if directory is not None:
             load_and_prove(self.config, self.store, release, directory)
         with self.store.write() as connection:
-            moved = aliases.serve_in(
+            moved = aliases.move_alias_in(
                 connection, self.agent, expected=alias, to=release, fence=None, now=time.time(),
-                reason="promoted by a human", is_human=True,
+                file_as="promoted by a human", is_human=True,
             )  # fmt: skip
         return asdict(moved)
 

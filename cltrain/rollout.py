@@ -120,9 +120,9 @@ def _act(connection: Connection, rooms: Rooms, tried: Rollout, action: Action, r
         rollouts.take_back_in(connection, rooms.agent, reason=reason, now=now, is_to_blame=action == "harm")
     elif action == "promote":
         then = Alias(rooms.agent, tried.incumbent, tried.alias_version, None, 0)
-        aliases.serve_in(
+        aliases.move_alias_in(
             connection, rooms.agent, expected=then, to=tried.release, fence=rooms.fence, now=now,
-            reason=f"promoted as {tried.kind}", raises_high_water=tried.raises_high_water,
+            file_as=f"promoted as {tried.kind}", raises_high_water=tried.raises_high_water,
         )  # fmt: skip
 
 

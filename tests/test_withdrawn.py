@@ -77,9 +77,9 @@ def deployment(home: Path) -> Deployment:
 def moved(store: Store, name: str) -> str:
     """By a person, in the transaction that `promote` ends with."""
     with store.write() as connection:
-        aliases.serve_in(
+        aliases.move_alias_in(
             connection, "support", expected=aliases.read_alias(store, "support"), to=name, fence=None, now=5.0,
-            reason="promoted by a human", is_human=True,
+            file_as="promoted by a human", is_human=True,
         )  # fmt: skip
     return aliases.read_alias(store, "support").release
 

@@ -189,7 +189,7 @@ def _stratum(name: str, rows: Sequence[ItemScores], paired: Paired, is_complete:
             return Check(name, Code.STRATUM, Verdict.REJECT, f"{reason}, on {num} items", **numbers)
         needed = items_needed(against, -config.stratum_margin, config.alpha, config.stratum_margin)
         lack = paired.lack(needed, num, lambda item: item.stratum in strata)
-        numbers |= {"num_missing": lack.num_missing, "forecast_s": lack.forecast_s}
+        numbers |= lack.numbers
         return Check(name, Code.STRATUM, Verdict.HOLD, f"{reason}, and {num} items may be luck{lack.note}", **numbers)
     reference = mean(row.references["incumbent"] for row in rows)
     numbers |= {"reference": reference, "difference": numbers["candidate"] - reference}

@@ -30,6 +30,10 @@ class Lack(NamedTuple):
     num_missing: int
     forecast_s: float | None
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return {"num_missing": self.num_missing, "forecast_s": self.forecast_s}
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -145,7 +149,7 @@ def _non_inferior(
     if is_to_blame and paired.is_harm(differences, num_planned):
         return Check(name, Code.RETENTION, Verdict.REJECT, f"worse: {about}", **numbers)
     lack = paired.lack(items_needed(differences, -margin, alpha, margin), len(differences), is_meant)
-    numbers |= {"num_missing": lack.num_missing, "forecast_s": lack.forecast_s}
+    numbers |= lack.numbers
     return Check(name, Code.RETENTION, Verdict.HOLD, f"not shown: {about}{lack.note}", **numbers)
 
 
@@ -162,9 +166,7 @@ def taught(paired: Paired) -> list[Check]:
     if not suites and paired.config.promote_on == "gain":
         lack = paired.lack(items_needed([], 0.0, paired.levels.gain, paired.config.margin), 0, paired.is_taught)
         reason = f"no held-out item asks for what was taught{lack.note}"
-        checks.append(
-            Check("gain", Code.GAIN, Verdict.HOLD, reason, num_missing=lack.num_missing, forecast_s=lack.forecast_s)
-        )
+        checks.append(Check("gain", Code.GAIN, Verdict.HOLD, reason, **lack.numbers))
     for name in sorted(strata):
         if paired.is_harm(strata[name], num_in_stratum[name]):
             difference = mean(strata[name])
@@ -187,7 +189,7 @@ def _gain(
         needed = items_needed(differences, 0.0, alpha, paired.config.margin)
         lack = paired.lack(needed, len(differences), lambda item: item.suite == suite and paired.is_taught(item))
         verdict, about = Verdict.HOLD, f"not shown: {about}{lack.note}"
-        numbers |= {"num_missing": lack.num_missing, "forecast_s": lack.forecast_s}
+        numbers |= lack.numbers
     return Check(f"gain in {suite}", Code.GAIN, verdict, about, **numbers)
 
 
@@ -196,15 +198,14 @@ def expected(paired: Paired, past: Past) -> Check:
     name, config, alpha = "gain by record", paired.config, paired.levels.gain
     differences = differences_of(paired.rows, "incumbent")
     lack = paired.lack(items_needed(differences, 0.0, alpha, config.margin), len(differences), lambda _: True)
-    missing: dict[str, Any] = {"num_missing": lack.num_missing, "forecast_s": lack.forecast_s}
     if not differences:
-        return Check(name, Code.GAIN, Verdict.HOLD, f"no item was asked{lack.note}", **missing)
+        return Check(name, Code.GAIN, Verdict.HOLD, f"no item was asked{lack.note}", **lack.numbers)
     value = expected_gain(differences, past.record, config.margin, config.track_record)
     reason = f"{value:+.4f} expected, by this and the {len(past.record)} candidates before"
     numbers: dict[str, Any] = {"difference": mean(differences), "num_items": len(differences)}
     if value >= 0:
         return Check(name, Code.GAIN, Verdict.PROMOTE, reason, **numbers)
-    return Check(name, Code.GAIN, Verdict.HOLD, f"{reason}{lack.note}", **numbers, **missing)
+    return Check(name, Code.GAIN, Verdict.HOLD, f"{reason}{lack.note}", **numbers, **lack.numbers)
 
 
 def high_water(paired: Paired) -> list[Check]:

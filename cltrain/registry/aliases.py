@@ -90,15 +90,17 @@ def move_alias_in(
     now: float,
     is_human: bool = False,
     raises_high_water: bool = False,
+    file_as: str | None = None,
 ) -> Alias:
     """Let `to` serve if the alias still is `expected`; marks it released, in the caller's write transaction.
 
     Give the Alias that the update started from as `expected`: its version also catches an alias that went away and came
     back, and a freeze that was lifted meanwhile. `fence` is the worker's lease; only a human may pass None. A human
     move makes `to` the new anchor, `raises_high_water` the new high-water mark. What is being tried on live traffic
-    ends with the move. Raises ConflictError when the alias or the lease moved, learning is frozen (not for a human), or
-    `to` may not serve: rejected, held, deleted and any verdict but promote never, rolled back only by a human, for the
-    first time only if nothing that it read was quarantined or removed since.
+    ends with the move. `file_as`: of a release whose update ended before, why its records get their new standing now.
+    Raises ConflictError when the alias or the lease moved, learning is frozen (not for a human), or `to` may not serve:
+    rejected, held, deleted and any verdict but promote never, rolled back only by a human, for the first time only if
+    nothing that it read was quarantined or removed since.
     """
     if fence is None and not is_human:
         raise ConflictError(f"{agent}: a move without a lease is a human's; pass the fence of the lease")
@@ -140,28 +142,9 @@ def move_alias_in(
         "fence": fence,
     }
     append(connection, agent, "promote", payload, now)
+    if file_as is not None:
+        file_learned_in(connection, agent, to, file_as, now)
     return _alias(_row(connection, agent))
-
-
-def serve_in(
-    connection: Connection,
-    agent: str,
-    *,
-    expected: str | Alias,
-    to: str,
-    fence: int | None,
-    now: float,
-    reason: str,
-    is_human: bool = False,
-    raises_high_water: bool = False,
-) -> Alias:
-    """`move_alias_in` for a release whose update ended before, and the new standing of its records; never one alone."""
-    moved = move_alias_in(
-        connection, agent, expected=expected, to=to, fence=fence, now=now, is_human=is_human,
-        raises_high_water=raises_high_water,
-    )  # fmt: skip
-    file_learned_in(connection, agent, to, reason, now)
-    return moved
 
 
 def rollback(

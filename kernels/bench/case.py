@@ -52,7 +52,7 @@ def load_cases(quick: bool, ops: list[str] | None = None) -> list[Case]:
     for op in case_names() if ops is None else ops:
         try:
             found += load(CASES / f"{op}.py").cases(quick)
-        except Exception:
+        except Exception:  # whatever it is: one broken file must not cost the figures of all others
             found.append(Case(op, {}, functools.partial(str, traceback.format_exc()[-600:]), lambda: ([], {})))
     return found
 
