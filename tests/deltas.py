@@ -1,6 +1,7 @@
 """Random adapters of one or more modules and their dense float64 deltas, for tests of formulas that never form them."""
 
 import torch
+from cltrain_kernels.flat import Layout
 
 from cltrain.models.adapter import AdapterFile
 
@@ -31,3 +32,11 @@ def regauged(adapter, seed, spread=1.0):
         sizes = 10 ** (spread * (2 * torch.rand(adapter.rank, generator=generator, dtype=torch.float64) - 1))
         factors[module] = (left * sizes @ right @ a_RK.double(), b_NR.double() @ right.T / sizes @ left.T)
     return adapter.with_factors(factors)
+
+
+def flat(adapter):
+    """(layout, values_S) of an adapter's factors."""
+    layout = Layout.of({m: (len(b), a.shape[1]) for m, (a, b) in adapter.factors.items()}, adapter.rank)
+    values = next(iter(adapter.factors.values()))[0].new_zeros(layout.size)
+    layout.fill(values, adapter.factors)
+    return layout, values

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import time
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +81,7 @@ def assert_same(ours: tuple[float, list[Tensor]], theirs: tuple[float, list[Tens
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Llama", "Qwen3", "Mistral"])
-@pytest.mark.parametrize("attention", ["mask", "segments"])
+@pytest.mark.parametrize("attention", ["mask", "chains"])
 def test_packed_rows_give_the_gradients_of_the_rows_one_by_one(family: str, attention: Attention) -> None:
     model, rows = model_of(family), branches(1)
     packed = pack([segment([row]) for row in rows], Bucket(64, 40, 8))
@@ -88,17 +90,21 @@ def test_packed_rows_give_the_gradients_of_the_rows_one_by_one(family: str, atte
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Llama"])
-def test_trees_give_the_gradients_of_their_branches_one_by_one(family: str) -> None:
+@pytest.mark.parametrize("attention", ["mask", "chains"])
+@pytest.mark.parametrize("min_shared", [1, 3])
+def test_trees_give_the_gradients_of_their_branches_one_by_one(
+    family: str, attention: Attention, min_shared: int
+) -> None:
     model = model_of(family)
     groups = [branches(seed) for seed in (1, 2, 3)]
     buckets = (Bucket(32, 32, 4), Bucket(64, 64, 4))
-    packed = pack_all([segment(rows) for rows in groups], buckets)
+    packed = pack_all([segment(rows, min_shared) for rows in groups], buckets)
     assert any(one.is_tree for one in packed)
     assert ratios(packed)["ratio_tree"] == sum(len(row.ids) for rows in groups for row in rows) / sum(
         one.num_used for one in packed
     )
     assert_same(
-        packed_gradients(model, packed, "mask"), flat_gradients(model, [row for rows in groups for row in rows])
+        packed_gradients(model, packed, attention), flat_gradients(model, [row for rows in groups for row in rows])
     )
 
 
@@ -113,8 +119,8 @@ def test_permuting_segments_permutes_the_gradients_of_their_places() -> None:
     model.model.embed_tokens.register_forward_hook(keep)
     order = [3, 0, 5, 1, 4, 2]
     bucket = Bucket(64, 40, 8)
-    straight = packed_gradients(model, [pack([segment([row]) for row in rows], bucket)], "segments")
-    moved = packed_gradients(model, [pack([segment([rows[i]]) for i in order], bucket)], "segments")
+    straight = packed_gradients(model, [pack([segment([row]) for row in rows], bucket)], "chains")
+    moved = packed_gradients(model, [pack([segment([rows[i]]) for i in order], bucket)], "chains")
     assert_same(moved, straight)
     sizes = [len(row.ids) for row in rows]
     by_row, by_moved = (e.grad[0] for e in embedded)
@@ -181,8 +187,8 @@ def test_what_cannot_be_packed_is_named() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         segment([])
     tree = pack([segment([Row((1, 2), (0.0, 1.0)), Row((1, 3), (0.0, 1.0))])], Bucket(8, 8, 2))
-    with pytest.raises(ValueError, match="segments attention knows rows only"):
-        packed_hidden(model_of("Llama").model, tree, "segments")
+    with pytest.raises(ValueError, match="varlen attention knows rows only"):
+        packed_hidden(model_of("Llama").model, tree, "varlen")
 
 
 def test_a_sliding_window_shorter_than_the_bucket_is_refused() -> None:
@@ -196,7 +202,7 @@ def test_the_model_attends_as_before_afterwards() -> None:
     model = model_of("Llama")
     ids = torch.arange(6)[None]
     before = model(ids).logits
-    packed_hidden(model.model, pack([segment([Row((1, 2), (0.0, 1.0))])], Bucket(8, 8, 2)), "segments")
+    packed_hidden(model.model, pack([segment([Row((1, 2), (0.0, 1.0))])], Bucket(8, 8, 2)), "chains")
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model(ids).logits, before)
 
@@ -204,11 +210,37 @@ def test_the_model_attends_as_before_afterwards() -> None:
 def test_attention_is_chosen_from_the_table_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     attending._say_once.cache_clear()
     with caplog.at_level("INFO"):
-        assert attention_for(torch.device("cpu"), torch.float32, is_tree=False) == "segments"
-        assert attention_for(torch.device("cpu"), torch.float32, is_tree=True) == "mask"
-        assert attention_for(torch.device("cuda"), torch.float32, is_tree=False) == "mask"
-        assert attention_for(torch.device("cuda"), torch.bfloat16, is_tree=True) == "mask"
-        on_gpu = attention_for(torch.device("cuda"), torch.bfloat16, is_tree=False)
-    assert on_gpu == ("varlen" if attending._varlen() else "mask")
-    assert "packed rows in torch.float32 on cpu attend by segments" in caplog.text
-    assert set(attending.TABLE.values()) <= set(get_args(Attention))
+        assert attention_for(torch.device("cpu"), torch.float32, is_tree=False) == "chains"
+        assert attention_for(torch.device("cpu"), torch.float32, is_tree=True) == "chains"
+        cuda = torch.device("cuda")
+        assert attention_for(cuda, torch.float32, is_tree=False) == "chains"
+        assert attention_for(cuda, torch.float32, is_tree=False, is_captured=True) == "mask"
+        assert attention_for(cuda, torch.bfloat16, is_tree=True) == "chains"
+        assert attention_for(cuda, torch.bfloat16, is_tree=True, is_captured=True) == "mask"
+        on_gpu = [attention_for(cuda, torch.bfloat16, is_tree=False, is_captured=is_it) for is_it in (False, True)]
+    assert on_gpu == (["varlen"] * 2 if attending._varlen() else ["chains", "mask"])
+    assert "packed rows in torch.float32 on cpu attend by chains" in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("min_shared", [1, 2, 4])
+def test_a_trie_holds_every_row_and_shares_what_is_long_enough(seed: int, min_shared: int) -> None:
+    rows = branches(seed, num=9)
+    one = segment(rows, min_shared)
+    for i, row in enumerate(rows):
+        places = one.places(i)[: len(row.ids)]
+        assert tuple(one.ids[place] for place in places) == row.ids
+        assert [one.positions[place] for place in places] == list(range(len(row.ids)))
+        assert all(a < b < one.ends[a] for a, b in itertools.pairwise(places)), "a token does not see the one before"
+    assert sum(weight for _, _, weight in one.predictions) == sum(sum(row.weights[1:]) for row in rows)
+    followed = {chain.above[-1] for chain in one.chains if chain.above}
+    assert all(one.chains[i].end - one.chains[i].begin >= min_shared for i in followed)
+    assert len({(one.ids[c.begin], c.above) for c in one.chains}) == len(one.chains) or min_shared > 1
+
+
+def test_long_rows_are_compared_quickly() -> None:
+    stem = tuple(range(100_000))
+    began = time.process_time()
+    one = segment([Row((*stem, i, *stem), (0.0,) * 200_001) for i in range(8)])
+    assert len(one.ids) == 100_000 + 8 * 100_001
+    assert time.process_time() - began < 2.0

@@ -115,7 +115,7 @@ def test_hidden_states_of_the_sources_alone_are_those_among_all(
     """Whole hidden states and gradients; a branching token is the source of several, and padding of none."""
     trainer = resident(base, start, is_applied)
     packed = pack([segment(rows(0)[:2]) if is_tree else segment(rows(0)[:1]), segment(rows(0)[2:])], BUCKETS[1])
-    attention: Any = "mask" if is_tree else "segments"
+    attention: Any = "mask" if is_tree else "chains"
     found = []
     for is_alone in (True, False):
         trainer.state.zero_gradients()

@@ -99,7 +99,7 @@ def test_logits_in_pieces_give_the_same(tmp_path, monkeypatch):
     for (value, gradients), (value_pieces, gradients_pieces) in zip(
         whole, measured(base, adapter, [(0, 1, 2)]), strict=True
     ):
-        assert value_pieces == pytest.approx(value, rel=1e-6)
+        assert value_pieces == pytest.approx(value, rel=1e-5)
         for one, other in zip(gradients, gradients_pieces, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cltrain.errors import DataError
+from cltrain.models.adapter import AdapterFile
 from cltrain.objectives.fisher import Fisher, relative_to_base
 from cltrain.objectives.geometry import difference_norms
 from cltrain.objectives.penalties import ewc, l2sp
-from tests.deltas import dense, make_adapter, regauged
+from tests.deltas import dense, flat, make_adapter, regauged
 
 SHAPES = [(17, 33), (65, 16), (1, 5)]
 NORMS = {"m0": 3.0, "m1": 40.0, "m2": 0.5}
@@ -24,15 +25,19 @@ def make_fisher(seed=5):
     return Fisher(diagonals, 7.0)
 
 
-def leaves(adapter, dtype=None):
-    return {
-        m: tuple(t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in pair)
-        for m, pair in adapter.factors.items()
-    }
+def penalty(kind, adapter, reference):
+    """Its value at an adapter and, module by module, its gradient."""
+    layout, values = flat(adapter)
+    distance = l2sp(layout, adapter.scale, reference, NORMS)
+    if kind == "ewc":
+        distance = ewc(layout, adapter.scale, reference, make_fisher())
+    gradients = torch.zeros_like(values)
+    return float(distance(values, gradients)), layout.factors(gradients)
 
 
-def penalty(kind, live, scale, reference):
-    return l2sp(live, scale, reference, NORMS) if kind == "l2sp" else ewc(live, scale, reference, make_fisher())
+def value_of(make, adapter, reference, how):
+    layout, values = flat(adapter)
+    return float(make(layout, adapter.scale, reference, how)(values))
 
 
 def dense_penalty(kind, live, scale, reference):
@@ -51,16 +56,15 @@ def dense_penalty(kind, live, scale, reference):
 
 def check(kind, adapter, reference, rel=1e-6):
     """Value to `rel`, each factor's gradient to `rel` of its norm; float32 factors as in training."""
-    live, exact = leaves(adapter), leaves(adapter, torch.float64)
-    got = penalty(kind, live, adapter.scale, reference)
+    exact = {m: tuple(t.double().requires_grad_() for t in pair) for m, pair in adapter.factors.items()}
+    value, gradients = penalty(kind, adapter, reference)
     expected = dense_penalty(kind, exact, adapter.scale, reference)
-    assert got.item() == pytest.approx(expected.item(), rel=rel)
-    got.backward()
+    assert value == pytest.approx(expected.item(), rel=rel)
     expected.backward()
-    for module in live:
-        for factor, other in zip(live[module], exact[module], strict=True):
-            assert factor.grad.dtype == torch.float32
-            assert float((factor.grad - other.grad).norm()) <= rel * float(other.grad.norm()), module
+    for module, pair in gradients.items():
+        for gradient, other in zip(pair, exact[module], strict=True):
+            assert gradient.dtype == torch.float32
+            assert float((gradient - other.grad).norm()) <= rel * float(other.grad.norm()), module
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,64 +104,73 @@ def test_near_a_reference_with_other_factors_the_gradient_keeps_its_digits(kind)
 @pytest.mark.parametrize("extra_ranks", [0, 3])
 def test_at_the_reference_value_and_gradient_are_zero(kind, extra_ranks):
     reference = make_adapter(SHAPES, 4, seed=1)
-    scale = reference.scale
-    live = {
+    factors = {
         m: (torch.nn.functional.pad(a, (0, 0, 0, extra_ranks)), torch.nn.functional.pad(b, (0, extra_ranks)))
-        for m, (a, b) in leaves(reference).items()
+        for m, (a, b) in reference.factors.items()
     }
-    flat = [factor for pair in live.values() for factor in pair]
-    value = penalty(kind, live, scale, reference)
-    assert value.item() == 0.0
-    assert all(float(grad.abs().max()) == 0.0 for grad in torch.autograd.grad(value, flat))
+    rank = 4 + extra_ranks
+    same = AdapterFile(factors, rank, reference.scale * rank, reference.targets, None)
+    value, gradients = penalty(kind, same, reference)
+    assert value == 0.0
+    assert all(float(gradient.abs().max()) == 0.0 for pair in gradients.values() for gradient in pair)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_adapter_has_no_penalty_and_finite_gradients(kind):
     one = make_adapter(SHAPES, 4, seed=1)
-    live = leaves(one.with_factors({m: (a, torch.zeros_like(b)) for m, (a, b) in one.factors.items()}))
-    value = penalty(kind, live, one.scale, None)
-    value.backward()
-    assert value.item() == 0.0
-    assert all(float(factor.grad.abs().max()) == 0.0 for pair in live.values() for factor in pair)
+    fresh = one.with_factors({m: (a, torch.zeros_like(b)) for m, (a, b) in one.factors.items()})
+    value, gradients = penalty(kind, fresh, None)
+    assert value == 0.0
+    assert all(float(gradient.abs().max()) == 0.0 for pair in gradients.values() for gradient in pair)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_multiplies_the_gradient_that_is_added_and_not_the_value(kind):
+    one, reference = make_adapter(SHAPES, 4, seed=1), make_adapter(SHAPES, 2, seed=2)
+    layout, values = flat(one)
+    made = l2sp(layout, 1.0, reference, NORMS) if kind == "l2sp" else ewc(layout, 1.0, reference, make_fisher())
+    plain, weighted = torch.zeros_like(values), torch.ones_like(values)
+    assert float(made(values, plain)) == pytest.approx(float(made(values, weighted, 3.0)))
+    torch.testing.assert_close(weighted - 1, 3 * plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([1, 2, 8]), st.sampled_from(KINDS))
 def test_no_penalty_depends_on_how_a_delta_splits_into_factors(seed, rank, kind):
     one, reference = make_adapter(SHAPES, rank, seed), make_adapter(SHAPES, 3, seed + 1, alpha=1.0)
-    expected = float(penalty(kind, one.factors, one.scale, reference))
-    assert float(penalty(kind, regauged(one, seed + 2).factors, one.scale, reference)) == pytest.approx(expected)
-    assert float(penalty(kind, one.factors, one.scale, regauged(reference, seed + 3))) == pytest.approx(expected)
+    expected = penalty(kind, one, reference)[0]
+    assert penalty(kind, regauged(one, seed + 2), reference)[0] == pytest.approx(expected)
+    assert penalty(kind, one, regauged(reference, seed + 3))[0] == pytest.approx(expected)
 
 
 def test_l2sp_is_half_the_squared_relative_distance():
     one, reference = make_adapter(SHAPES, 8, seed=1), make_adapter(SHAPES, 2, seed=2)
     expected = sum((norm / NORMS[m]) ** 2 for m, norm in difference_norms(one, reference).items()) / 2
-    assert float(l2sp(one.factors, one.scale, reference, NORMS)) == pytest.approx(expected)
+    assert value_of(l2sp, one, reference, NORMS) == pytest.approx(expected)
 
 
 def test_a_base_matrix_of_zeros_has_no_relative_distance():
     one = make_adapter(SHAPES, 2, seed=1)
     with pytest.raises(DataError, match="m1"):
-        l2sp(one.factors, one.scale, None, NORMS | {"m1": 0.0})
+        value_of(l2sp, one, None, NORMS | {"m1": 0.0})
 
 
 def test_ewc_with_a_fisher_that_holds_all_modules_equally_is_l2sp():
     one, reference = make_adapter(SHAPES, 8, seed=1), make_adapter(SHAPES, 2, seed=2)
-    flat = {
+    even = {
         m: (torch.full((shape[0],), 1e-9 / NORMS[m] ** 2), torch.full((shape[1],), 20.0))
         for m, shape in zip(NORMS, SHAPES, strict=True)
     }
-    relative = relative_to_base(Fisher(flat, 3.0), NORMS)
-    expected = float(l2sp(one.factors, one.scale, reference, NORMS))
-    assert float(ewc(one.factors, one.scale, reference, relative)) == pytest.approx(expected, rel=1e-6)
+    relative = relative_to_base(Fisher(even, 3.0), NORMS)
+    expected = value_of(l2sp, one, reference, NORMS)
+    assert value_of(ewc, one, reference, relative) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_relative_fisher_keeps_how_modules_compare_and_forgets_units():
     one, fisher = make_adapter(SHAPES, 4, seed=1), make_fisher()
     louder = Fisher({m: (9 * s_N, 0.25 * c_K) for m, (s_N, c_K) in fisher.diagonals.items()}, 1.0)
-    values = [float(ewc(one.factors, one.scale, None, relative_to_base(f, NORMS))) for f in (fisher, louder)]
+    values = [value_of(ewc, one, None, relative_to_base(f, NORMS)) for f in (fisher, louder)]
     assert values[1] == pytest.approx(values[0], rel=1e-6)
-    raw = float(ewc(one.factors, one.scale, None, fisher))
+    raw = value_of(ewc, one, None, fisher)
     sizes = [float(s.mean() * c.mean()) * NORMS[m] ** 2 for m, (s, c) in fisher.diagonals.items()]
     assert values[0] == pytest.approx(raw / (sum(sizes) / 3), rel=1e-5)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cltrain.errors import ConfigError
 from cltrain.models.adapter import snapshot
-from cltrain.objectives.projections import agem, keep_out, keep_within, overlap, top_subspaces
+from cltrain.objectives.projections import agem, keep_out, overlap, top_subspaces, within_ball
 from tests.deltas import dense, make_adapter, regauged
 
 SHAPES = [(17, 33), (65, 16), (5, 5)]
@@ -95,18 +95,15 @@ def test_keeping_within_scales_what_is_too_long_and_leaves_the_rest_as_it_was_to
     norms = {module: float(dense(adapter, module).norm()) for module in adapter.factors}
     long, *short = norms
     radii = {long: norms[long] / 3, **{module: norms[module] * 1.01 for module in short}}
-    live = snapshot(adapter.factors)
-    keep_within(live, adapter.scale, radii, 0.05)
-    kept = adapter.with_factors(live)
+    kept = within_ball(adapter, radii, 0.05)
+    assert list(kept.factors) == list(adapter.factors)
     assert torch.allclose(dense(kept, long), dense(adapter, long) / 3, rtol=1e-5, atol=1e-7)
     for module in short:
-        assert all(torch.equal(a, b) for a, b in zip(live[module], adapter.factors[module], strict=True))
-    nothing = {"m0": (torch.ones(2, 3), torch.zeros(4, 2))}
-    keep_within(nothing, 1.0, {"m0": 0.5}, 0.05)
-    assert torch.equal(nothing["m0"][1], torch.zeros(4, 2))
-    exploded = snapshot(adapter.factors)
-    keep_within(exploded, adapter.scale, {**norms, long: norms[long] / 30}, 0.05)
-    assert torch.equal(exploded[long][1], adapter.factors[long][1]), "what exploded was made to look well"
+        assert all(torch.equal(a, b) for a, b in zip(kept.factors[module], adapter.factors[module], strict=True))
+    nothing = adapter.with_factors({m: (a, torch.zeros_like(b)) for m, (a, b) in adapter.factors.items()})
+    assert not any(b.any() for _, b in within_ball(nothing, radii, 0.05).factors.values())
+    exploded = within_ball(adapter, {**norms, long: norms[long] / 30}, 0.05).factors[long]
+    assert torch.equal(exploded[1], adapter.factors[long][1]), "what exploded was made to look well"
 
 
 def test_keeping_out_works_on_parameters_in_place():
@@ -127,18 +124,18 @@ def test_a_zero_delta_overlaps_nothing():
 @given(st.integers(0, 2**31), st.sampled_from([1e-8, 1.0, 1e4]))
 def test_agem_removes_exactly_the_part_along_the_gradient(seed, size):
     generator = torch.Generator().manual_seed(seed)
-    step, gradient = ([torch.randn(n, generator=generator) * size for n in (3, 17, 1)] for _ in range(2))
-    s, g = (torch.cat(tensors).double() for tensors in (step, gradient))
-    projected = torch.cat(agem(step, gradient)).double()
+    step, gradient = (torch.randn(21, generator=generator) * size for _ in range(2))
+    s, g = step.double(), gradient.double()
+    projected = agem(step, gradient).double()
     expected = s if s @ g <= 0 else s - (s @ g) / (g @ g) * g
     assert float((projected - expected).norm()) <= 1e-6 * float(s.norm())
     assert float(projected @ g) <= 1e-6 * float(s.norm() * g.norm())
 
 
 def test_agem_leaves_a_step_that_helps_or_a_zero_gradient_alone():
-    step = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
-    for gradient in ([-t for t in step], [torch.zeros_like(t) for t in step]):
-        assert all(a is b for a, b in zip(agem(step, gradient), step, strict=True))
+    step = torch.tensor([1.0, 2.0, 3.0])
+    for gradient in (-step, torch.zeros(3)):
+        assert agem(step, gradient) is step
 
 
 def test_agem_after_adam_protects_a_loss_that_projected_gradients_do_not():
@@ -148,5 +145,5 @@ def test_agem_after_adam_protects_a_loss_that_projected_gradients_do_not():
     assert float(before @ protected) == pytest.approx(0.0, abs=1e-6)
     adam_step = -before / before.abs()  # Adam's first step
     assert float(adam_step @ protected) > 0.1
-    (after,) = agem([adam_step], [protected])
+    after = agem(adam_step, protected)
     assert float(after @ protected) == pytest.approx(0.0, abs=1e-6)

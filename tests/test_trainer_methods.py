@@ -19,6 +19,7 @@ from cltrain.objectives.penalties import ewc
 from cltrain.objectives.projections import overlap, top_subspaces
 from cltrain.trainer.memory import Memory, read_memory, sealed_memory, write_memory
 from cltrain.trainer.methods import METHODS
+from tests.deltas import flat
 from tests.trainer_parts import ADAPTER, LOOSE, Tiny, dense, dense_distances, make_tiny, skill_rows
 
 OLD = skill_rows(0, 6)
@@ -112,8 +113,8 @@ def test_ewc_seals_the_fisher_of_what_the_update_learned(tiny, learned):
 def test_ewc_moves_less_along_what_was_learned_than_its_share_of_the_whole_step(tiny, learned):
     def weighted(made):
         """The Fisher-weighted part of the step, relative to the step."""
-        fisher = learned.memory.fisher
-        along = float(ewc(made.adapter.factors, made.adapter.scale, learned.adapter, fisher))
+        layout, values = flat(made.adapter)
+        along = float(ewc(layout, made.adapter.scale, learned.adapter, learned.memory.fisher)(values))
         return along**0.5, along**0.5 / total_step(made, learned)
 
     free = second(tiny, learned, "ewc0", NEW, method="ewc", ewc_lambda=0.0, num_steps=30)

@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cltrain.errors import ConflictError, DataError
 from cltrain.models.base import Base
@@ -95,18 +96,18 @@ def attach(base: Base, adapter: AdapterFile) -> Any:
     for module, (a_RK, b_NR) in adapter.factors.items():
         layer = model.get_submodule(module)
         for part, value in ((layer.lora_A, a_RK), (layer.lora_B, b_NR)):
-            part["default"].weight = torch.nn.Parameter(value.detach().to(base.device, torch.float32, copy=True))
+            part["default"].weight = Parameter(value.detach().to(base.device, torch.float32, copy=True))
     return peft_model.eval()
 
 
-def parameters_of(peft_model: Any, adapter: AdapterFile) -> Factors:
+def parameters_of(peft_model: Any, adapter: AdapterFile) -> dict[str, tuple[Parameter, Parameter]]:
     """The live factors of an attached adapter, in the adapter's order: writing to them changes the model."""
     model = peft_model.get_base_model()
     layers = {module: model.get_submodule(module) for module in adapter.factors}
     return {m: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for m, layer in layers.items()}
 
 
-def set_factors(live: Factors, values: Factors) -> None:
+def set_factors(live: Mapping[str, tuple[Tensor, Tensor]], values: Factors) -> None:
     """Copy `values` into live factors of the same modules."""
     with torch.no_grad():
         for module, (a_RK, b_NR) in values.items():
@@ -114,7 +115,7 @@ def set_factors(live: Factors, values: Factors) -> None:
             live[module][1].copy_(b_NR)
 
 
-def snapshot(factors: Factors) -> Factors:
+def snapshot(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Factors:
     """A float32 copy on the CPU, detached from everything."""
     return {
         m: (a.detach().to("cpu", torch.float32, copy=True), b.detach().to("cpu", torch.float32, copy=True))

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import cltrain_kernels
 import torch
+from cltrain_kernels.attention import rows_hidden
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -54,14 +54,8 @@ def check_row(base: Base, row: TokenRow) -> None:
 
 def hidden_at(base: Base, model: Any, rows: Sequence[TokenRow]) -> Tensor:
     """Final hidden states h_MD from which the predicted tokens of all rows, in order, are predicted."""
-    device = base.device
-    longest = max(len(row.ids) for row in rows)
-    ids_BT = torch.zeros((len(rows), longest), dtype=torch.long)
-    places: list[int] = []
-    for i, row in enumerate(rows):
-        ids_BT[i, : len(row.ids)] = torch.tensor(row.ids)
-        places += [i * longest + t - 1 for t in predicted(row)]
-    return cltrain_kernels.hidden_at(model, ids_BT.to(device), torch.tensor(places, dtype=torch.long, device=device))
+    sources = [[t - 1 for t in predicted(row)] for row in rows]
+    return rows_hidden(model, [row.ids for row in rows], sources)
 
 
 def logits_of(base: Base, hidden_MD: Tensor) -> Tensor:

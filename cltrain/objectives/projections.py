@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from cltrain_kernels.flat import Layout
+from cltrain_kernels.grams import keep_within
 from torch import Tensor
 
 from cltrain.errors import ConfigError
-from cltrain.models.adapter import AdapterFile, Factors, snapshot
+from cltrain.models.adapter import AdapterFile, Factors
 from cltrain.models.base import Base
 from cltrain.objectives.geometry import inner
 
@@ -53,29 +55,19 @@ def keep_out(live: Factors, subspaces: Subspaces) -> None:
             a_RK -= (a_RK @ v_Kk) @ v_Kk.T
 
 
-def keep_within(live: Factors, scale: float, radii: Mapping[str, float], least: float) -> None:
-    """In place, the nearest deltas of at most these Frobenius norms: B <- min(1, radius / ||scale B A||_F) B.
+def within_ball(adapter: AdapterFile, radii: Mapping[str, float], least: float) -> AdapterFile:
+    """The nearest deltas of at most these Frobenius norms: B <- min(1, radius / ||dW||_F) B, module by module.
 
     Where the bound is not reached nothing changes, to the bit; nor where B would be scaled below `least`: what exploded
-    must be seen. What is scaled down while training goes on can be made good by the terms that remember.
+    must be seen. The projection onto a ball brings no two points further apart: what was within a step of the
+    incumbent, which lies inside, still is.
     """
-    with torch.no_grad():
-        for module, (a_RK, b_NR) in live.items():
-            a, b = a_RK.double(), b_NR.double()
-            norm = scale * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
-            c = (radii[module] / norm).clamp(max=1.0)
-            b_NR *= torch.where(c < least, 1.0, c).to(b_NR.dtype)
-
-
-def within_ball(adapter: AdapterFile, radii: Mapping[str, float], least: float) -> AdapterFile:
-    """The adapter after `keep_within`.
-
-    The projection onto a ball brings no two points further apart: what was within a step of the incumbent, which lies
-    inside, still is.
-    """
-    factors = snapshot(adapter.factors)
-    keep_within(factors, adapter.scale, radii, least)
-    return adapter.with_factors(factors)
+    layout = Layout.of({m: (len(b_NR), a_RK.shape[1]) for m, (a_RK, b_NR) in adapter.factors.items()}, adapter.rank)
+    values_S = next(iter(adapter.factors.values()))[0].new_zeros(layout.size)
+    layout.fill(values_S, adapter.factors)
+    keep_within(layout, values_S, layout.table(radii), adapter.scale, least)
+    factors = layout.factors(values_S)
+    return adapter.with_factors({module: factors[module] for module in adapter.factors})
 
 
 def overlap(adapter: AdapterFile, subspaces: Subspaces) -> float:
@@ -95,15 +87,15 @@ def overlap(adapter: AdapterFile, subspaces: Subspaces) -> float:
     return touching / total if total > 0 else 0.0
 
 
-def agem(step: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor]:
+def agem(step_S: Tensor, gradient_S: Tensor) -> Tensor:
     """The step without the part that would raise, to first order, the loss whose gradient is given.
 
-    `step` is what the optimiser would add to the parameters, `gradient` has the same shapes. Returns
-    step - <step, g> / <g, g> g when <step, g> > 0, else the step. A-GEM (1812.00420) projects gradients, which
-    for SGD is the same; Adam rescales every entry afterwards and undoes it.
+    `step_S` is what the optimiser would add to the parameters. Returns step - <step, g> / <g, g> g when <step, g> > 0,
+    else the step. A-GEM (1812.00420) projects gradients, which for SGD is the same; Adam rescales every entry
+    afterwards and undoes it.
     """
-    product = sum(float((s.double() * g.double()).sum()) for s, g in zip(step, gradient, strict=True))
-    square = sum(float(g.double().square().sum()) for g in gradient)
+    g_S = gradient_S.double()
+    product, square = float(step_S.double() @ g_S), float(g_S @ g_S)
     if product <= 0 or square == 0:
-        return list(step)
-    return [s - (product / square * g.double()).to(s.dtype) for s, g in zip(step, gradient, strict=True)]
+        return step_S
+    return step_S - (product / square * g_S).to(step_S.dtype)

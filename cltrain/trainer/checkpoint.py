@@ -20,7 +20,7 @@ NAME = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after `step` steps. `tensors` are named `<kind>/<parameter number>`; `history` has one entry per step."""
+    """State after `step` steps: the flat buffers by name, and one entry per step in `history`."""
 
     step: int
     tensors: dict[str, Tensor]

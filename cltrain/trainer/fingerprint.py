@@ -16,6 +16,8 @@ from cltrain.objectives.fisher import to_tensors
 from cltrain.records import TokenRow
 from cltrain.trainer.memory import Memory
 
+CHECKPOINTS = 2  # counts the ways in which they were ever written
+
 
 def fingerprint_of(
     base: Base,
@@ -35,7 +37,7 @@ def fingerprint_of(
     whole = hashlib.sha256()
     settings = trainer.model_dump(mode="json", exclude={"checkpoint_every", "anchors", "num_anchors", "anchor_tokens"})
     numbers = [start.rank, start.alpha, start.targets, settings, radii, num_steps, seed]
-    machine = [__version__, torch.__version__, torch.get_num_threads()]
+    machine = [CHECKPOINTS, __version__, torch.__version__, torch.get_num_threads()]
     loaded = [base.digest, base.device, str(base.model.dtype), base.context]
     whole.update(json.dumps([loaded, numbers, machine], sort_keys=True).encode())
     for rows in (fresh, replay, anchors):

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
-from torch import Tensor
+from cltrain_kernels.flat import FlatLoRA
+from cltrain_kernels.grams import keep_within
 
 from cltrain.config import TrainerConfig
-from cltrain.models.adapter import AdapterFile, Factors
+from cltrain.models.adapter import AdapterFile
 from cltrain.models.base import Base
 from cltrain.objectives.fisher import relative_to_base
 from cltrain.objectives.geometry import base_norms
 from cltrain.objectives.penalties import ewc, l2sp
-from cltrain.objectives.projections import agem, keep_out, keep_within, top_subspaces
+from cltrain.objectives.projections import keep_out, top_subspaces
 from cltrain.records import Read, TokenRow
 from cltrain.trainer.draws import Draws
 from cltrain.trainer.memory import Memory
@@ -32,7 +32,7 @@ class Recipe:
 
     terms: tuple[Term, ...]
     guard: Replay | None  # agem: steps that would raise this loss lose the part that does
-    projections: tuple[Callable[[], None], ...]  # after every step
+    projections: tuple[Callable[[], object], ...]  # after every step
     draws: Draws
     fresh: Batching
     old: Batching
@@ -60,7 +60,7 @@ def make_recipe(
     base: Base,
     model: Any,
     frozen: Any,
-    live: Factors,
+    state: FlatLoRA,
     start: AdapterFile,
     incumbent: AdapterFile | None,
     draws: Draws,
@@ -72,15 +72,16 @@ def make_recipe(
     least: float,
 ) -> Recipe:
     """Assemble a method's terms over `model`, which must still hold the weights that the update begins with (of which
-    the projections take away what they forbid); `frozen` holds the incumbent's for good. For `radii` and `least` see
-    `keep_within`."""
-    remember = method.remember
-    projections: list[Callable[[], None]] = []
+    the projections take away what they forbid) in `state`; `frozen` holds the incumbent's for good. For `radii` and
+    `least` see `within_ball`."""
+    remember, layout, device = method.remember, state.layout, state.values.device
+    projections: list[Callable[[], object]] = []
     if "oplora" in remember:
         subspaces = top_subspaces(base, list(start.factors), trainer.oplora_rank)
-        projections.append(lambda: keep_out(live, subspaces))
+        projections.append(lambda: keep_out(state.factors(), subspaces))
     if radii is not None and not method.is_merged:  # on a merged model, the live delta is not the whole
-        projections.append(lambda: keep_within(live, start.scale, radii, least))
+        radii_M = layout.table(radii).to(device)
+        projections.append(lambda: keep_within(layout, state.values, radii_M, start.scale, least))
     for project in projections:
         project()
     rehearses = "replay" in remember and bool(draws.replay)
@@ -102,22 +103,9 @@ def make_recipe(
     norms = base_norms(base, list(start.factors))
     before = None if method.is_merged else incumbent  # on a merged model, the live delta itself is the distance
     if "l2sp" in remember and trainer.l2sp_lambda > 0:
-        terms.append(Penalty("l2sp", trainer.l2sp_lambda, lambda: l2sp(live, start.scale, before, norms)))
+        terms.append(Penalty("l2sp", trainer.l2sp_lambda, l2sp(layout, start.scale, before, norms, device), state))
     if "ewc" in remember and memory.fisher is not None and trainer.ewc_lambda > 0:
         fisher = relative_to_base(memory.fisher, norms)
-        terms.append(Penalty("ewc", trainer.ewc_lambda, lambda: ewc(live, start.scale, before, fisher)))
+        terms.append(Penalty("ewc", trainer.ewc_lambda, ewc(layout, start.scale, before, fisher, device), state))
     guard = Replay(base, model, draws, old) if guards else None
     return Recipe(tuple(terms), guard, tuple(projections), draws, batching, old)
-
-
-def guarded_step(adam: torch.optim.Optimizer, parameters: Sequence[Tensor], gradient: Sequence[Tensor] | None) -> None:
-    """One optimiser step; with the gradient of an older loss, less the part of the step that would raise that loss."""
-    if gradient is None:
-        adam.step()
-        return
-    before = [parameter.detach().clone() for parameter in parameters]
-    adam.step()
-    with torch.no_grad():
-        moves = [parameter - old for parameter, old in zip(parameters, before, strict=True)]
-        for parameter, old, move in zip(parameters, before, agem(moves, gradient), strict=True):
-            parameter.copy_(old + move)

@@ -9,7 +9,7 @@ exported file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +76,7 @@ class Ruler:
         self.incumbent_model = base.model if incumbent is None else attach(base, incumbent)
         self.of_incumbent = self.of_base if incumbent is None else Reference(base, self.incumbent_model, anchors)
         self._model = attach(base, shape)
-        self._live: Factors = parameters_of(self._model, shape)
+        self._live = parameters_of(self._model, shape)
         self._seen: OnAnchors | None = None  # with the live factors
         self._stops = torch.tensor(sorted(stop_ids(base)), device=base.device)
 
@@ -141,7 +141,7 @@ class Ruler:
         )
 
 
-def _are_equal(live: Factors, factors: Factors) -> bool:
+def _are_equal(live: Mapping[str, tuple[Tensor, Tensor]], factors: Factors) -> bool:
     pairs = zip(live.values(), factors.values(), strict=True)
     return all(torch.equal(a.detach().cpu(), b) for one, other in pairs for a, b in zip(one, other, strict=True))
 

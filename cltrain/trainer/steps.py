@@ -1,20 +1,23 @@
-"""The training loop: gradients of the terms, clipping, Adam, checkpoints. The base is never written to."""
+"""The training loop: gradients of the terms, clipping, Adam, checkpoints, all on flat buffers of the factors. The base
+is never written to. S elements of a buffer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cltrain_kernels.adamw import AdamW, adamw_step
+from cltrain_kernels.flat import FlatLoRA
 from torch import Tensor
 
 from cltrain.config import TrainerConfig
 from cltrain.errors import DataError
-from cltrain.models.adapter import Factors, snapshot
+from cltrain.objectives.projections import agem
 from cltrain.trainer import checkpoint as checkpoints
-from cltrain.trainer.recipe import Recipe, guarded_step
-from cltrain.trainer.terms import Measured, Term, norm_of
+from cltrain.trainer.recipe import Recipe
+from cltrain.trainer.terms import Measured
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -25,26 +28,25 @@ class UpdateDiscarded(DataError):
 
 def train(
     recipe: Recipe,
-    live: Factors,
+    state: FlatLoRA,
     trainer: TrainerConfig,
     num_steps: int,
     max_grad_norm: float,
     fingerprint: str,
     work_dir: Path,
     on_step: OnStep,
-) -> tuple[Factors, list[Measured]]:
-    """Take `num_steps` steps with the live factors; returns a copy of them and what each step measured.
+) -> list[Measured]:
+    """Take `num_steps` steps with the live factors in `state`; returns what each step measured.
 
     Continues from `work_dir`'s checkpoint if it was made from the same inputs. Raises UpdateDiscarded at the first loss
     or gradient that is not finite, or a gradient norm above `max_grad_norm` before clipping.
     """
-    parameters = [factor for pair in live.values() for factor in pair]
-    adam = torch.optim.Adam(parameters, lr=trainer.lr)  # no decay: shrinking A and B apart has no meaning for B A
+    adam = AdamW(max_norm=trainer.max_grad_norm)  # no decay: shrinking A and B apart has no meaning for B A
     resumed = checkpoints.load(work_dir, fingerprint)
-    history = _restore(adam, parameters, resumed) if resumed else []
+    history = _restore(state, resumed) if resumed else []
     for step in range(len(history), num_steps):
-        guarding = _gradient_of(recipe.guard, parameters, step)[1] if recipe.guard else None
-        measured = _set_gradients(recipe, parameters, step)
+        guarding_S = _gradient_of_guard(recipe, state, step)
+        measured = _set_gradients(recipe, state, step)
         for name, value in measured.items():
             if not math.isfinite(value):
                 raise UpdateDiscarded(f"{name} is {value} at step {step}: the update is discarded, the incumbent stays")
@@ -52,16 +54,18 @@ def train(
             raise UpdateDiscarded(
                 f"the gradient norm is {measured['grad_norm']:.3g} at step {step}, above health.max_grad_norm"
             )
-        torch.nn.utils.clip_grad_norm_(parameters, trainer.max_grad_norm)
-        adam.param_groups[0]["lr"] = trainer.lr * lr_share(step, trainer, num_steps)
-        guarded_step(adam, parameters, guarding)
+        rates_2 = state.values.new_full((2,), trainer.lr * lr_share(step, trainer, num_steps))
+        before_S = state.values.clone() if guarding_S is not None else None
+        adamw_step(state, rates_2, adam)
+        if before_S is not None and guarding_S is not None:
+            state.values.copy_(before_S + agem(state.values - before_S, guarding_S))
         for project in recipe.projections:
             project()
         history.append(measured)
         if (step + 1) % trainer.checkpoint_every == 0 or step + 1 == num_steps:
-            checkpoints.save(work_dir, fingerprint, _capture(adam, parameters, history))
+            checkpoints.save(work_dir, fingerprint, checkpoints.Checkpoint(len(history), _tensors(state), history))
         on_step(step, dict(measured))
-    return snapshot(live), history
+    return history
 
 
 def lr_share(step: int, trainer: TrainerConfig, num_steps: int) -> float:
@@ -73,47 +77,41 @@ def lr_share(step: int, trainer: TrainerConfig, num_steps: int) -> float:
     return trainer.final_lr_share + (1 - trainer.final_lr_share) * left
 
 
-def _set_gradients(recipe: Recipe, parameters: Sequence[Tensor], step: int) -> Measured:
-    """Leave the sum of the terms' gradients in .grad; what each term measured, with the norms of its gradient and of
+def _set_gradients(recipe: Recipe, state: FlatLoRA, step: int) -> Measured:
+    """Leave the sum of the terms' gradients in `state`; what each term measured, with the norms of its gradient and of
     the sum. Each is taken alone: the norm of a small one would drown in a difference of sums."""
     measured: Measured = {}
-    total = [torch.zeros_like(parameter) for parameter in parameters]
+    total_S = torch.zeros_like(state.gradients)
     for term in recipe.terms:
-        found, gradient = _gradient_of(term, parameters, step)
-        if found:
-            measured |= {**found, f"grad_norm_{term.name}": norm_of(gradient)}
-        total = [one + other for one, other in zip(total, gradient, strict=True)]
-    for parameter, gradient_of_all in zip(parameters, total, strict=True):
-        parameter.grad = gradient_of_all
-    return {**measured, "grad_norm": norm_of(total)}
+        state.zero_gradients()
+        if found := term.add(step):
+            measured |= {**found, f"grad_norm_{term.name}": _norm_of(state.gradients)}
+        total_S += state.gradients
+    state.check()
+    state.gradients.copy_(total_S)
+    return {**measured, "grad_norm": _norm_of(total_S)}
 
 
-def _gradient_of(term: Term, parameters: Sequence[Tensor], step: int) -> tuple[Measured, list[Tensor]]:
-    for parameter in parameters:
-        parameter.grad = None
-    found = term.add(step)
-    return found, [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+def _gradient_of_guard(recipe: Recipe, state: FlatLoRA, step: int) -> Tensor | None:
+    if recipe.guard is None:
+        return None
+    state.zero_gradients()
+    recipe.guard.add(step)
+    return state.gradients.clone()
 
 
-def _capture(adam: torch.optim.Adam, parameters: Sequence[Tensor], history: list[Measured]) -> checkpoints.Checkpoint:
-    tensors: dict[str, Tensor] = {}
-    for i, parameter in enumerate(parameters):
-        state = adam.state[parameter]
-        tensors[f"value/{i}"] = parameter.detach().cpu().contiguous()
-        tensors[f"mean/{i}"] = state["exp_avg"].cpu().contiguous()
-        tensors[f"square/{i}"] = state["exp_avg_sq"].cpu().contiguous()
-    return checkpoints.Checkpoint(len(history), tensors, history)
+def _norm_of(gradient_S: Tensor) -> float:
+    return float(torch.linalg.vector_norm(gradient_S))
 
 
-def _restore(
-    adam: torch.optim.Adam, parameters: Sequence[Tensor], saved: checkpoints.Checkpoint
-) -> list[dict[str, float]]:
-    for i, parameter in enumerate(parameters):
-        with torch.no_grad():
-            parameter.copy_(saved.tensors[f"value/{i}"])
-        adam.state[parameter] = {
-            "step": torch.tensor(float(saved.step)),
-            "exp_avg": saved.tensors[f"mean/{i}"].to(parameter.device),
-            "exp_avg_sq": saved.tensors[f"square/{i}"].to(parameter.device),
-        }
+def _tensors(state: FlatLoRA) -> dict[str, Tensor]:
+    """All that the next step depends on; the count is the checkpoint's own."""
+    kept = {"values": state.values, "means": state.means, "squares": state.squares}
+    return {name: buffer.cpu() for name, buffer in kept.items()}
+
+
+def _restore(state: FlatLoRA, saved: checkpoints.Checkpoint) -> list[Measured]:
+    for name, buffer in (("values", state.values), ("means", state.means), ("squares", state.squares)):
+        buffer.copy_(saved.tensors[name])
+    state.num_steps.fill_(saved.step)
     return list(saved.history)

@@ -8,16 +8,17 @@ changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from cltrain_kernels.flat import FlatLoRA
 
 from cltrain.models.base import Base
 from cltrain.models.forward import hidden_at, predicted
 from cltrain.objectives.losses import token_weights, weighted_divergence, weighted_nll
+from cltrain.objectives.penalties import DeltaPenalty
 from cltrain.records import Objective
 from cltrain.trainer.draws import Draws
 from cltrain.trainer.reference import Reference
@@ -139,21 +140,14 @@ class Divergence:
 class Penalty:
     """coefficient * a distance of the live factors' delta from where the update began."""
 
-    def __init__(self, name: str, coefficient: float, distance: Callable[[], Tensor]) -> None:
-        self.name, self.coefficient, self.distance = name, coefficient, distance
+    def __init__(self, name: str, coefficient: float, distance: DeltaPenalty, state: FlatLoRA) -> None:
+        self.name, self.coefficient, self.distance, self.state = name, coefficient, distance, state
 
     def add(self, step: int) -> Measured:
-        distance = self.distance()
-        (self.coefficient * distance).backward()  # type: ignore[no-untyped-call, unused-ignore]
-        return {self.name: float(distance.detach())}
+        return {self.name: float(self.distance(self.state.values, self.state.gradients, self.coefficient))}
 
 
 Term = Fresh | Replay | Distill | Divergence | Penalty
-
-
-def norm_of(gradient: Sequence[Tensor]) -> float:
-    """Euclidean norm over all parameters."""
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in gradient])))
 
 
 def _weights(draws: Draws, step: int, batching: Batching, pool: str) -> dict[int, float]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from cltrain_kernels.flat import FlatLoRA
 
 from cltrain.config import AdapterConfig, BoundsConfig, HealthConfig, TrainerConfig
 from cltrain.errors import ConfigError
@@ -216,14 +217,14 @@ class _Update:
         if self.method.is_merged and self.incumbent is not None:
             below = _merged(self.base, self.incumbent)
         model = attach(below, start)
-        live = parameters_of(model, start)
+        state = FlatLoRA(parameters_of(model, start))
         draws = Draws(self.seed, fresh, replay, len(ruler.of_base.rows))
         radii = drift_radii(ruler.base_norms, self.bounds) if self.method.is_bounded else None
         recipe = make_recipe(
-            self.base, model, ruler.incumbent_model, live, start, self.incumbent, draws, ruler.of_base, self.method,
+            self.base, model, ruler.incumbent_model, state, start, self.incumbent, draws, ruler.of_base, self.method,
             self.trainer, self.memory, radii, self.bounds.min_shrink,
         )  # fmt: skip
-        start = start.with_factors(snapshot(live))
+        start = start.with_factors(snapshot(state.factors()))
         num_steps = _affordable_steps(recipe, self.trainer.num_steps, self.bounds.max_tokens)
         if not num_steps:
             raise UpdateDiscarded(f"its first step has more tokens than bounds.max_tokens = {self.bounds.max_tokens}")
@@ -232,10 +233,8 @@ class _Update:
             num_steps, self.seed,
         )  # fmt: skip
         with fused(model, self.trainer.kernels):
-            factors, history = train(
-                recipe, live, self.trainer, num_steps, self.health.max_grad_norm, key, work_dir, on_step
-            )
-        return start, start.with_factors(factors), recipe, history
+            history = train(recipe, state, self.trainer, num_steps, self.health.max_grad_norm, key, work_dir, on_step)
+        return start, start.with_factors(snapshot(state.factors())), recipe, history
 
     def _served(self, trained: AdapterFile) -> AdapterFile:
         """What is to be served of what was trained: itself, or its sum or average with the incumbent, re-compressed."""

@@ -1,7 +1,8 @@
 """A decoder run over a packed bucket, with the attention that suits its device and dtype.
 
-`mask` is SDPA with a dense mask and does everything; `segments` is one causal SDPA per segment, for CPUs; `varlen` is
-torch's variable-length flash attention, for half precision on CUDA. The last two need segments that are rows.
+`mask` is SDPA with a dense mask and does everything; `chains` is one causal SDPA per chain of the tries, over its own
+keys and those above it: no more work than attention asks for, but shapes that change with the batch; `varlen` is
+torch's variable-length flash attention, for rows in half precision on CUDA.
 """
 
 from __future__ import annotations
@@ -9,38 +10,68 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
-from cltrain_kernels.apply import is_applied
+from cltrain_kernels.apply import decoder_of, hidden_at, is_applied
 from cltrain_kernels.decoder import picked
-from cltrain_kernels.packing import Packed
+from cltrain_kernels.packing import Bucket, Chain, Packed, Row, moved, pack, segment
 
 log = logging.getLogger(__name__)
 
-Attention = Literal["mask", "segments", "varlen"]
+Attention = Literal["mask", "chains", "varlen"]
 NAME = "cltrain_packed"  # under which transformers knows `_attend`
-
-# (device, half precision, tree) -> what runs. CPU: 1024 tokens in 8 segments, forward and backward, one thread, 120 ms
-# by mask and 20 ms by segments; 1 segment: 131 and 75. CUDA: by reasoning, a measurement is owed (kernels/README.md).
-TABLE: dict[tuple[str, bool, bool], Attention] = {
-    ("cpu", False, False): "segments",
-    ("cpu", True, False): "segments",
-    ("cuda", True, False): "varlen",
-}
+MIN_SHARED = 16  # tokens of a common beginning that are worth an attention of their own
 
 
-def attention_for(device: torch.device, dtype: torch.dtype, *, is_tree: bool) -> Attention:
-    """The attention for buckets of rows or of trees; logged once for each choice."""
-    chosen = TABLE.get((device.type, dtype in (torch.float16, torch.bfloat16), is_tree), "mask")
-    if chosen == "varlen" and _varlen() is None:
-        _say_once("this torch has no varlen_attn: packed rows attend through a dense mask")
-        return "mask"
+def attention_for(device: torch.device, dtype: torch.dtype, *, is_tree: bool, is_captured: bool = False) -> Attention:
+    """The attention for buckets of rows or of trees, in a CUDA graph or not; logged once for each choice.
+
+    CPU, one thread, forward and backward of 1024 tokens in 8 rows: 20 ms by chains, 120 ms by mask. CUDA: by reasoning,
+    a measurement is owed (kernels/README.md).
+    """
+    is_half_on_cuda = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    chosen: Attention = "mask" if is_captured else "chains"
+    if is_half_on_cuda and not is_tree:
+        if _varlen() is not None:
+            chosen = "varlen"
+        else:
+            _say_once(f"this torch has no varlen_attn: packed rows attend by {chosen}")
     _say_once(f"packed {'trees' if is_tree else 'rows'} in {dtype} on {device.type} attend by {chosen}")
     return chosen
+
+
+def rows_hidden(model: Any, rows_ids: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> Tensor:
+    """hidden_MD, final hidden states of a PeftModel or *ForCausalLM at tokens `wanted[i]` of each row i, in order.
+
+    Where the ops run (see `apply`), the rows lie side by side and what they begin with alike (MIN_SHARED tokens or
+    more) is there once; elsewhere, and for rows longer than a sliding window, they are padded to the longest. Every row
+    must have a token.
+    """
+    decoder = decoder_of(model)
+    embedding_VD = decoder.embed_tokens.weight
+    longest = max(len(ids) for ids in rows_ids)
+    window = _window(decoder.config)
+    if not is_applied(decoder) or (window is not None and longest > window):
+        # Padded on the right, which no real token sees: with causal attention no mask is needed.
+        ids_BT = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in rows_ids], device=embedding_VD.device)
+        padded = [i * longest + t for i, chosen in enumerate(wanted) for t in chosen]
+        return hidden_at(model, ids_BT, torch.tensor(padded, dtype=torch.long, device=embedding_VD.device))
+    trie = segment([Row(tuple(ids), (0.0,) * len(ids)) for ids in rows_ids], MIN_SHARED)
+    places: list[int] = []
+    for i, chosen in enumerate(wanted):
+        of_row = trie.places(i)
+        places += [of_row[t] for t in chosen]
+    one = replace(trie, predictions=((0, 0, 0.0),))
+    packed = moved(pack([one], Bucket(len(one.ids), 1, 1)), embedding_VD.device)
+    attention = attention_for(embedding_VD.device, embedding_VD.dtype, is_tree=packed.is_tree)
+    return packed_hidden(decoder, packed, attention, torch.tensor(places, dtype=torch.long, device=embedding_VD.device))
 
 
 def packed_hidden(
@@ -49,22 +80,19 @@ def packed_hidden(
     """Final hidden states hidden_TD of a bucket from the decoder under a Llama, Qwen2, Qwen3 or Mistral.
 
     With `places_M` only those there, hidden_MD: where the fused ops run, the last layer works for no other token behind
-    its attention. Raises ValueError for a tree that `attention` cannot do, and where a segment is longer than a sliding
-    window.
+    its attention. Raises ValueError for a tree by `varlen`, and where the bucket (by `chains`: a row) is longer than a
+    sliding window.
     """
-    if packed.is_tree and attention != "mask":
-        raise ValueError(f"{attention} attention knows rows only, and the bucket holds a tree: use mask")
-    if (window := _window(backbone.config)) is not None and len(packed.ids_T) > window:
-        raise ValueError(
-            f"a bucket of {len(packed.ids_T)} tokens does not fit a sliding window of {window}: use smaller buckets"
-        )
+    if packed.is_tree and attention == "varlen":
+        raise ValueError("varlen attention knows rows only, and the bucket holds a tree: use mask or chains")
+    longest = packed.longest if attention == "chains" else len(packed.ids_T)
+    if (window := _window(backbone.config)) is not None and longest > window:
+        raise ValueError(f"{longest} tokens do not fit a sliding window of {window}: use smaller buckets")
     extra: dict[str, Any] = {}
     if attention == "mask":
         extra["attention_mask"] = dense_mask(packed)[None, None]
-    elif attention == "segments":
-        extra["segment_starts"] = [start for start in packed.starts_S.tolist() if start < len(packed.ids_T)]
     else:
-        extra["segment_starts"] = packed.starts_S
+        extra["parts"] = packed.chains if attention == "chains" else packed.starts_S
     if places_M is not None and is_applied(backbone):
         extra["places_M"] = places_M
     before = backbone.config._attn_implementation
@@ -87,22 +115,36 @@ def dense_mask(packed: Packed) -> Tensor:
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    dropout: float = 0.0, segment_starts: list[int] | Tensor | None = None, **_: Any,
+    dropout: float = 0.0, parts: tuple[Chain, ...] | Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """(1, heads, T, head) each -> (1, T, heads, head), every segment by itself."""
-    assert segment_starts is not None
+    """(1, heads, T, head) each -> (1, T, heads, head)."""
+    assert parts is not None
     assert attention_mask is None
-    if isinstance(segment_starts, Tensor):
-        return _attend_varlen(query, key, value, scaling, segment_starts), None
-    num = query.shape[2]
-    sizes = [end - start for start, end in zip(segment_starts, [*segment_starts[1:], num], strict=True)]
-    parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    is_grouped = query.shape[1] != key.shape[1]
-    attended = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=is_grouped)
-        for q, k, v in parts
-    ]
+    if isinstance(parts, Tensor):
+        return _attend_varlen(query, key, value, scaling, parts), None
+    sizes = [chain.end - chain.begin for chain in parts]
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+    attended = []
+    for i, chain in enumerate(parts):
+        seen = (*chain.above, i)
+        k, v = (torch.cat([of[j] for j in seen], dim=2) if chain.above else of[i] for of in (keys, values))
+        attended.append(_attend_chain(queries[i], k, v, scaling))
     return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def _attend_chain(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention of the last tokens of a row over all of it."""
+    num, num_seen = query.shape[2], key.shape[2]
+    if num == num_seen:
+        is_grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=is_grouped)
+    if query.device.type == "cpu":
+        mask = torch.ones(num, num_seen, dtype=torch.bool).tril(num_seen - num)
+        is_grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=is_grouped)
+    groups = query.shape[1] // key.shape[1]  # elsewhere a bias and grouped heads together would leave the fast kernels
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, causal_lower_right(num, num_seen), scale=scaling)
 
 
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, starts_S: Tensor) -> Tensor:

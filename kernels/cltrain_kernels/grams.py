@@ -13,9 +13,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cltrain_kernels.dispatch import implementation_for
-from cltrain_kernels.flat import Layout
+from cltrain_kernels.flat import Layout, Stacks
 
 # Over (B A, B dA, dB A, dB dA):
 END = (1.0, 0.0, 0.0, 0.0)
@@ -158,7 +159,7 @@ def keep_within(layout: Layout, values_S: Tensor, radii_M: Tensor, scale: float,
 def delta_penalty(
     layout: Layout,
     values_S: Tensor,
-    start_S: Tensor | None,
+    starts: Stacks | None,
     scale: float,
     coefficients_M: Tensor,
     fisher: Mapping[str, tuple[Tensor, Tensor]] | None = None,
@@ -166,17 +167,20 @@ def delta_penalty(
 ) -> Tensor:
     """1/2 sum_M c_M sum_ij g_i x_j (dW - dW_start)_ij^2, a float64 scalar; its gradient is added to `gradients_S`.
 
-    L2-SP (1802.01483) without `fisher`; EWC on the delta with a row x column Fisher, module -> (g_N, x_K), all >= 0. No
-    start means a zero delta. With D = dB A + B0 dA, as = [A; dA], bs = [dB B0] and the weighted Grams
-    GA = (as.x) as^T, GB = (g.bs)^T bs, the value is c scale^2 / 2 <GA, GB> and the gradients are
+    `starts` are the factors of dW_start under the same scale, as `Layout.stacks` has them, of any rank; None means a
+    zero delta. L2-SP (1802.01483) without `fisher`; EWC on the delta with a row x column Fisher, module -> (g_N, x_K),
+    all >= 0. With D = dB A + B0 dA, as = [A; dA], bs = [dB B0], the smaller rank padded by zeros, and the weighted
+    Grams GA = (as.x) as^T, GB = (g.bs)^T bs, the value is c scale^2 / 2 <GA, GB> and the gradients are
     gB = c scale^2 (g.bs) GA[:, :R] and gA = c scale^2 (GB[:R] + GB[R:]) (as.x), both exactly zero at the start.
     """
     total = values_S.new_zeros((), dtype=torch.float64)
-    starts = layout.stacks(torch.zeros_like(values_S) if start_S is None else start_S)
     gradients = layout.stacks(gradients_S) if gradients_S is not None else [None] * len(layout.groups)
-    rank, begin = layout.rank, 0
-    for group, (a, b), (a0, b0), into in zip(layout.groups, layout.stacks(values_S), starts, gradients, strict=True):
-        a, b, a0, b0 = a.double(), b.double(), a0.double(), b0.double()
+    begin = 0
+    for i, (group, (a, b), into) in enumerate(zip(layout.groups, layout.stacks(values_S), gradients, strict=True)):
+        a0, b0 = (torch.zeros_like(a), torch.zeros_like(b)) if starts is None else starts[i]
+        rank = max(layout.rank, a0.shape[1])
+        a, a0 = (F.pad(x.double(), (0, 0, 0, rank - x.shape[1])) for x in (a, a0))
+        b, b0 = (F.pad(x.double(), (0, rank - x.shape[2])) for x in (b, b0))
         as_L2RK, bs_LN2R = torch.cat([a, a - a0], 1), torch.cat([b - b0, b0], 2)
         asx_L2RK, gbs_LN2R = as_L2RK, bs_LN2R
         if fisher is not None:
@@ -187,8 +191,10 @@ def delta_penalty(
         of_a, of_b = asx_L2RK @ as_L2RK.mT, gbs_LN2R.mT @ bs_LN2R
         total += (c_L11 * of_a * of_b).sum() / 2
         if into is not None:
-            into[0].add_((c_L11 * ((of_b[:, :rank] + of_b[:, rank:]) @ asx_L2RK)).to(into[0].dtype))
-            into[1].add_((c_L11 * (gbs_LN2R @ of_a[:, :, :rank])).to(into[1].dtype))
+            gradient_LRK = c_L11 * ((of_b[:, :rank] + of_b[:, rank:]) @ asx_L2RK)
+            gradient_LNR = c_L11 * (gbs_LN2R @ of_a[:, :, :rank])
+            into[0].add_(gradient_LRK[:, : layout.rank].to(into[0].dtype))
+            into[1].add_(gradient_LNR[:, :, : layout.rank].to(into[1].dtype))
     return total
 
 

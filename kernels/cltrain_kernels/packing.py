@@ -9,7 +9,8 @@ by one. Common prefixes are found token by token and never assumed. T tokens of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,16 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Chain:
+    """Places `begin` to `end` of a trie, each the only child of the one before; `above`, from the root on, are the
+    chains that its tokens see beside their own."""
+
+    begin: int
+    end: int
+    above: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A trie of rows, depth first; all places are relative to its beginning."""
 
@@ -35,53 +46,90 @@ class Segment:
     positions: tuple[int, ...]
     ends: tuple[int, ...]  # one past the last descendant
     predictions: tuple[tuple[int, int, float], ...]  # (from which place, which token, weight)
+    chains: tuple[Chain, ...]
+    paths: tuple[tuple[int, ...], ...]  # of each row: the chains that it is made of, the last one perhaps in part
     num_flat: int  # tokens of its rows one by one
 
+    def places(self, row: int) -> list[int]:
+        """Where the tokens of a row lie, in order (and those behind them in its last chain)."""
+        return [place for i in self.paths[row] for place in range(self.chains[i].begin, self.chains[i].end)]
 
-def segment(rows: Sequence[Row]) -> Segment:
-    """The trie of rows that may share prefixes, in order of first appearance. Raises ValueError without a row."""
+
+def segment(rows: Sequence[Row], min_shared: int = 1) -> Segment:
+    """The trie of rows that may share prefixes, in order of first appearance. Raises ValueError without a row.
+
+    Rows part only behind `min_shared` tokens of their own branch: a shorter common beginning is there several times.
+    """
     if not rows:
         raise ValueError("a segment needs at least one row")
     ids: list[int] = []
     positions: list[int] = []
-    parents: list[int] = []
-    weights: list[float] = []
-    children: list[dict[int, int]] = [{}]  # of the root, then of each node
-    for row in rows:
-        node = -1
-        for depth, (token, weight) in enumerate(zip(row.ids, row.weights, strict=True)):
-            below = children[node + 1].get(token)
-            if below is None:
-                below = children[node + 1][token] = len(ids)
-                ids.append(token)
-                positions.append(depth)
-                parents.append(node)
-                weights.append(0.0)
-                children.append({})
-            weights[below] += weight
-            node = below
-    order = _depth_first(children)
-    place = {node: i for i, node in enumerate(order)}
-    ends = [i + 1 for i in range(len(order))]
-    for i in range(len(order) - 1, -1, -1):
-        if (parent := parents[order[i]]) >= 0:
-            ends[place[parent]] = max(ends[place[parent]], ends[i])
-    predictions = [
-        (place[parents[node]], ids[node], weights[node]) for node in order if parents[node] >= 0 and weights[node]
+    chains: list[Chain] = []
+    paths: list[tuple[int, ...]] = [()] * len(rows)
+    # Rows that are equal up to `depth`, of which the chains `above` hold `begin` tokens.
+    left: list[tuple[list[int], int, int, tuple[int, ...]]] = [
+        (members, 0, 0, ()) for members in reversed(_by_token(rows, range(len(rows)), 0))
     ]
+    while left:
+        members, begin, depth, above = left.pop()
+        longest = max(members, key=lambda i: len(rows[i].ids))
+        parting = min(_parting(rows[longest].ids, rows[i].ids, depth) for i in members)
+        is_leaf = parting == len(rows[longest].ids)
+        if is_leaf or parting - begin >= min_shared:
+            chains.append(Chain(len(ids), len(ids) + parting - begin, above))
+            ids += rows[longest].ids[begin:parting]
+            positions += range(begin, parting)
+            begin, above = parting, (*above, len(chains) - 1)
+            for i in members:
+                paths[i] = above
+            members = [i for i in members if len(rows[i].ids) > parting]
+        ended = [([i], begin, parting, above) for i in members if len(rows[i].ids) <= parting]
+        going_on = _by_token(rows, [i for i in members if len(rows[i].ids) > parting], parting)
+        left += reversed([*ended, *((group, begin, parting, above) for group in going_on)])
     return Segment(
-        tuple(ids[node] for node in order), tuple(positions[node] for node in order), tuple(ends), tuple(predictions),
-        sum(len(row.ids) for row in rows),
+        tuple(ids), tuple(positions), tuple(_ends(chains)), _predictions(rows, chains, paths), tuple(chains),
+        tuple(paths), sum(len(row.ids) for row in rows),
     )  # fmt: skip
 
 
-def _depth_first(children: Sequence[dict[int, int]]) -> list[int]:
-    order, stack = [], list(reversed(children[0].values()))
-    while stack:
-        node = stack.pop()
-        order.append(node)
-        stack += reversed(children[node + 1].values())
-    return order
+def _by_token(rows: Sequence[Row], members: Sequence[int], depth: int) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for i in members:
+        groups.setdefault(rows[i].ids[depth], []).append(i)
+    return list(groups.values())
+
+
+def _parting(long: tuple[int, ...], other: tuple[int, ...], depth: int) -> int:
+    """The first place from `depth` on where both have a token and not the same; the length of `long` without one."""
+    if long[depth : len(other)] == other[depth:]:
+        return len(long)
+    low, high = depth, len(other)  # equal below low, not equal up to high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if long[low:middle] == other[low:middle] else (low, middle)
+    return low
+
+
+def _ends(chains: Sequence[Chain]) -> list[int]:
+    last = [chain.end for chain in chains]
+    for i in range(len(chains) - 1, -1, -1):
+        if chains[i].above:
+            last[chains[i].above[-1]] = max(last[chains[i].above[-1]], last[i])
+    return [end for chain, end in zip(chains, last, strict=True) for _ in range(chain.begin, chain.end)]
+
+
+def _predictions(
+    rows: Sequence[Row], chains: Sequence[Chain], paths: Sequence[tuple[int, ...]]
+) -> tuple[tuple[int, int, float], ...]:
+    """In the order of the places of what is predicted."""
+    found: dict[int, tuple[int, int, float]] = {}
+    for row, path in zip(rows, paths, strict=True):
+        places = [place for i in path for place in range(chains[i].begin, chains[i].end)]
+        for t in range(1, len(row.ids)):
+            if row.weights[t]:
+                before = found[places[t]][2] if places[t] in found else 0.0
+                found[places[t]] = (places[t - 1], row.ids[t], before + row.weights[t])
+    return tuple(found[place] for place in sorted(found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +147,7 @@ class Packed:
     sources_M: Tensor  # places whose hidden state predicts
     targets_M: Tensor
     weights_M: Tensor  # float32
+    chains: tuple[Chain, ...]  # the dead places are the last one
     num_used: int
     num_flat: int
     is_tree: bool
@@ -106,6 +155,12 @@ class Packed:
     @property
     def bucket(self) -> Bucket:
         return Bucket(len(self.ids_T), len(self.sources_M), len(self.starts_S) - 2)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        sizes = [chain.end - chain.begin for chain in self.chains]
+        return max(size + sum(sizes[i] for i in c.above) for c, size in zip(self.chains, sizes, strict=True))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -128,14 +183,21 @@ def pack(segments: Sequence[Segment], bucket: Bucket) -> Packed:
     positions: list[int] = []
     ends: list[int] = []
     starts = [0]
+    chains: list[Chain] = []
     predictions: list[tuple[int, int, float]] = []
     for one in segments:
-        begin = starts[-1]
+        begin, num_chains = starts[-1], len(chains)
         ids += one.ids
         positions += one.positions
         ends += [begin + end for end in one.ends]
         predictions += [(begin + source, target, weight) for source, target, weight in one.predictions]
+        chains += [
+            Chain(begin + chain.begin, begin + chain.end, tuple(num_chains + i for i in chain.above))
+            for chain in one.chains
+        ]
         starts.append(begin + len(one.ids))
+    if len(ids) < bucket.num_tokens:
+        chains.append(Chain(len(ids), bucket.num_tokens, ()))
     num_dead = bucket.num_tokens - len(ids)
     ends += range(len(ids) + 1, bucket.num_tokens + 1)
     starts += [bucket.num_tokens] * (bucket.num_segments + 2 - len(starts))
@@ -149,6 +211,7 @@ def pack(segments: Sequence[Segment], bucket: Bucket) -> Packed:
         torch.tensor(sources),
         torch.tensor(targets),
         torch.tensor(weights, dtype=torch.float32),
+        tuple(chains),
         used.num_tokens,
         sum(one.num_flat for one in segments),
         any(end != len(one.ids) for one in segments for end in one.ends),
@@ -212,3 +275,10 @@ def ratios(packed: Sequence[Packed]) -> dict[str, float]:
         "ratio_tree": sum(one.num_flat for one in packed) / num_used,
         "fill": num_used / sum(len(one.ids_T) for one in packed),
     }
+
+
+def moved(packed: Packed, device: torch.device) -> Packed:
+    """A copy of a bucket's tensors on a device."""
+    values = {field.name: getattr(packed, field.name) for field in fields(packed)}
+    tensors: Any = {name: x.to(device, copy=True) for name, x in values.items() if isinstance(x, Tensor)}
+    return replace(packed, **tensors)

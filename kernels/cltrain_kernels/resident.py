@@ -19,7 +19,7 @@ from cltrain_kernels.adamw import AdamW, Corners, adamw_step, refresh
 from cltrain_kernels.attention import attention_for, packed_hidden
 from cltrain_kernels.flat import Factors, FlatLoRA
 from cltrain_kernels.linear_loss import frozen_head, linear_loss
-from cltrain_kernels.packing import Bucket, Packed, Segment, pack, pack_all
+from cltrain_kernels.packing import Bucket, Packed, Row, Segment, moved, pack, pack_all, segment
 
 NUM_WARMUP = 3  # runs before a capture, so that libraries have chosen their kernels and workspaces
 
@@ -110,7 +110,7 @@ class Resident:
         if self._device.type != "cuda":
             return
         self._back_up()
-        row = Segment((0, 0), (0, 1), (2, 2), ((0, 0, 0.0),), 2)
+        row = replace(segment([Row((0, 0), (0.0, 1.0))]), predictions=((0, 0, 0.0),))
         for bucket in self.buckets:
             self._accumulate(pack([row], bucket))
         self._run("step", self._step)
@@ -166,9 +166,10 @@ class Resident:
             self._add_gradients(packed)
 
     def _add_gradients(self, packed: Packed) -> None:
-        attention = attention_for(self._device, self._dtype, is_tree=packed.is_tree)
+        is_captured = self._device.type == "cuda"
+        attention = attention_for(self._device, self._dtype, is_tree=packed.is_tree, is_captured=is_captured)
         hidden_MD = packed_hidden(self._backbone, packed, attention, packed.sources_M)
-        num_rows = len(packed.targets_M) if self._device.type == "cuda" else None  # a graph's shapes are fixed
+        num_rows = len(packed.targets_M) if is_captured else None  # a graph's shapes are fixed
         ids_M, weights_M = packed.targets_M, packed.weights_M
         loss = linear_loss(hidden_MD, self._head_VD, ids_M, weights_M, max_rows=num_rows).loss
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
@@ -216,13 +217,6 @@ class Resident:
     def _kept(self) -> tuple[Tensor, ...]:
         """All that makes a difference to the next update."""
         return self.state.values, self.state.means, self.state.squares, self.state.num_steps
-
-
-def moved(packed: Packed, device: torch.device) -> Packed:
-    """A copy of a bucket's tensors on a device."""
-    values = {field.name: getattr(packed, field.name) for field in fields(packed)}
-    tensors: Any = {name: x.to(device, copy=True) for name, x in values.items() if isinstance(x, Tensor)}
-    return replace(packed, **tensors)
 
 
 def copy_into(inputs: Packed, packed: Packed) -> None:
