@@ -97,7 +97,7 @@ def test_trees_give_the_gradients_of_their_branches_one_by_one(
 ) -> None:
     model = model_of(family)
     groups = [branches(seed) for seed in (1, 2, 3)]
-    buckets = (Bucket(32, 32, 4), Bucket(64, 64, 4))
+    buckets = (Bucket(32, 32, 16), Bucket(64, 64, 16))
     packed = pack_all([segment(rows, min_shared) for rows in groups], buckets)
     assert any(one.is_tree for one in packed)
     assert ratios(packed)["ratio_tree"] == sum(len(row.ids) for rows in groups for row in rows) / sum(
@@ -143,7 +143,7 @@ def test_tree_of_known_shape() -> None:
     assert one.predictions == ((0, 2, 2.0), (1, 3, 1.0), (1, 4, 1.0), (3, 5, 1.0))
     assert one.num_flat == 10
     packed = pack([segment([Row((9,), (0.0,))]), one], Bucket(8, 5, 3))
-    assert packed.starts_S.tolist() == [0, 1, 7, 8, 8]
+    assert packed.starts_S.tolist() == [0, 1, 6, 7, 8]
     assert packed.sources_M.tolist() == [1, 2, 2, 4, 0]
     sees = [[0], [1], [1, 2], [1, 2, 3], [1, 2, 4], [1, 2, 4, 5], [6], [7]]
     assert [row.nonzero().flatten().tolist() for row in dense_mask(packed)] == sees

@@ -61,12 +61,12 @@ def measured(base, adapter, groups):
         total = 0.0
         for group in groups:
             rows, weights = [ROWS[i] for i in group], [ROW_WEIGHTS[i] for i in group]
-            hidden = hidden_at(base, model, rows)
+            hidden = hidden_at(model, rows)
             if term == "nll":
                 loss = weighted_nll(base, hidden, rows, token_weights(rows, weights))
             else:
                 with torch.no_grad():
-                    teacher = hidden_at(base, base.model, rows)
+                    teacher = hidden_at(base.model, rows)
                 loss = weighted_divergence(base, hidden, teacher, torch.ones(len(hidden))) / num_tokens
             loss.backward()
             total += float(loss.detach())
@@ -112,7 +112,7 @@ def test_tokens_without_weight_do_not_count(tmp_path):
     other = TokenRow("a", "s", "p", (*range(10, 20), *range(200, 210)), row.weights)
 
     def loss(some):
-        hidden = hidden_at(base, model, [some])
+        hidden = hidden_at(model, [some])
         return float(weighted_nll(base, hidden, [some], token_weights([some], [1.0])).detach())
 
     assert loss(row) == loss(other)

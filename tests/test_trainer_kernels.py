@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 
 import pytest
+import torch
 from cltrain_kernels import dispatch
 from cltrain_kernels.apply import decoder_of, is_applied
 
 from cltrain.models.adapter import attach, new_factors
 from cltrain.models.forward import hidden_at
+from cltrain.records import TokenRow
 from cltrain.trainer.fused import fused
-from tests.trainer_parts import ADAPTER, Tiny, make_tiny, skill_rows
+from cltrain.trainer.update import verify_bounds
+from tests.trainer_parts import ADAPTER, LOOSE, Tiny, make_tiny, skill_rows
 
 ROWS = skill_rows(0, 6)
 
@@ -76,8 +80,68 @@ def test_an_error_on_the_way_in_leaves_the_setting_as_it_was(asked, monkeypatch)
 
 def test_hidden_states_of_rows_are_the_same_by_both(tiny):
     model = attach(tiny.base, new_factors(tiny.base, 4, 8.0, ADAPTER.targets, 1))
-    theirs = hidden_at(tiny.base, model, ROWS)
+    theirs = hidden_at(model, ROWS)
     with fused(model, "auto"):
-        ours = hidden_at(tiny.base, model, ROWS)
+        ours = hidden_at(model, ROWS)
     assert ours.shape == theirs.shape == (24, 32)
     assert float((ours - theirs).detach().norm() / theirs.detach().norm()) < 1e-6
+
+
+def gradients_of(model, rows, upstream=None):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    hidden_MD = hidden_at(model, rows)
+    if upstream is None:
+        upstream = torch.randn(hidden_MD.shape, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad(hidden_MD, parameters, upstream)
+    return hidden_MD.detach(), torch.cat([part.flatten() for part in found])
+
+
+def test_what_rows_begin_with_alike_runs_once_and_gives_the_same_gradients(tiny):
+    """A common system prompt, answers inside it too, one row that is all of another's beginning, one of two tokens."""
+    stem = tuple(range(20, 45))
+    rows = [
+        TokenRow("a", "s", "p", (*stem, 50, 51, 52), (0.0,) * 10 + (1.0,) * 18),
+        TokenRow("b", "s", "p", (*stem, 60, 61), (0.0,) * 20 + (1.0,) * 7),
+        TokenRow("c", "s", "p", stem, (0.0,) * 24 + (1.0,)),
+        TokenRow("d", "s", "p", (7, 8), (0.0, 1.0)),
+        TokenRow("e", "s", "p", (*stem[:5], 70, 71), (0.0,) * 5 + (1.0,) * 2),
+    ]
+    start = new_factors(tiny.base, 4, 8.0, ADAPTER.targets, 1)
+    moved = {m: (a, 0.1 * torch.ones_like(b)) for m, (a, b) in start.factors.items()}
+    model = attach(tiny.base, start.with_factors(moved))
+    hidden, gradients = gradients_of(model, rows)
+    with fused(model, "auto"):
+        seen = []
+        hook = decoder_of(model).embed_tokens.register_forward_hook(lambda _, ids, __: seen.append(ids[0].numel()))
+        ours, our_gradients = gradients_of(model, rows)
+        hook.remove()
+    assert seen == [25 + 3 + 2 + 2 + 7], "five tokens in common are no reason to part an attention"
+    assert float((ours - hidden).norm() / hidden.norm()) < 1e-6
+    assert float((our_gradients - gradients).norm() / gradients.norm()) < 1e-5
+
+
+def test_rows_longer_than_a_sliding_window_are_padded(tmp_path):
+    tiny = make_tiny(tmp_path, num_layers=2, family="mistral")
+    model = attach(tiny.base, new_factors(tiny.base, 4, 8.0, ADAPTER.targets, 1))
+    decoder = decoder_of(model)
+    decoder.config.sliding_window = 8
+    with fused(model, "auto"):
+        seen = []
+        hook = decoder.embed_tokens.register_forward_hook(lambda _, ids, __: seen.append(tuple(ids[0].shape)))
+        within, _ = gradients_of(model, [replace(row, ids=row.ids[4:], weights=row.weights[4:]) for row in ROWS])
+        beyond, gradients = gradients_of(model, ROWS)
+        hook.remove()
+    assert seen[0][0] == 1
+    assert seen[1] == (6, 12)
+    theirs, their_gradients = gradients_of(model, ROWS)
+    assert float((beyond - theirs).norm() / theirs.norm()) < 1e-6
+    assert float((gradients - their_gradients).norm() / their_gradients.norm()) < 1e-5
+    assert within.shape == (24, 32)
+
+
+def test_training_leaves_the_model_that_measures_with_memory_of_its_own(tiny):
+    """The ruler lends its model: afterwards it measures adapters as a new one does."""
+    made = tiny.update("lent", ROWS, trainer={"num_steps": 2})
+    again = verify_bounds(tiny.base, made.adapter, None, tiny.anchors, LOOSE)
+    for name in ("step_kl", "drift_kl", "step_frobenius", "drift_spectral"):
+        assert getattr(again, name) == getattr(made.candidate.bounds, name), name

@@ -79,9 +79,9 @@ class Tiny:
         return -sum(sum(row) / len(row) for row in token_log_probs(self.base, adapter, rows)) / len(rows)
 
 
-def make_tiny(directory: Path, *, hidden: int = 32, num_layers: int = 1, seed: int = 0) -> Tiny:
-    path = directory / f"base-{hidden}-{num_layers}-{seed}"
-    make_tiny_base(path, hidden=hidden, num_layers=num_layers, seed=seed, initializer_range=0.3)
+def make_tiny(directory: Path, *, hidden: int = 32, num_layers: int = 1, seed: int = 0, family: str = "llama") -> Tiny:
+    path = directory / f"base-{family}-{hidden}-{num_layers}-{seed}"
+    make_tiny_base(path, family, hidden=hidden, num_layers=num_layers, seed=seed, initializer_range=0.3)
     base = load_base(path)
     anchors, _ = load_anchors(base, file=None, count=6, max_tokens=16, seed=1, directory=directory / "anchors")
     return Tiny(base, anchors, directory)

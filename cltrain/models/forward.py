@@ -1,8 +1,7 @@
-"""Running rows through a model: padded on the right, logits only where a token is predicted that counts, and never more
-of them at once than memory is set aside for.
+"""Running rows through a model: hidden states only where a token is predicted that counts, and never more logits at
+once than memory is set aside for.
 
-With causal attention no real token sees right padding, so no mask is needed and padding changes nothing. B rows, T
-tokens, D hidden, M predicted positions, V vocabulary.
+B rows, T tokens, D hidden, M predicted positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def check_row(base: Base, row: TokenRow) -> None:
         raise DataError(f"record {row.record} is learned by policy, but lacks a log-prob for each of its targets")
 
 
-def hidden_at(base: Base, model: Any, rows: Sequence[TokenRow]) -> Tensor:
+def hidden_at(model: Any, rows: Sequence[TokenRow]) -> Tensor:
     """Final hidden states h_MD from which the predicted tokens of all rows, in order, are predicted."""
     sources = [[t - 1 for t in predicted(row)] for row in rows]
     return rows_hidden(model, [row.ids for row in rows], sources)
@@ -90,7 +89,7 @@ def target_nll(base: Base, hidden_MD: Tensor, rows: Sequence[TokenRow]) -> Tenso
 def next_log_probs(base: Base, model: Any, rows: Sequence[TokenRow]) -> Tensor:
     """logp_MV over the whole vocabulary at every predicted position of the rows; no gradients."""
     with torch.no_grad():
-        return F.log_softmax(logits_of(base, hidden_at(base, model, rows)), dim=-1)
+        return F.log_softmax(logits_of(base, hidden_at(model, rows)), dim=-1)
 
 
 def token_kl(logp_MV: Tensor, logq_MV: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def token_log_probs(base: Base, adapter: AdapterFile | None, rows: Sequence[Toke
     for batch in batches_of(base, rows):
         chosen = [rows[i] for i in batch]
         with torch.no_grad():
-            values = (-target_nll(base, hidden_at(base, model, chosen), chosen)).tolist()
+            values = (-target_nll(base, hidden_at(model, chosen), chosen)).tolist()
         for i in batch:
             count = len(predicted(rows[i]))
             found[i], values = values[:count], values[count:]

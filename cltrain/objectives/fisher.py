@@ -50,15 +50,15 @@ def measure_fisher(base: Base, model: Any, modules: Sequence[str], rows: Sequenc
         raise DataError("no row has a token to predict: there is nothing to measure a Fisher on")
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for row in rows:
-        gradients = _row_gradients(base, model, modules, row)
-        norm = sum(_square_of_product(*pair) for pair in gradients.values()) ** 0.5
+        of_row = _row_sums(base, model, modules, row)
+        norm = sum(square for _, _, square in of_row.values()) ** 0.5
         if not norm < float("inf"):
             raise DataError(f"the gradient of record {row.record} has norm {norm}: its Fisher cannot be measured")
         share = min(1.0, max_norm / norm) if norm > 0 else 1.0
-        for module, (x_TK, delta_TN) in gradients.items():
-            new = ((share * delta_TN.double()).square().sum(0), x_TK.double().square().mean(0))
+        for module in modules:
+            s_N, c_K, _ = of_row[module]
             old = sums.get(module, (0.0, 0.0))
-            sums[module] = (old[0] + new[0], old[1] + new[1])
+            sums[module] = (old[0] + share**2 * s_N, old[1] + c_K)
     means = {m: ((s_N / len(rows)).float().cpu(), (c_K / len(rows)).float().cpu()) for m, (s_N, c_K) in sums.items()}
     return Fisher(means, float(len(rows)))
 
@@ -118,29 +118,36 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Fisher:
     return Fisher(pairs, float(tensors[NUM_ROWS]))
 
 
-def _row_gradients(base: Base, model: Any, modules: Sequence[str], row: TokenRow) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module -> (x_TK, delta_TN) in float32 at the positions before the row's last predicted token."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+def _row_sums(base: Base, model: Any, modules: Sequence[str], row: TokenRow) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Module -> (sum_t delta_t^2, mean_t x_t^2, ||sum_t delta_t x_t^T||_F^2) at the positions before the row's last
+    predicted token, taken while the backward has delta and x at hand: none of them is kept."""
+    num_positions = predicted(row)[-1]
+    found: dict[str, tuple[Tensor, Tensor, float]] = {}
+    outputs: list[Tensor] = []
 
-    def keeper(module: str) -> Any:
-        def keep(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[module] = (inputs[0].detach(), output)
+    def watch(module: str) -> Any:
+        def forward_hook(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x_TK = inputs[0].detach()[0, :num_positions]
 
-        return keep
+            def backward_hook(gradient: Tensor) -> None:
+                x, delta_TN = x_TK.float(), gradient[0, :num_positions].float()
+                squares = delta_TN.double().square().sum(0), x.double().square().mean(0)
+                found[module] = (*squares, _square_of_product(x, delta_TN))
+
+            output.register_hook(backward_hook)
+            outputs.append(output)
+
+        return forward_hook
 
     layers = model.get_base_model()
-    handles = [layers.get_submodule(module).register_forward_hook(keeper(module)) for module in modules]
+    handles = [layers.get_submodule(module).register_forward_hook(watch(module)) for module in modules]
     try:
-        loss = weighted_nll(base, hidden_at(base, model, [row]), [row], token_weights([row], [1.0]))
+        loss = weighted_nll(base, hidden_at(model, [row]), [row], token_weights([row], [1.0]))
     finally:
         for handle in handles:
             handle.remove()
-    deltas = torch.autograd.grad(loss, [seen[module][1] for module in modules])
-    num_positions = predicted(row)[-1]
-    return {
-        module: (seen[module][0][0, :num_positions].float(), delta[0, :num_positions].float())
-        for module, delta in zip(modules, deltas, strict=True)
-    }
+    torch.autograd.grad(loss, outputs)  # not backward(): no parameter's .grad is touched
+    return found
 
 
 def _square_of_product(x_TK: Tensor, delta_TN: Tensor) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from cltrain.models.adapter import AdapterFile, Factors
 from cltrain.models.base import Base
 from cltrain.models.shapes import module_order
 
+_BASE_NORMS: WeakKeyDictionary[Any, dict[str, float]] = WeakKeyDictionary()
 ROUNDING = 1e-9  # singular values below this part of what was summed are rounding: the factors are float32
 
 
@@ -67,8 +70,12 @@ def cosine(one: AdapterFile, other: AdapterFile) -> float:
 
 
 def base_norms(base: Base, modules: list[str]) -> dict[str, float]:
-    """Module -> ||W0||_F of the frozen matrix, in float64."""
-    return {m: float(torch.linalg.vector_norm(base.model.get_submodule(m).weight.double())) for m in modules}
+    """Module -> ||W0||_F of the frozen matrix, in float64; each is computed once for a loaded base."""
+    known = _BASE_NORMS.setdefault(base.model, {})
+    for module in modules:
+        if module not in known:
+            known[module] = float(torch.linalg.vector_norm(base.model.get_submodule(module).weight.double()))
+    return {module: known[module] for module in modules}
 
 
 def combine(parts: Sequence[tuple[AdapterFile, float]], rank: int, alpha: float) -> tuple[AdapterFile, float]:

@@ -14,7 +14,6 @@ from cltrain.config import TrainerConfig
 from cltrain.models.adapter import AdapterFile
 from cltrain.models.base import Base
 from cltrain.objectives.fisher import relative_to_base
-from cltrain.objectives.geometry import base_norms
 from cltrain.objectives.penalties import ewc, l2sp
 from cltrain.objectives.projections import keep_out, top_subspaces
 from cltrain.records import Read, TokenRow
@@ -68,12 +67,13 @@ def make_recipe(
     method: Method,
     trainer: TrainerConfig,
     memory: Memory,
+    norms: Mapping[str, float],
     radii: Mapping[str, float] | None,
     least: float,
 ) -> Recipe:
     """Assemble a method's terms over `model`, which must still hold the weights that the update begins with (of which
-    the projections take away what they forbid) in `state`; `frozen` holds the incumbent's for good. For `radii` and
-    `least` see `within_ball`."""
+    the projections take away what they forbid) in `state`; `frozen` holds the incumbent's for good; `norms` are
+    the base matrices'. For `radii` and `least` see `within_ball`."""
     remember, layout, device = method.remember, state.layout, state.values.device
     projections: list[Callable[[], object]] = []
     if "oplora" in remember:
@@ -100,7 +100,6 @@ def make_recipe(
     if "kl" in remember and trainer.kl_beta > 0:
         reference = of_base if trainer.kl_to == "base" else Reference(base, frozen, of_base.rows)
         terms.append(Divergence(base, model, draws, reference, trainer.kl_beta, trainer.kl_batch, trainer.micro_batch))
-    norms = base_norms(base, list(start.factors))
     before = None if method.is_merged else incumbent  # on a merged model, the live delta itself is the distance
     if "l2sp" in remember and trainer.l2sp_lambda > 0:
         terms.append(Penalty("l2sp", trainer.l2sp_lambda, l2sp(layout, start.scale, before, norms, device), state))

@@ -47,4 +47,4 @@ class Reference:
 
     def _hidden(self, rows: Sequence[TokenRow]) -> Tensor:
         with torch.no_grad():
-            return hidden_at(self.base, self.model, rows)
+            return hidden_at(self.model, rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,12 @@ class Ruler:
         self._live = parameters_of(self._model, shape)
         self._seen: OnAnchors | None = None  # with the live factors
         self._stops = torch.tensor(sorted(stop_ids(base)), device=base.device)
+
+    def lend(self, adapter: AdapterFile) -> Any:
+        """The model that adapters are measured on, holding this one, to be trained until the next measurement."""
+        set_factors(self._live, adapter.factors)
+        self._seen = None
+        return self._model
 
     def on_anchors(self, adapter: AdapterFile) -> OnAnchors:
         """One pass over the anchors with this adapter; asked again for the same factors, the same answer at once."""

@@ -120,7 +120,7 @@ class Streams:
         return -target_nll(self.base, self._hidden(rows), rows)
 
     def _hidden(self, rows: Sequence[TokenRow]) -> Tensor:
-        return hidden_at(self.base, self.model, rows)
+        return hidden_at(self.model, rows)
 
 
 def _partner(row: TokenRow) -> TokenRow:

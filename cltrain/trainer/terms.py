@@ -82,7 +82,7 @@ class Replay:
         for part in _parts(order, self.batching.micro_batch):
             rows = [self.draws.replay[i] for i in part]
             weights_M = token_weights(rows, [weights[i] for i in part])
-            loss = weighted_nll(self.base, hidden_at(self.base, self.model, rows), rows, weights_M)
+            loss = weighted_nll(self.base, hidden_at(self.model, rows), rows, weights_M)
             loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
             total += float(loss.detach())
         return {"nll_replay": total / sum(weights.values())} if weights else {}
@@ -106,7 +106,7 @@ class Distill:
         for part in _parts(sorted(weights, key=lambda i: len(self.draws.fresh[i].ids)), self.batching.micro_batch):
             rows = [self.draws.fresh[i] for i in part]
             weights_M = token_weights(rows, [weights[i] for i in part])
-            hidden_MD = hidden_at(self.base, self.model, rows)
+            hidden_MD = hidden_at(self.model, rows)
             kl = weighted_divergence(self.base, hidden_MD, self.incumbent.hidden(part), weights_M)
             (self.beta * kl).backward()  # type: ignore[no-untyped-call, unused-ignore]
             total += float(kl.detach())
@@ -129,7 +129,7 @@ class Divergence:
         num_tokens = sum(len(predicted(self.reference.rows[i])) for i in chosen)
         total = 0.0
         for part in _parts(chosen, self.micro_batch):
-            hidden_MD = hidden_at(self.base, self.model, [self.reference.rows[i] for i in part])
+            hidden_MD = hidden_at(self.model, [self.reference.rows[i] for i in part])
             weights_M = torch.ones(len(hidden_MD))
             kl = weighted_divergence(self.base, hidden_MD, self.reference.hidden(part), weights_M) / num_tokens
             (self.beta * kl).backward()  # type: ignore[no-untyped-call, unused-ignore]

@@ -213,16 +213,14 @@ class _Update:
         on_step: OnStep,
     ) -> tuple[AdapterFile, AdapterFile, Recipe, list[Measured]]:
         """Where training began and ended, what its steps were made of, and what each of them measured."""
-        below = self.base
-        if self.method.is_merged and self.incumbent is not None:
-            below = _merged(self.base, self.incumbent)
-        model = attach(below, start)
+        below = self.incumbent if self.method.is_merged else None
+        model = ruler.lend(start) if below is None else attach(_merged(self.base, below), start)
         state = FlatLoRA(parameters_of(model, start))
         draws = Draws(self.seed, fresh, replay, len(ruler.of_base.rows))
         radii = drift_radii(ruler.base_norms, self.bounds) if self.method.is_bounded else None
         recipe = make_recipe(
             self.base, model, ruler.incumbent_model, state, start, self.incumbent, draws, ruler.of_base, self.method,
-            self.trainer, self.memory, radii, self.bounds.min_shrink,
+            self.trainer, self.memory, ruler.base_norms, radii, self.bounds.min_shrink,
         )  # fmt: skip
         start = start.with_factors(snapshot(state.factors()))
         num_steps = _affordable_steps(recipe, self.trainer.num_steps, self.bounds.max_tokens)
@@ -234,7 +232,8 @@ class _Update:
         )  # fmt: skip
         with fused(model, self.trainer.kernels):
             history = train(recipe, state, self.trainer, num_steps, self.health.max_grad_norm, key, work_dir, on_step)
-        return start, start.with_factors(snapshot(state.factors())), recipe, history
+        state.release()
+        return start, start.with_factors(snapshot(parameters_of(model, start))), recipe, history
 
     def _served(self, trained: AdapterFile) -> AdapterFile:
         """What is to be served of what was trained: itself, or its sum or average with the incumbent, re-compressed."""

@@ -21,7 +21,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from cltrain_kernels.apply import decoder_of, hidden_at, is_applied
 from cltrain_kernels.decoder import picked
-from cltrain_kernels.packing import Bucket, Chain, Packed, Row, moved, pack, segment
+from cltrain_kernels.packing import Chain, Packed, Row, moved, pack, segment
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def rows_hidden(model: Any, rows_ids: Sequence[Sequence[int]], wanted: Sequence[
         of_row = trie.places(i)
         places += [of_row[t] for t in chosen]
     one = replace(trie, predictions=((0, 0, 0.0),))
-    packed = moved(pack([one], Bucket(len(one.ids), 1, 1)), embedding_VD.device)
+    packed = moved(pack([one], one.size), embedding_VD.device)
     attention = attention_for(embedding_VD.device, embedding_VD.dtype, is_tree=packed.is_tree)
     return packed_hidden(decoder, packed, attention, torch.tensor(places, dtype=torch.long, device=embedding_VD.device))
 

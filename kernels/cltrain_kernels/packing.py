@@ -50,6 +50,11 @@ class Segment:
     paths: tuple[tuple[int, ...], ...]  # of each row: the chains that it is made of, the last one perhaps in part
     num_flat: int  # tokens of its rows one by one
 
+    @property
+    def size(self) -> Bucket:
+        """What it takes of a bucket; of segments one for each trie, if its rows do not all begin alike."""
+        return Bucket(len(self.ids), len(self.predictions), sum(not chain.above for chain in self.chains))
+
     def places(self, row: int) -> list[int]:
         """Where the tokens of a row lie, in order (and those behind them in its last chain)."""
         return [place for i in self.paths[row] for place in range(self.chains[i].begin, self.chains[i].end)]
@@ -136,7 +141,7 @@ def _predictions(
 class Packed:
     """Segments in one bucket. What is left over is dead places that see only themselves and weights of zero.
 
-    `starts` are the segments' beginnings, one more at the end of what is used and then the bucket's size as often as
+    `starts` are the tries' beginnings, one more at the end of what is used and then the bucket's size as often as
     there is room for further segments: cumulative lengths of a fixed number of segments, most of them empty.
     """
 
@@ -174,7 +179,7 @@ class Bucket:
 
 def pack(segments: Sequence[Segment], bucket: Bucket) -> Packed:
     """The segments side by side. Raises ValueError when they do not fit the bucket or predict nothing."""
-    used = Bucket(sum(len(one.ids) for one in segments), sum(len(one.predictions) for one in segments), len(segments))
+    used = _total(segments)
     if not fits(used, bucket):
         raise ValueError(f"{used} does not fit {bucket}: take a larger bucket or fewer rows")
     if not used.num_predictions:
@@ -182,11 +187,10 @@ def pack(segments: Sequence[Segment], bucket: Bucket) -> Packed:
     ids: list[int] = []
     positions: list[int] = []
     ends: list[int] = []
-    starts = [0]
     chains: list[Chain] = []
     predictions: list[tuple[int, int, float]] = []
     for one in segments:
-        begin, num_chains = starts[-1], len(chains)
+        begin, num_chains = len(ids), len(chains)
         ids += one.ids
         positions += one.positions
         ends += [begin + end for end in one.ends]
@@ -195,7 +199,8 @@ def pack(segments: Sequence[Segment], bucket: Bucket) -> Packed:
             Chain(begin + chain.begin, begin + chain.end, tuple(num_chains + i for i in chain.above))
             for chain in one.chains
         ]
-        starts.append(begin + len(one.ids))
+    is_tree = any(chain.above for chain in chains)
+    starts = [*(chain.begin for chain in chains if not chain.above), len(ids)]
     if len(ids) < bucket.num_tokens:
         chains.append(Chain(len(ids), bucket.num_tokens, ()))
     num_dead = bucket.num_tokens - len(ids)
@@ -214,7 +219,16 @@ def pack(segments: Sequence[Segment], bucket: Bucket) -> Packed:
         tuple(chains),
         used.num_tokens,
         sum(one.num_flat for one in segments),
-        any(end != len(one.ids) for one in segments for end in one.ends),
+        is_tree,
+    )
+
+
+def _total(segments: Sequence[Segment]) -> Bucket:
+    sizes = [one.size for one in segments]
+    return Bucket(
+        sum(size.num_tokens for size in sizes),
+        sum(size.num_predictions for size in sizes),
+        sum(size.num_segments for size in sizes),
     )
 
 
@@ -233,7 +247,7 @@ def pack_all(segments: Sequence[Segment], buckets: Sequence[Bucket]) -> list[Pac
     bins: list[list[int]] = []
     room: list[Bucket] = []
     for i in sorted(range(len(segments)), key=lambda i: (-len(segments[i].ids), i)):
-        need = Bucket(len(segments[i].ids), len(segments[i].predictions), 1)
+        need = segments[i].size
         if not fits(need, largest):
             raise ValueError(
                 f"segment {i} has {need.num_tokens} tokens and {need.num_predictions} predictions; the largest bucket "
@@ -246,7 +260,9 @@ def pack_all(segments: Sequence[Segment], buckets: Sequence[Bucket]) -> list[Pac
         bins[chosen].append(i)
         left = room[chosen]
         room[chosen] = Bucket(
-            left.num_tokens - need.num_tokens, left.num_predictions - need.num_predictions, left.num_segments - 1
+            left.num_tokens - need.num_tokens,
+            left.num_predictions - need.num_predictions,
+            left.num_segments - need.num_segments,
         )
     packed = []
     for members in bins:
@@ -260,7 +276,7 @@ def pack_all(segments: Sequence[Segment], buckets: Sequence[Bucket]) -> list[Pac
 
 def smallest_bucket(segments: Sequence[Segment], buckets: Sequence[Bucket]) -> Bucket:
     """The smallest bucket that holds these segments together. Raises ValueError when none does."""
-    used = Bucket(sum(len(one.ids) for one in segments), sum(len(one.predictions) for one in segments), len(segments))
+    used = _total(segments)
     for bucket in sorted(buckets):
         if fits(used, bucket):
             return bucket
