@@ -207,3 +207,23 @@ def test_peers_that_are_here_see_the_same_losses_and_the_others_are_absent(tmp_p
             assert row["losses"] == pytest.approx(plain, rel=1e-4), name
     assert "losses" in rows["peft_trainer_bf16_adapters"]
     assert rows["check"]["cosine"] > 0.99999
+
+
+@pytest.mark.parametrize("is_tree", [False, True])
+def test_every_way_to_attend_is_compared_with_float64(
+    registry: Any, monkeypatch: pytest.MonkeyPatch, is_tree: bool
+) -> None:
+    case = registry.load(registry.CASES / "attention.py")
+    monkeypatch.setattr(case, "DEVICE", torch.device("cpu"))
+    packed = case.draw(is_tree)
+    assert packed.is_tree == is_tree
+    assert packed.num_used == 4096
+    assert packed.num_flat == (27136 if is_tree else 4096)
+    assert case.problem("0.5B", is_tree) is None
+    everything = case.attending._attend_chain
+    monkeypatch.setattr(
+        case.attending, "_attend_chain", lambda q, k, v, s: everything(q, k[:, :, -1:], v[:, :, -1:], s)
+    )
+    said = case.problem("0.5B", is_tree)
+    assert said is not None
+    assert said.startswith("chains: its gradients have a cosine of")
