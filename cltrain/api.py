@@ -22,7 +22,7 @@ from cltrain.models.digest import base_path
 from cltrain.registry import aliases, approvals, decisions, lease, releases, requests
 from cltrain.registry.reserve import make_reserve, reserve_freed
 from cltrain.registry.tenants import incumbent, tenants_in
-from cltrain.store.database import STORE_FILE, Store, open_store
+from cltrain.store.database import STORE_FILE, Store, open_store, require_not_lost
 
 if TYPE_CHECKING:
     from cltrain.certificate import Certificate
@@ -343,9 +343,10 @@ class Deployment:
     def _existing(self) -> Store:
         """The store, for what only looks or switches: nothing is created, and an agent that nobody knows is a mistake.
 
-        Raises DataError where there is no deployment, or one of other agents.
+        Raises DataError where there is no deployment, one that lost its store, or one of other agents.
         """
         home = self.config.state_dir
+        require_not_lost(home)
         if not (home / STORE_FILE).is_file():
             raise DataError(
                 f"there is no deployment in {home} (home): --home or $CLTRAIN_HOME names another; "
