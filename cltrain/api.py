@@ -22,7 +22,7 @@ from cltrain.models.digest import base_path
 from cltrain.registry import aliases, approvals, decisions, lease, releases, requests
 from cltrain.registry.reserve import make_reserve, reserve_freed
 from cltrain.registry.tenants import incumbent, tenants_in
-from cltrain.store.database import STORE_FILE, Store, open_store
+from cltrain.store.database import STORE_FILE, Store, open_store, require_not_lost
 
 if TYPE_CHECKING:
     from cltrain.certificate import Certificate
@@ -197,16 +197,17 @@ class Deployment:
         `head`: one that was noted elsewhere; `num_since` says how many entries came after it. Raises DataError where
         the chain is broken or no entry has that head (with `verify` or `head`).
         """
-        store = self._existing()
-        since = None if head is None else decisions.entries_since(store, head)
-        chain = decisions.verify_chain(store) if verify or head is not None else None
-        return {
-            "agent": self.agent,
-            "entries": [asdict(entry) for entry in decisions.read_decisions(store, self.agent)],
-            "head": decisions.head_of(store) if chain is None else chain.head,
-            "num_verified": None if chain is None else chain.num_entries,
-            "num_since": since,
-        }
+        return decisions.read_log(self._existing(), self.agent, verify=verify, head=head)
+
+    def unquarantine(
+        self, records: Sequence[str] = (), *, dry_run: bool = False, reason: str = "asked for by the owner", **of: Any
+    ) -> dict[str, Any]:
+        """Let quarantined records be learned from again; `of`: `numbers` of updates, a `release`. See
+        `cltrain.quarantine.give_back`, also for what it raises."""
+        from cltrain.quarantine import give_back
+
+        store, now = self._existing(), time.time()
+        return give_back(store, self.agent, records, reason=reason, now=now, is_dry=dry_run, **of)
 
     # ------------------------------------------------------------ learning
 
@@ -343,9 +344,10 @@ class Deployment:
     def _existing(self) -> Store:
         """The store, for what only looks or switches: nothing is created, and an agent that nobody knows is a mistake.
 
-        Raises DataError where there is no deployment, or one of other agents.
+        Raises DataError where there is no deployment, one that lost its store, or one of other agents.
         """
         home = self.config.state_dir
+        require_not_lost(home)
         if not (home / STORE_FILE).is_file():
             raise DataError(
                 f"there is no deployment in {home} (home): --home or $CLTRAIN_HOME names another; "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cltrain.experience.buffer import learned_examples
 from cltrain.experience.triggers import concerns, find_suspicions
+from cltrain.experience.waiting import SCRUBBED
 from cltrain.gate.scorers import violation
 from cltrain.models.adapter import read_adapter
 from cltrain.models.scoring import token_log_probs
@@ -65,7 +66,7 @@ def scrubbed(rooms: Rooms, plan: Plan) -> Plan:
             why[example.record] = "suspicious beside all that is rehearsed"
     if why:
         rooms.on_progress(f"update {plan.number}: a canary failed; {len(why)} records are rehearsed no longer")
-    aside = [Aside(record, "quarantined", f"no longer rehearsed: {word}") for record, word in why.items()]
+    aside = [Aside(record, "quarantined", f"{SCRUBBED}: {word}") for record, word in why.items()]
     replay = tuple(row for row in plan.replay if row.record not in why)
     return replace(plan, replay=replay, set_aside=(*plan.set_aside, *aside))
 

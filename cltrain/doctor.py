@@ -24,7 +24,7 @@ from cltrain.models.digest import base_digest, base_path
 from cltrain.models.signature import check_signature
 from cltrain.records import SuiteItem
 from cltrain.registry.decisions import verify_chain
-from cltrain.store.database import STORE_FILE, open_store
+from cltrain.store.database import STORE_FILE, open_store, require_not_lost
 from cltrain.store.schema import screenings
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "wandb", "triton", "safetensors")
@@ -53,6 +53,7 @@ def examine(config: Config) -> list[dict[str, str]]:
 
 
 def _decisions(state_dir: Path) -> str:
+    require_not_lost(state_dir)
     if not (state_dir / STORE_FILE).exists():
         return f"none: there is no deployment in {state_dir} (home) yet"
     return f"{verify_chain(open_store(state_dir)).num_entries} in an unbroken chain"

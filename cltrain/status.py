@@ -29,6 +29,7 @@ from cltrain.store.database import Store
 NUM_SHOWN = 5  # newest updates and releases
 MANY_REJECTED = 3
 EXPLAINED = ("unusable", "quarantined")
+HOW_BACK = {"quarantined": " (`cltrain unquarantine --dry-run` lists them)"}
 
 
 def read_status(config: Config, store: Store) -> dict[str, Any]:
@@ -137,7 +138,10 @@ def _rejected(updates: Sequence[dict[str, Any]]) -> list[str]:
     num_rejected = next((i for i, verdict in enumerate(verdicts) if verdict != Verdict.REJECT), len(verdicts))
     if num_rejected < MANY_REJECTED:
         return []
-    return [f"the last {num_rejected} updates were rejected, and what they learned is quarantined: see their pages"]
+    return [
+        f"the last {num_rejected} updates were rejected, and what they learned is quarantined: see their pages; "
+        "`cltrain unquarantine --update NUMBER` gives it back"
+    ]
 
 
 def lines_of(state: dict[str, Any]) -> list[str]:
@@ -160,7 +164,7 @@ def lines_of(state: dict[str, Any]) -> list[str]:
         f"records    {state['records']} episodes, {said}",
         f"waiting    {state['immature']} episodes for feedback; {state['late_feedback']} pieces came too late",
         f"learning   {state['ready']} episodes for the next update; looked at: {screened or 'none yet'}",
-        *(f"{status:<10} most often: {reason}" for status, reason in state["why"].items()),
+        *(f"{status:<10} most often: {reason}{HOW_BACK.get(status, '')}" for status, reason in state["why"].items()),
         *([f"items      {worn} of {state['items']['asked']} that gates asked are retired"] if worn else []),
         *(f"replica    {url}: {standing}" for url, standing in state["replicas"].items()),
         f"processes  {', '.join(f'{name} {up}' for name, up in state['processes'].items())}",

@@ -26,7 +26,7 @@ from cltrain.deploy.preflight import check_adapter
 from cltrain.deploy.replicas import Replicas
 from cltrain.errors import ConflictError, DataError, ServerError, UnavailableError, failure
 from cltrain.evidence import Evidence
-from cltrain.experience import window
+from cltrain.experience import waiting, window
 from cltrain.experience.ingest import read_rehearsal
 from cltrain.experience.recording import load_secret
 from cltrain.loop import finish, run_share, run_update
@@ -41,7 +41,7 @@ from cltrain.registry.reserve import remake_reserve
 from cltrain.registry.tenants import incumbent
 from cltrain.rooms import Rooms, adapter_of, collect_garbage
 from cltrain.store.database import Store
-from cltrain.store.schema import requests, screenings
+from cltrain.store.schema import requests
 from cltrain.trainer.reference import Reference
 from cltrain.trainer.update import verify_bounds
 
@@ -357,15 +357,12 @@ class Worker:
     def _has_news(self) -> bool:
         """Whether a whole window's worth of records came in since the last update looked."""
         agent, config = self.config.agent, self.config.experience
-        waiting = window.next_window(
+        found = window.next_window(
             self.store, agent.name, config, learn_from=agent.learn_from, tools_allowed=agent.tools_allowed,
             now=time.time(), objectives=self.config.trainer.objectives,
         )  # fmt: skip
-        ids = [example.record for example in waiting.examples]
-        with self.store.read() as connection:
-            query = select(screenings.c.record).where(screenings.c.agent == agent.name, screenings.c.record.in_(ids))
-            seen = set(connection.scalars(query))
-        return len(set(ids) - seen) >= config.min_window
+        ids = {example.record for example in found.examples}
+        return len(ids - waiting.looked_at(self.store, agent.name, ids)) >= config.min_window
 
     def _after(self, summary: dict[str, Any]) -> None:
         """What follows a conclusion; none of it can take the conclusion back."""

@@ -188,6 +188,7 @@ def test_json_is_one_object_for_every_command_that_reports(cltrain: Command, tmp
         (["status", home], "release"),
         (["freeze", home], "frozen"),
         (["unfreeze", home], "frozen"),
+        (["unquarantine", "--dry-run", home], "records"),
         (["import", str(tmp_path / "one.jsonl"), home], "num_imported"),
         (["report", home], "path"),
         (["config", "check"], "digest"),
@@ -198,8 +199,8 @@ def test_json_is_one_object_for_every_command_that_reports(cltrain: Command, tmp
         assert key in done.json, words
     reporting = {name for name, command in commands().items() if any(p.name == "as_json" for p in command.params)}
     assert reporting == {
-        "update", "gate", "promote", "rollback", "freeze", "unfreeze", "status", "import", "report", "config check",
-        "doctor", "verify", "calibrate", "approve", "audit", "log", "share",
+        "update", "gate", "promote", "rollback", "unquarantine", "freeze", "unfreeze", "status", "import", "report",
+        "config check", "doctor", "verify", "calibrate", "approve", "audit", "log", "share",
         "keys add", "keys list", "keys revoke",
     }  # fmt: skip
 

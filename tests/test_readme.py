@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 
 from cltrain.api import Deployment
+from cltrain.audit import OUTCOMES
 from cltrain.config import from_dict
+from cltrain.deploy.readiness import HELD
 from cltrain.experience.ingest import read_rehearsal
+from cltrain.experience.window import STATUSES
 from cltrain.gate.suites import load_suite
+from cltrain.records import Verdict
+from cltrain.registry.releases import TRANSITIONS
+from cltrain.status import lines_of
+from tests.command import promoted_home
 
 REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text()
@@ -40,6 +47,29 @@ def test_every_example_line_is_one_that_is_read(line_of, tmp_path: Path) -> None
     assert example.targets == (1,)
     line = json.loads(line_of("trainer.anchors").read_text())
     assert set(line) == {"text"}
+
+
+def test_every_word_of_a_status_is_explained(tmp_path: Path) -> None:
+    promoted_home(tmp_path)
+    shown = Deployment(from_dict({"home": str(tmp_path)})).status()
+    metric = {"metric": "faults", "harm": 1.0, "no_harm": 1.0}
+    tried = {"kind": "canary", "release": "r", "weight": 0.05, "step": 1, "steps": 2, "since": 0.0, "metrics": [metric]}
+    tenant = {"agent": "support@acme", "release": None, "records": 1, "ready": 0, "verdict": "hold", "frozen": True}
+    update = {"number": 1, "verdict": "hold", "state": "done", "candidate": "r", "reason": "too little"}
+    whole = {
+        "frozen": True, "notices": ["look"], "awaits": ["r"], "sinks": {"wandb": 1}, "tenants": [tenant],
+        "tried": {**tried, "episodes": {"incumbent": 1, "candidate": 1}}, "why": {"unusable": "u", "quarantined": "q"},
+        "items": {"asked": 2, "retired": 1}, "updates": [update],
+    }  # fmt: skip
+    assert set(whole) <= set(shown)
+    rows = {line.split()[0] for line in lines_of({**shown, **whole})} - {"agent"}
+    assert len(rows) == 19, "a row for everything that can be shown"
+    words = {
+        *rows, "anchor", "FROZEN", *STATUSES, *TRANSITIONS, *Verdict, *(word for _, word in OUTCOMES), "training",
+        "judging", "up", "down", "unwell", "ready", "absent", "unseen", "out", "loading", *HELD,
+    } - {"proved"}  # fmt: skip  # what proved the release is ready
+    (table,) = re.findall(r"^\| `cltrain status` says .*?\n\n", README, re.MULTILINE | re.DOTALL)
+    assert sorted(word for word in words if f"`{word}`" not in table) == []
 
 
 def test_vllm_is_started_with_the_same_flags_everywhere() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,6 +103,38 @@ def unfreeze(
         chosen.open(), lambda deployment: deployment.unfreeze(), tenants, as_json,
         lambda state: f"{state['agent']}: learning goes on in mode {state['mode']}",
     )  # fmt: skip
+
+
+@about_one
+def unquarantine(
+    chosen: Chosen,
+    records: Annotated[list[str] | None, typer.Argument(metavar="RECORD", help="Which ones.")] = None,
+    update: Annotated[
+        list[int] | None, typer.Option(help="A number: what it learned or set aside; may be repeated.")
+    ] = None,
+    release: Annotated[
+        str | None,
+        typer.Option(help="What the update behind it, or its rollback, quarantined; or how its name begins."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would come back; alone: of all.")] = False,
+    reason: Reason = "asked for by the owner",
+    as_json: AsJson = False,
+) -> None:
+    """Give quarantined records back to learning: a later window may read them, and screens and gate judge them anew."""
+    found = chosen.open().unquarantine(
+        records or (), numbers=update or (), release=release, dry_run=dry_run, reason=reason
+    )
+    print_out(found, as_json, list(_returned(found)))
+
+
+def _returned(found: dict[str, Any]) -> Iterator[str]:
+    """One line a record, and how many there are."""
+    for one in found["records"]:
+        then = f"; {one['learned_by']} learned it and is not undone: rehearsed" if one["learned_by"] else ""
+        yield f"{one['record']}  {one['stratum'] or '-'}  {one['reason']}{then}"
+    yield from (f"{record}  stays: it {why}" for record, why in found["refused"].items())
+    num = len(found["records"])
+    yield f"{found['agent']}: {num} record{'' if num == 1 else 's'} {'would come' if found['is_dry'] else 'came'} back"
 
 
 def _print_each(

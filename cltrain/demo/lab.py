@@ -81,7 +81,7 @@ class Setting:
     def make(cls, directory: Path, seed: int, settings: Sequence[str]) -> Setting:
         directory.mkdir(parents=True)
         config = load([write_inputs(directory, seed)], settings)
-        config.state_dir.mkdir(parents=True)
+        open_store(config.state_dir).close()
         (config.state_dir / "secret").write_text(hashlib.sha256(f"lab {seed}".encode()).hexdigest())
         base = load_base(None, num_threads=1)
         trainer = config.trainer

@@ -35,7 +35,7 @@ from cltrain.experience.rows import (
     write_turn,
 )
 from cltrain.records import Feedback, Split, Trajectory
-from cltrain.store.database import Store
+from cltrain.store.database import SECRET_FILE, Store
 from cltrain.store.families import of_family
 from cltrain.store.schema import records
 
@@ -73,8 +73,9 @@ def split_of(secret: bytes, session: str, eval_share: float) -> Split:
 
 
 def load_secret(state_dir: Path) -> bytes:
-    """The deployment's 32 secret bytes from `state_dir/secret`, made on first use. Raises DataError if unreadable."""
-    path = state_dir / "secret"
+    """The deployment's 32 secret bytes from `state_dir/secret`, made on first use, once the store is there: a secret
+    without a store means that the store was lost. Raises DataError if unreadable."""
+    path = state_dir / SECRET_FILE
     try:
         if not path.exists():
             _create_secret(path)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import ColumnElement, and_, case, exists, func, not_, or_, select
 
@@ -15,6 +15,8 @@ from cltrain.config import ObjectivesConfig
 from cltrain.store.database import Store
 from cltrain.store.schema import feedback, records, screenings
 
+GIVEN_BACK = "given back"  # what the reason begins with where a person took a record out of quarantine
+SCRUBBED = "no longer rehearsed"  # and where a failed canary had it taken out of what is rehearsed
 EPISODE_CHARS = 37  # traj- and 32 hex digits: what a branch's id begins with
 
 WITH_SCREENING = records.outerjoin(screenings, screenings.c.record == records.c.id)
@@ -58,6 +60,14 @@ def is_unread(agent: str, *, is_mature: ColumnElement[bool], rules: str | None =
 def mature(now: float, mature_after_s: float) -> ColumnElement[bool]:
     """Has feedback, or has had none for `mature_after_s`."""
     return or_(_has_feedback(), records.c.updated_at <= now - mature_after_s)
+
+
+def looked_at(store: Store, agent: str, names: Collection[str]) -> set[str]:
+    """Those of these records that an update has read and left, less what a person gave back since: that is news."""
+    is_given_back = func.coalesce(screenings.c.reason, "").startswith(GIVEN_BACK)
+    is_old = and_(screenings.c.agent == agent, screenings.c.record.in_(names), not_(is_given_back))
+    with store.read() as connection:
+        return set(connection.scalars(select(screenings.c.record).where(is_old)))
 
 
 def num_immature(store: Store, agent: str, mature_after_s: float, now: float) -> int:

@@ -171,7 +171,7 @@ def rollback(
         done = _roll_back(connection, agent, to, expected, now, reason, freeze=freeze)
         for tenant in tenants_in(connection, agent):
             serving = _row(connection, tenant).release
-            if not set(done.rolled_back).isdisjoint(_ancestry(connection, serving)):
+            if not set(done.rolled_back).isdisjoint(ancestry_in(connection, serving)):
                 bare, why = _lineage(connection, serving)[-1], f"it grew from {done.undone}: {reason}"
                 _roll_back(connection, tenant, bare, None, now, why, freeze=freeze)
         return done
@@ -291,20 +291,20 @@ def _before(connection: Connection, row: Row, lineage: list[str]) -> str:
 def ancestry(store: Store, name: str) -> list[str]:
     """A release and what it grew from, nearest first, ending at the bare base: each place is one promotion earlier."""
     with store.read() as connection:
-        return _ancestry(connection, name)
+        return ancestry_in(connection, name)
 
 
 def _lineage(connection: Connection, name: str) -> list[str]:
     """A release and its agent's own ones among its ancestors, nearest first, ending at the agent's bare base: for a
     tenant's that stands for whatever the shared agent serves."""
     agent = get_in(connection, name).agent
-    names = _ancestry(connection, name)
+    names = ancestry_in(connection, name)
     own = set(connection.scalars(select(releases.c.name).where(releases.c.agent == agent, releases.c.name.in_(names))))
     bare = connection.scalar(select(releases.c.name).where(releases.c.agent == agent, releases.c.number == 0))
     return [one for one in names if one in own and one != bare] + ([] if bare is None else [str(bare)])
 
 
-def _ancestry(connection: Connection, name: str) -> list[str]:
+def ancestry_in(connection: Connection, name: str) -> list[str]:
     """A release and its ancestors, of whichever agent, nearest first, ending at a bare base."""
     names: list[str] = []
     current: str | None = name

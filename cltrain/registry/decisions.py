@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select
@@ -71,6 +71,19 @@ def read_decisions(store: Store, agent: str, *, kind: str | None = None) -> list
     """Every entry about one agent, oldest first."""
     with store.read() as connection:
         return entries_of(connection, agent, kind=kind)
+
+
+def read_log(store: Store, agent: str, *, verify: bool, head: str | None) -> dict[str, Any]:
+    """The entries about one agent and the log's head as plain JSON; see `Deployment.log`."""
+    since = None if head is None else entries_since(store, head)
+    chain = verify_chain(store) if verify or head is not None else None
+    return {
+        "agent": agent,
+        "entries": [asdict(entry) for entry in read_decisions(store, agent)],
+        "head": head_of(store) if chain is None else chain.head,
+        "num_verified": None if chain is None else chain.num_entries,
+        "num_since": since,
+    }
 
 
 def entries_of(connection: Connection, agent: str, *, kind: str | None = None) -> list[Entry]:

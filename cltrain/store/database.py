@@ -1,7 +1,7 @@
 """One engine per process: SQLite in WAL mode with full sync, short write transactions begun IMMEDIATE.
 
 A commit that returned is on disk, in the file that lies at the path. A full disk, a locked database or a file that went
-away raises DataError with what to do.
+away raises DataError with what to do. A home that lost its store gets no empty one in its place.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from cltrain.store.schema import metadata
 
 BUSY_TIMEOUT_S = 30.0
 STORE_FILE = "store.db"
+SECRET_FILE = "secret"
+MADE_AFTER_IT = (SECRET_FILE, "releases", f"{STORE_FILE}-wal")  # by whoever has the store open: it was there first
 
 
 class Store:
@@ -102,8 +104,24 @@ def _explained(engine: Engine) -> Iterator[None]:
         raise
 
 
+def require_not_lost(state_dir: Path) -> None:
+    """Raise DataError where the store is missing or empty, and what is made after it is there."""
+    left = [name for name in MADE_AFTER_IT if _size(state_dir / name)]
+    size = _size(state_dir / STORE_FILE)  # looked at last: whoever starts beside us makes it first
+    if not left or size:
+        return
+    names = " and ".join(filter(None, [", ".join(left[:-1]), left[-1]]))
+    raise DataError(
+        f"{state_dir / STORE_FILE} is {'missing' if size is None else 'empty'}, and {names} beside it "
+        f"{'is' if len(left) == 1 else 'are'} of a deployment whose records and decisions it held: put it back, or "
+        f"restore {state_dir} from a backup; to start anew without them, move {names} away too"
+    )
+
+
 def open_store(state_dir: Path) -> Store:
-    """Open (and on first use create) the store in `state_dir`. Raises DataError where it cannot be written."""
+    """Open (and on first use create) the store in `state_dir`. Raises DataError where it cannot be written, or was lost
+    (`require_not_lost`)."""
+    require_not_lost(state_dir)
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -123,6 +141,14 @@ def open_store(state_dir: Path) -> Store:
     with store.write() as connection:  # looking and making are one step: processes may open a fresh store at once
         metadata.create_all(connection)
     return store
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file or entries of a directory; None where nothing lies there that could be looked at."""
+    try:
+        return sum(1 for _ in path.iterdir()) if path.is_dir() else path.stat().st_size
+    except OSError:
+        return None
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 """The tables. Rows in records, named_records, record_faults, earlier_tools, generations and feedback are written by
-gateways (and import) only; updates, reads, verdicts, releases, audits, probes and screenings by the worker only;
-aliases by `registry.aliases` only; rollouts by `registry.rollouts` only; replicas by `deploy.replicas` only; decisions
-are append-only.
+gateways (and import) only; updates, reads, verdicts, releases, audits and probes by the worker only; screenings by the
+worker, by `registry.aliases` and `quarantine`; aliases by `registry.aliases` only; rollouts by `registry.rollouts`
+only; replicas by `deploy.replicas` only; decisions are append-only.
 """
 
 from __future__ import annotations
