@@ -126,6 +126,7 @@ def test_updates_by_graphs_are_those_of_the_cpu_and_no_step_waits(
         close(trainer.state.values, expected.state.values, 1e-4 if dtype is torch.float32 else 5e-2)
     for one, other in zip(found, outcomes, strict=True):
         assert one.losses == pytest.approx(other.losses, rel=1e-5 if dtype is torch.float32 else 2e-2)
+        assert one.norms == pytest.approx(other.norms, rel=1e-4 if dtype is torch.float32 else 0.2)
 
 
 @pytest.mark.parametrize("max_rows", [None, 9])
