@@ -34,7 +34,6 @@ BENCH = Path(__file__).parent.parent / "kernels/bench"
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     with pretended(monkeypatch) as device:
         yield device
-        device.may_wait = True
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,16 +110,14 @@ def test_updates_by_graphs_are_those_of_the_cpu_and_no_step_waits(
         trust_region(trainer.state.layout, start.clone(), start, radii, 2.0, together=True)  # makes its tables
         num_bounded = 0
 
-        def penalize(_: FlatLoRA) -> None:
-            gpu.may_wait = False
-
         def project(state: FlatLoRA) -> None:
             nonlocal num_bounded
             trust_region(state.layout, state.values, start, radii, 2.0, together=True)
             num_bounded += 1
             gpu.may_wait = num_bounded % 2 == 0
 
-        found = [trainer.update(batches(is_tree), RATES, penalize=penalize, project=project) for _ in range(2)]
+        hooks: dict[str, Any] = {"penalize": lambda _: setattr(gpu, "may_wait", False), "project": project}
+        found = [trainer.update(batches(is_tree), RATES, **hooks) for _ in range(2)]
         assert num_bounded == 4
         assert len(gpu.graphs) == (4 if is_tree else 3)  # rows in two buckets, the optimiser, and trees in one bucket
         close(trainer.state.values, expected.state.values, 1e-4 if dtype is torch.float32 else 5e-2)
@@ -159,7 +156,6 @@ def test_the_loss_head_with_labels_on_the_device_is_that_of_the_host(
         result = linear_loss(hidden_MD, head_VD, given, weights, other, max_rows=max_rows, max_chunk_bytes=999)
         result.loss.backward()
         gpu.may_wait = True
-        assert hidden_MD.grad is not None
         assert all(x.is_cuda for x in (result.loss, result.num_supervised, result.logprob_M, hidden_MD.grad))
         found.append((result.loss, result.entropy_M, hidden_MD.grad))
     for one, another in zip(*found, strict=True):
@@ -220,10 +216,9 @@ def test_small_ops_and_several_adapters_in_one_batch_wait_for_nothing(gpu: Devic
 
 @pytest.fixture
 def bench() -> Iterator[Callable[[str], Any]]:
-    """A module of the benchmarks by name."""
     before = set(sys.modules)
     sys.path[:0] = [str(BENCH), str(BENCH / "cases")]
-    yield importlib.import_module
+    yield importlib.import_module  # of the benchmarks' modules, by name
     del sys.path[:2]
     for name in set(sys.modules) - before:
         if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
