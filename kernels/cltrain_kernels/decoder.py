@@ -43,10 +43,10 @@ def decode(
 ) -> Tensor:
     """Final hidden states (B, T, D), or (M, D) only those at `places_M` of the flattened tokens: for all others the
     last layer then ends with its attention. `attention` goes to the attention function (cu_seq_lens, for one)."""
+    windows = [_window(layer.self_attn) for layer in decoder.layers]
+    masks = _masks(decoder.config, windows, hidden_BTD, attention_mask, position_ids)  # given ones may tell of packing
     if position_ids is None:
         position_ids = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
-    windows = [_window(layer.self_attn) for layer in decoder.layers]
-    masks = _masks(decoder.config, windows, hidden_BTD, attention_mask, position_ids)
     tables = decoder.rotary_emb(hidden_BTD, position_ids=position_ids)
     x = hidden_BTD
     for i, (layer, window) in enumerate(zip(decoder.layers, windows, strict=True)):
@@ -139,11 +139,11 @@ def _projection(module: Any, adapters: Adapters | None) -> Projection:
     b_NR = [module.lora_B[name].weight for name in names]
     if adapters is None and len(names) == 1:
         return Projection(base.weight, base.bias, a_RK[0], b_NR[0], module.scaling[names[0]])
-    scales_R = torch.cat([torch.full((len(a),), module.scaling[name]) for name, a in zip(names, a_RK, strict=True)])
-    scale = scales_R.to(a_RK[0].device)
+    blocks = list(zip(names, a_RK, strict=True))  # filled on the device: a copy from the host would wait for it
+    scale = torch.cat([torch.full((len(a),), module.scaling[name], device=a.device) for name, a in blocks])
     if adapters is not None:
-        slots_R = torch.cat([torch.full((len(a),), adapters.names.index(n)) for n, a in zip(names, a_RK, strict=True)])
-        scale = scale * (adapters.slot_BT.reshape(-1, 1) == slots_R.to(scale.device))
+        slots = [torch.full((len(a),), adapters.names.index(name), device=a.device) for name, a in blocks]
+        scale = scale * (adapters.slot_BT.reshape(-1, 1) == torch.cat(slots))
     return Projection(base.weight, base.bias, torch.cat(a_RK), torch.cat(b_NR, dim=1), scale)
 
 
@@ -159,9 +159,12 @@ def _window(attn: Any) -> int | None:
 
 
 def _masks(
-    config: Any, windows: list[int | None], hidden_BTD: Tensor, attention_mask: Any, position_ids: Tensor
+    config: Any, windows: list[int | None], hidden_BTD: Tensor, attention_mask: Any, position_ids: Tensor | None
 ) -> dict[int | None, Any]:
-    """The mask for each window, made by transformers for whatever attention the model uses."""
+    """The mask for each window, made by transformers for whatever attention the model uses.
+
+    In positions it looks for packed sequences, for which it waits for the device; without any there are none.
+    """
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
     if isinstance(attention_mask, dict):  # already made, as `generate` does

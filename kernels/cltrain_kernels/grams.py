@@ -9,6 +9,7 @@ modules of one shape, M all modules in the order of `Layout.modules`, S elements
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -59,8 +60,14 @@ def factor_grams_reference(layout: Layout, values_S: Tensor, start_S: Tensor) ->
 
 def inner(grams_M44: Tensor, one: tuple[float, ...], other: tuple[float, ...], scale: float) -> Tensor:
     """<one, other> of every module, inner_M in float64, for two of END, START, STEP, LINEAR, QUADRATIC."""
-    left, right = (grams_M44.new_tensor(weights) for weights in (one, other))
+    left, right = (_weights(weights, grams_M44.device) for weights in (one, other))
     return scale**2 * (grams_M44 @ right @ left)
+
+
+@functools.cache
+def _weights(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    """Made once: to copy them from the host in each step would be to wait for the device."""
+    return torch.tensor(weights, dtype=torch.float64, device=device)
 
 
 def step_norms(layout: Layout, values_S: Tensor, start_S: Tensor, scale: float) -> Tensor:

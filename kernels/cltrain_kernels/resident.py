@@ -130,6 +130,8 @@ class Resident:
             self.state.load(start)
             self.state.forget_moments()
             refresh(self.state, self.corners)
+        if self._device.type == "cuda":  # all of it now: later a copy from the host would wait for the steps before it
+            packed = [[moved(one, self._device) for one in batch] for batch in packed]
         table_N2 = torch.tensor(rates, dtype=self._rates_2.dtype).to(self._device)
         measured_N2 = torch.empty_like(table_N2)
         for step, batch in enumerate(packed):
