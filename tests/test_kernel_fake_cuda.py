@@ -7,12 +7,14 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
 from cltrain_kernels import Adapters, Reference, hidden_at, linear_loss, rms_norm, rope, swiglu, token_logprob
 from cltrain_kernels.adamw import AdamW, Corners, adamw_step
+from cltrain_kernels.attention import rows_hidden
 from cltrain_kernels.flat import FlatLoRA
 from cltrain_kernels.grams import column_square_sums, delta_norms, delta_penalty, keep_within, trust_region
 from cltrain_kernels.linear_loss_types import Divergence
@@ -126,6 +128,39 @@ def test_updates_by_graphs_are_those_of_the_cpu_and_no_step_waits(
         assert one.norms == pytest.approx(other.norms, rel=1e-4 if dtype is torch.float32 else 0.2)
 
 
+@pytest.mark.parametrize("is_tree", [False, True])
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("qwen3", torch.bfloat16)])
+def test_rows_that_the_trainer_packs_give_the_gradients_of_the_cpu_by_deterministic_kernels(
+    monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype, is_tree: bool
+) -> None:
+    stem = tuple(range(20, 20 + (18 if is_tree else 2)))
+    rows = [(*stem, 40 + i, 50, *(60,) * i) for i in range(3)]
+    wanted = [[len(stem) - 1, len(stem)] for _ in rows]
+    asked: list[bool] = []
+    backward = torch.autograd.grad
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return backward(*args, **kwargs)
+
+    def gradient(device: str) -> Tensor:
+        model = make_resident(family, dtype, device, is_applied=True)
+        hidden_MD = rows_hidden(SimpleNamespace(model=model._backbone), rows, wanted)
+        (hidden_MD.float() ** 2).sum().backward()
+        return model.state.gradients
+
+    expected = gradient("cpu")
+    assert not asked
+    with pretended(monkeypatch):
+        monkeypatch.setattr(torch.autograd, "grad", watched)
+        found = gradient("cuda")
+        assert asked
+        assert all(asked)
+        assert not torch.are_deterministic_algorithms_enabled()
+        difference = (found.cpu() - expected).double().norm() / expected.double().norm()
+        assert float(difference) < (1e-5 if dtype is torch.float32 else 3e-2)
+
+
 @pytest.mark.parametrize("max_rows", [None, 9])
 @pytest.mark.parametrize(
     "reference",
@@ -182,7 +217,7 @@ def test_the_optimiser_bounds_and_penalties_wait_for_nothing_and_are_those_of_th
             gpu.may_wait = False
         value = delta_penalty(layout, state.values, None, 2.0, radii_M, None, state.gradients)
         norm = adamw_step(state, rates, AdamW(max_norm=1.0, weight_decay=0.1), corners)
-        value += delta_penalty(layout, state.values, start, 2.0, radii_M, fisher, state.gradients)
+        value += delta_penalty(layout, state.values, layout.stacks(start), 2.0, radii_M, fisher, state.gradients)
         fractions_M = trust_region(layout, state.values, start, radii_M, 2.0, together=False)
         kept_M = keep_within(layout, state.values, 30 * radii_M, 2.0, 1e-3)
         sums_K = column_square_sums(state.values.reshape(1, -1))

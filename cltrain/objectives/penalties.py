@@ -28,14 +28,13 @@ class DeltaPenalty:
     scale: float
     reference: Stacks | None  # of its factors, under `scale`
     coefficients_M: Tensor
-    fisher: Fisher | None = None
+    diagonals: Mapping[str, tuple[Tensor, Tensor]] | None = None  # of a Fisher: (d_S_N, d_C_K) by module
 
     def __call__(self, values_S: Tensor, gradients_S: Tensor | None = None, weight: float = 1.0) -> Tensor:
         """The penalty as a float64 scalar; `weight` times its gradient is added to `gradients_S`."""
-        diagonals = self.fisher.diagonals if self.fisher is not None else None
         coefficients_M = weight * self.coefficients_M
         weighted = delta_penalty(
-            self.layout, values_S, self.reference, self.scale, coefficients_M, diagonals, gradients_S
+            self.layout, values_S, self.reference, self.scale, coefficients_M, self.diagonals, gradients_S
         )
         return weighted / weight
 
@@ -55,7 +54,7 @@ def l2sp(
     zero = [module for module in layout.modules if not base_norms[module] > 0]
     if zero:
         raise DataError(f"{zero[0]} of the base is all zeros: no distance can be measured relative to it")
-    coefficients_M = layout.table(base_norms) ** -2
+    coefficients_M = (layout.table(base_norms) ** -2).to(device)
     return DeltaPenalty(layout, scale, _stacks_of(layout, scale, reference, device), coefficients_M)
 
 
@@ -67,8 +66,9 @@ def ewc(
     Elastic weight consolidation (Kirkpatrick et al., 1612.00796) on the delta, as EWC-LoRA (2602.17559) does, with a
     diagonal Kronecker Fisher. In nats with the Fisher as measured; with `relative_to_base` in the units of `l2sp`.
     """
-    ones_M = torch.ones(len(layout.modules), dtype=torch.float64)
-    return DeltaPenalty(layout, scale, _stacks_of(layout, scale, reference, device), ones_M, fisher)
+    ones_M = torch.ones(len(layout.modules), dtype=torch.float64, device=device)
+    diagonals = {m: (s_N.to(device), c_K.to(device)) for m, (s_N, c_K) in fisher.diagonals.items()}
+    return DeltaPenalty(layout, scale, _stacks_of(layout, scale, reference, device), ones_M, diagonals)
 
 
 def _stacks_of(

@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from cltrain_kernels.apply import decoder_of, hidden_at, is_applied
 from cltrain_kernels.decoder import picked
@@ -26,7 +28,7 @@ from cltrain_kernels.packing import Chain, Packed, Row, moved, pack, segment
 log = logging.getLogger(__name__)
 
 Attention = Literal["mask", "chains", "varlen"]
-NAME = "cltrain_packed"  # under which transformers knows `_attend`
+NAME = "cltrain_packed"  # under which transformers knows `attend`
 MIN_SHARED = 16  # tokens of a common beginning that are worth an attention of their own
 
 
@@ -88,16 +90,12 @@ def packed_hidden(
     longest = packed.longest if attention == "chains" else len(packed.ids_T)
     if (window := _window(backbone.config)) is not None and longest > window:
         raise ValueError(f"{longest} tokens do not fit a sliding window of {window}: use smaller buckets")
-    extra: dict[str, Any] = {}
-    if attention == "mask":
-        extra["attention_mask"] = dense_mask(packed)[None, None]
-    else:
-        extra["parts"] = packed.chains if attention == "chains" else packed.starts_S
+    extra: dict[str, Any] = {"parts": _parts(packed, attention)}
     if places_M is not None and is_applied(backbone):
         extra["places_M"] = places_M
     before = backbone.config._attn_implementation
     try:
-        backbone.config._attn_implementation = "sdpa" if attention == "mask" else _registered()
+        backbone.config._attn_implementation = _registered()
         output = backbone(input_ids=packed.ids_T[None], position_ids=packed.positions_T[None], use_cache=False, **extra)
     finally:
         backbone.config._attn_implementation = before
@@ -113,15 +111,79 @@ def dense_mask(packed: Packed) -> Tensor:
     return (places_T[None] <= places_T[:, None]) & (places_T[:, None] < packed.ends_T[None])
 
 
-def _attend(
+def _parts(packed: Packed, attention: Attention) -> tuple[Chain, ...] | Tensor:
+    """What `attend` is told: chains, a mask_TT of booleans, or the int32 starts_S of `varlen`."""
+    if attention == "chains":
+        return packed.chains
+    return dense_mask(packed) if attention == "mask" else packed.starts_S
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, parts: tuple[Chain, ...] | Tensor, scaling: float | None = None
+) -> Tensor:
+    """Packed attention, (1, heads, T, head) each -> (1, T, heads, head). Its gradients repeat to the bit."""
+    if query.device.type == "cpu" or not torch.is_grad_enabled():
+        return _attended(query, key, value, parts, scaling)
+    return _Repeatable.apply(parts, scaling, query, key, value)
+
+
+def _attend_for_transformers(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     dropout: float = 0.0, parts: tuple[Chain, ...] | Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """(1, heads, T, head) each -> (1, T, heads, head)."""
     assert parts is not None
     assert attention_mask is None
+    return attend(query, key, value, parts, scaling), None
+
+
+class _Repeatable(torch.autograd.Function):
+    """The backward with deterministic kernels: CUDA's attentions add up in any order unless they are told not to. They
+    alone are: all of torch, told so, would refuse whatever has no such kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        parts: tuple[Chain, ...] | Tensor,
+        scaling: float | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        with torch.enable_grad():
+            query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
+            attended = _attended(query, key, value, parts, scaling)
+        ctx.inputs, ctx.attended = (query, key, value), attended
+        return attended.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        with _deterministic():
+            return None, None, *torch.autograd.grad(ctx.attended, ctx.inputs, upstream)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses products, should there be any
+    more: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = more.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    more.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        more.fill_uninitialized_memory = fills
+
+
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, parts: tuple[Chain, ...] | Tensor, scaling: float | None
+) -> Tensor:
     if isinstance(parts, Tensor):
-        return _attend_varlen(query, key, value, scaling, parts), None
+        if parts.dtype is not torch.bool:
+            return _attend_varlen(query, key, value, scaling, parts)
+        return _masked(query, key, value, parts, scaling).transpose(1, 2)
     sizes = [chain.end - chain.begin for chain in parts]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
     attended = []
@@ -129,7 +191,7 @@ def _attend(
         seen = (*chain.above, i)
         k, v = (torch.cat([of[j] for j in seen], dim=2) if chain.above else of[i] for of in (keys, values))
         attended.append(_attend_chain(queries[i], k, v, scaling))
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+    return torch.cat(attended, dim=2).transpose(1, 2)
 
 
 def _attend_chain(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -138,13 +200,17 @@ def _attend_chain(query: Tensor, key: Tensor, value: Tensor, scaling: float | No
     if num == num_seen:
         is_grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=is_grouped)
+    mask = torch.ones(num, num_seen, dtype=torch.bool, device=query.device).tril(num_seen - num)
+    return _masked(query, key, value, mask, scaling)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
     if query.device.type == "cpu":
-        mask = torch.ones(num, num_seen, dtype=torch.bool).tril(num_seen - num)
-        is_grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=is_grouped)
-    groups = query.shape[1] // key.shape[1]  # elsewhere a bias and grouped heads together would leave the fast kernels
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=groups > 1)
+    # On CUDA a mask and groups together would leave the fast kernels.
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, causal_lower_right(num, num_seen), scale=scaling)
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
 
 
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, starts_S: Tensor) -> Tensor:
@@ -185,7 +251,7 @@ def _window(config: Any) -> int | None:
 def _registered() -> str:
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(NAME, _attend_for_transformers)
     return NAME
 
 

@@ -171,9 +171,7 @@ class Resident:
         is_captured = self._device.type == "cuda"
         attention = attention_for(self._device, self._dtype, is_tree=packed.is_tree, is_captured=is_captured)
         hidden_MD = packed_hidden(self._backbone, packed, attention, packed.sources_M)
-        num_rows = len(packed.targets_M) if is_captured else None  # a graph's shapes are fixed
-        ids_M, weights_M = packed.targets_M, packed.weights_M
-        loss = linear_loss(hidden_MD, self._head_VD, ids_M, weights_M, max_rows=num_rows).loss
+        loss = linear_loss(hidden_MD, self._head_VD, packed.targets_M, packed.weights_M).loss
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         self._loss += loss.detach()
 
