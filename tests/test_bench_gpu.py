@@ -220,10 +220,8 @@ def test_every_way_to_attend_is_compared_with_float64(
     assert packed.num_used == 4096
     assert packed.num_flat == (27136 if is_tree else 4096)
     assert case.problem("0.5B", is_tree) is None
-    everything = case.attending._attend_chain
-    monkeypatch.setattr(
-        case.attending, "_attend_chain", lambda q, k, v, s: everything(q, k[:, :, -1:], v[:, :, -1:], s)
-    )
+    everything = case.attending._attend_run
+    monkeypatch.setattr(case.attending, "_attend_run", lambda q, k, *others: everything(q, -k, *others))
     said = case.problem("0.5B", is_tree)
     assert said is not None
     assert said.startswith("chains: its gradients have a cosine of")

@@ -222,6 +222,39 @@ def test_attention_is_chosen_from_the_table_and_logged(caplog: pytest.LogCapture
     assert "packed rows in torch.float32 on cpu attend by chains" in caplog.text
 
 
+@pytest.mark.parametrize("max_mask", [0, 1 << 22])
+def test_a_mask_is_made_once_for_all_layers_and_none_where_it_would_be_large(
+    monkeypatch: pytest.MonkeyPatch, max_mask: int
+) -> None:
+    model = model_of("Qwen2")
+    rows = [Row((*range(10), i, i), (0.0,) * 10 + (1.0,) * 2) for i in (1, 2)]
+    rows.append(Row((*range(10), *range(11)), (1.0,) * 21))  # as long as what it shares: no mask is worth it
+    packed = pack([segment(rows)], Bucket(40, 30, 1))
+    seen: list[Tensor] = []
+    masked = attending._masked
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+        seen.append(mask)
+        return masked(query, key, value, mask, scaling)
+
+    monkeypatch.setattr(attending, "_masked", watched)
+    monkeypatch.setattr(attending, "MAX_MASK", max_mask)
+    assert_same(packed_gradients(model, [packed], "chains"), flat_gradients(model, rows))
+    assert [tuple(mask.shape) for mask in seen] == ([(2, 12)] * 4 if max_mask else [])
+    assert len({mask.data_ptr() for mask in seen}) == len(seen) / len(model.model.layers)
+
+
+def test_dead_places_are_no_row_that_a_window_must_hold() -> None:
+    model = model_of("Mistral")
+    model.config.sliding_window = 4
+    rows = [Row((1, 2, 3, 4), (1.0,) * 4)]
+    packed = pack([segment(rows)], Bucket(32, 4, 2))
+    assert packed.longest == 4
+    assert_same(packed_gradients(model, [packed], "chains"), flat_gradients(model, rows))
+    with pytest.raises(ValueError, match="5 tokens do not fit a sliding window of 4"):
+        packed_hidden(model.model, pack([segment([Row((1,) * 5, (1.0,) * 5)])], Bucket(32, 4, 2)), "chains")
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("min_shared", [1, 2, 4])
 def test_a_trie_holds_every_row_and_shares_what_is_long_enough(seed: int, min_shared: int) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
 
 import pytest
 import torch
 from cltrain_kernels import dispatch
 from cltrain_kernels.apply import decoder_of, is_applied
 
-from cltrain.models.adapter import attach, new_factors
+from cltrain.models.adapter import attach, new_factors, parameters_of, set_factors
 from cltrain.models.forward import hidden_at
 from cltrain.records import TokenRow
 from cltrain.trainer.fused import fused
+from cltrain.trainer.shrink import Ruler
 from cltrain.trainer.update import verify_bounds
 from tests.trainer_parts import ADAPTER, LOOSE, Tiny, make_tiny, skill_rows
 
@@ -120,28 +120,47 @@ def test_what_rows_begin_with_alike_runs_once_and_gives_the_same_gradients(tiny)
     assert float((our_gradients - gradients).norm() / gradients.norm()) < 1e-5
 
 
-def test_rows_longer_than_a_sliding_window_are_padded(tmp_path):
+@pytest.mark.parametrize("window", [11, 12])
+def test_rows_longer_than_a_sliding_window_are_padded(tmp_path, window):
+    """Rows of 12 tokens: as long as the window they are packed, longer ones are not; the model says the same."""
     tiny = make_tiny(tmp_path, num_layers=2, family="mistral")
     model = attach(tiny.base, new_factors(tiny.base, 4, 8.0, ADAPTER.targets, 1))
     decoder = decoder_of(model)
-    decoder.config.sliding_window = 8
+    decoder.config.sliding_window = window
+    hidden, gradients = gradients_of(model, ROWS)
     with fused(model, "auto"):
         seen = []
         hook = decoder.embed_tokens.register_forward_hook(lambda _, ids, __: seen.append(tuple(ids[0].shape)))
-        within, _ = gradients_of(model, [replace(row, ids=row.ids[4:], weights=row.weights[4:]) for row in ROWS])
-        beyond, gradients = gradients_of(model, ROWS)
+        ours, our_gradients = gradients_of(model, ROWS)
         hook.remove()
-    assert seen[0][0] == 1
-    assert seen[1] == (6, 12)
-    theirs, their_gradients = gradients_of(model, ROWS)
-    assert float((beyond - theirs).norm() / theirs.norm()) < 1e-6
-    assert float((gradients - their_gradients).norm() / their_gradients.norm()) < 1e-5
-    assert within.shape == (24, 32)
+    assert seen == [(1, 72) if window == 12 else (6, 12)]
+    assert float((ours - hidden).norm() / hidden.norm()) < 1e-6
+    assert float((our_gradients - gradients).norm() / gradients.norm()) < 1e-5
 
 
-def test_training_leaves_the_model_that_measures_with_memory_of_its_own(tiny):
-    """The ruler lends its model: afterwards it measures adapters as a new one does."""
+def test_training_gives_the_model_that_measures_back(tiny, monkeypatch):
+    """With memory of its own, no gradients, and nothing measured before that would be taken for now."""
+    lent = []
+    lend = Ruler.lend
+
+    def watched(ruler, adapter):
+        lent.append((ruler, lend(ruler, adapter)))
+        return lent[-1][1]
+
+    monkeypatch.setattr(Ruler, "lend", watched)
     made = tiny.update("lent", ROWS, trainer={"num_steps": 2})
+    ((ruler, model),) = lent
+    for factor in (p for pair in parameters_of(model, made.adapter).values() for p in pair):
+        assert factor.grad is None
+        assert factor.untyped_storage().nbytes() == 4 * factor.numel()
     again = verify_bounds(tiny.base, made.adapter, None, tiny.anchors, LOOSE)
     for name in ("step_kl", "drift_kl", "step_frobenius", "drift_spectral"):
         assert getattr(again, name) == getattr(made.candidate.bounds, name), name
+    before = ruler.on_anchors(made.adapter)
+    set_factors(parameters_of(lend(ruler, made.adapter), made.adapter), new_factors_of(tiny))
+    after = ruler.on_anchors(made.adapter.with_factors(new_factors_of(tiny)))
+    assert after.drift_kl < 0.1 * before.drift_kl, "what was measured before the training was said of what came of it"
+
+
+def new_factors_of(tiny):
+    return new_factors(tiny.base, ADAPTER.rank, ADAPTER.alpha, ADAPTER.targets, 1).factors

@@ -120,33 +120,32 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Fisher:
 
 def _row_sums(base: Base, model: Any, modules: Sequence[str], row: TokenRow) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Module -> (sum_t delta_t^2, mean_t x_t^2, ||sum_t delta_t x_t^T||_F^2) at the positions before the row's last
-    predicted token, taken while the backward has delta and x at hand: none of them is kept."""
+    predicted token, taken while the backward has delta and x at hand and let go with them."""
     num_positions = predicted(row)[-1]
     found: dict[str, tuple[Tensor, Tensor, float]] = {}
-    outputs: list[Tensor] = []
+    inputs: dict[str, Tensor] = {}
 
     def watch(module: str) -> Any:
-        def forward_hook(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x_TK = inputs[0].detach()[0, :num_positions]
-
-            def backward_hook(gradient: Tensor) -> None:
-                x, delta_TN = x_TK.float(), gradient[0, :num_positions].float()
-                squares = delta_TN.double().square().sum(0), x.double().square().mean(0)
-                found[module] = (*squares, _square_of_product(x, delta_TN))
-
+        def forward_hook(_: Any, taken: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[module] = taken[0].detach()
             output.register_hook(backward_hook)
-            outputs.append(output)
+
+        def backward_hook(gradient: Tensor) -> None:
+            x_TK, delta_TN = inputs.pop(module)[0, :num_positions].float(), gradient[0, :num_positions].float()
+            squares = delta_TN.double().square().sum(0), x_TK.double().square().mean(0)
+            found[module] = (*squares, _square_of_product(x_TK, delta_TN))
 
         return forward_hook
 
-    layers = model.get_base_model()
-    handles = [layers.get_submodule(module).register_forward_hook(watch(module)) for module in modules]
+    layers = [model.get_base_model().get_submodule(module) for module in modules]
+    handles = [layer.register_forward_hook(watch(module)) for module, layer in zip(modules, layers, strict=True)]
     try:
         loss = weighted_nll(base, hidden_at(model, [row]), [row], token_weights([row], [1.0]))
     finally:
         for handle in handles:
             handle.remove()
-    torch.autograd.grad(loss, outputs)  # not backward(): no parameter's .grad is touched
+    # Of the factors, whose gradients are small, and not by backward(): no parameter's .grad is touched.
+    torch.autograd.grad(loss, [p for layer in layers for p in layer.parameters() if p.requires_grad])
     return found
 
 

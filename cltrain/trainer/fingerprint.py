@@ -28,6 +28,7 @@ def fingerprint_of(
     anchors: Sequence[TokenRow],
     trainer: TrainerConfig,
     radii: Mapping[str, float] | None,
+    least: float,
     memory: Memory,
     num_steps: int,
     seed: int,
@@ -36,7 +37,7 @@ def fingerprint_of(
     Fisher, the versions of this code and of torch, and its threads."""
     whole = hashlib.sha256()
     settings = trainer.model_dump(mode="json", exclude={"checkpoint_every", "anchors", "num_anchors", "anchor_tokens"})
-    numbers = [start.rank, start.alpha, start.targets, settings, radii, num_steps, seed]
+    numbers = [start.rank, start.alpha, start.targets, settings, radii, least, num_steps, seed]
     machine = [CHECKPOINTS, __version__, torch.__version__, torch.get_num_threads()]
     loaded = [base.digest, base.device, str(base.model.dtype), base.context]
     whole.update(json.dumps([loaded, numbers, machine], sort_keys=True).encode())

@@ -227,8 +227,8 @@ class _Update:
         if not num_steps:
             raise UpdateDiscarded(f"its first step has more tokens than bounds.max_tokens = {self.bounds.max_tokens}")
         key = fingerprint_of(
-            self.base, start, self.incumbent, fresh, replay, ruler.of_base.rows, self.trainer, radii, self.memory,
-            num_steps, self.seed,
+            self.base, start, self.incumbent, fresh, replay, ruler.of_base.rows, self.trainer, radii,
+            self.bounds.min_shrink, self.memory, num_steps, self.seed,
         )  # fmt: skip
         with fused(model, self.trainer.kernels):
             history = train(recipe, state, self.trainer, num_steps, self.health.max_grad_norm, key, work_dir, on_step)

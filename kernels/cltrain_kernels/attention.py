@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 Attention = Literal["mask", "chains", "varlen"]
 NAME = "cltrain_packed"  # under which transformers knows `attend`
 MIN_SHARED = 16  # tokens of a common beginning that are worth an attention of their own
+MAX_MASK = 1 << 22  # numbers in the mask of one chain (16 MiB of float32)
 
 
 def attention_for(device: torch.device, dtype: torch.dtype, *, is_tree: bool, is_captured: bool = False) -> Attention:
@@ -90,7 +91,7 @@ def packed_hidden(
     longest = packed.longest if attention == "chains" else len(packed.ids_T)
     if (window := _window(backbone.config)) is not None and longest > window:
         raise ValueError(f"{longest} tokens do not fit a sliding window of {window}: use smaller buckets")
-    extra: dict[str, Any] = {"parts": _parts(packed, attention)}
+    extra: dict[str, Any] = {"parts": parts_of(packed, attention, backbone.embed_tokens.weight.dtype)}
     if places_M is not None and is_applied(backbone):
         extra["places_M"] = places_M
     before = backbone.config._attn_implementation
@@ -111,16 +112,36 @@ def dense_mask(packed: Packed) -> Tensor:
     return (places_T[None] <= places_T[:, None]) & (places_T[:, None] < packed.ends_T[None])
 
 
-def _parts(packed: Packed, attention: Attention) -> tuple[Chain, ...] | Tensor:
-    """What `attend` is told: chains, a mask_TT of booleans, or the int32 starts_S of `varlen`."""
-    if attention == "chains":
-        return packed.chains
-    return dense_mask(packed) if attention == "mask" else packed.starts_S
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A chain with the mask of its own queries and all keys that they see; None where causal attention needs none."""
+
+    chain: Chain
+    mask: Tensor | None
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, parts: tuple[Chain, ...] | Tensor, scaling: float | None = None
-) -> Tensor:
+Parts = tuple[Run, ...] | Tensor  # or the mask_TT of `mask`, in booleans, or the int32 starts_S of `varlen`
+
+
+def parts_of(packed: Packed, attention: Attention, dtype: torch.dtype) -> Parts:
+    """What `attend` is told, once for all layers: a mask is kept for the backward, and by each that made its own."""
+    if attention == "mask":
+        return dense_mask(packed)
+    if attention == "varlen":
+        return packed.starts_S
+    return tuple(Run(chain, _mask_of(chain, packed, dtype)) for chain in packed.chains)
+
+
+def _mask_of(chain: Chain, packed: Packed, dtype: torch.dtype) -> Tensor | None:
+    num = chain.end - chain.begin
+    num_seen = num + sum(packed.chains[i].end - packed.chains[i].begin for i in chain.above)
+    if 2 * num >= num_seen or num * num_seen > MAX_MASK:
+        return None
+    mask = torch.full((num, num_seen), -torch.inf, dtype=dtype, device=packed.ids_T.device)
+    return mask.triu(num_seen - num + 1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, parts: Parts, scaling: float | None = None) -> Tensor:
     """Packed attention, (1, heads, T, head) each -> (1, T, heads, head). Its gradients repeat to the bit."""
     if query.device.type == "cpu" or not torch.is_grad_enabled():
         return _attended(query, key, value, parts, scaling)
@@ -129,7 +150,7 @@ def attend(
 
 def _attend_for_transformers(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    dropout: float = 0.0, parts: tuple[Chain, ...] | Tensor | None = None, **_: Any,
+    dropout: float = 0.0, parts: Parts | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     assert parts is not None
     assert attention_mask is None
@@ -143,7 +164,7 @@ class _Repeatable(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        parts: tuple[Chain, ...] | Tensor,
+        parts: Parts,
         scaling: float | None,
         query: Tensor,
         key: Tensor,
@@ -177,31 +198,31 @@ def _deterministic() -> Iterator[None]:
         more.fill_uninitialized_memory = fills
 
 
-def _attended(
-    query: Tensor, key: Tensor, value: Tensor, parts: tuple[Chain, ...] | Tensor, scaling: float | None
-) -> Tensor:
+def _attended(query: Tensor, key: Tensor, value: Tensor, parts: Parts, scaling: float | None) -> Tensor:
     if isinstance(parts, Tensor):
         if parts.dtype is not torch.bool:
             return _attend_varlen(query, key, value, scaling, parts)
         return _masked(query, key, value, parts, scaling).transpose(1, 2)
-    sizes = [chain.end - chain.begin for chain in parts]
+    sizes = [run.chain.end - run.chain.begin for run in parts]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
     attended = []
-    for i, chain in enumerate(parts):
-        seen = (*chain.above, i)
-        k, v = (torch.cat([of[j] for j in seen], dim=2) if chain.above else of[i] for of in (keys, values))
-        attended.append(_attend_chain(queries[i], k, v, scaling))
+    for i, run in enumerate(parts):
+        seen = (*run.chain.above, i)
+        k, v = (torch.cat([of[j] for j in seen], dim=2) if run.chain.above else of[i] for of in (keys, values))
+        attended.append(_attend_run(queries[i], k, v, run.mask, scaling))
     return torch.cat(attended, dim=2).transpose(1, 2)
 
 
-def _attend_chain(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Causal attention of the last tokens of a row over all of it."""
-    num, num_seen = query.shape[2], key.shape[2]
-    if num == num_seen:
-        is_grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=is_grouped)
-    mask = torch.ones(num, num_seen, dtype=torch.bool, device=query.device).tril(num_seen - num)
-    return _masked(query, key, value, mask, scaling)
+def _attend_run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Causal attention of the last tokens of a row over all of it. Without a mask the queries before them are zeros,
+    whose answers nobody reads: as much work as the row by itself, and no memory for a mask."""
+    if mask is not None:
+        return _masked(query, key, value, mask, scaling)
+    num_before = key.shape[2] - query.shape[2]
+    query = F.pad(query, (0, 0, num_before, 0)) if num_before else query
+    is_grouped = query.shape[1] != key.shape[1]
+    whole = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=is_grouped)
+    return whole[:, :, num_before:]
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:

@@ -151,13 +151,14 @@ def trust_region(
 
 
 def keep_within(layout: Layout, values_S: Tensor, radii_M: Tensor, scale: float, least: float) -> Tensor:
-    """B <- min(1, radius / ||dW||_F) B in place, but not where that is below `least`; returns these c_M, float64."""
+    """B <- min(1, radius / ||dW||_F) B in place, but not where that is below `least` or no number; returns these c_M,
+    float64."""
     begin, kept = 0, []
     for a, b in layout.stacks(values_S):
         a64, b64 = a.double(), b.double()
         norms_L = scale * ((b64.mT @ b64) * (a64 @ a64.mT)).sum((-2, -1)).clamp(min=0).sqrt()
         c_L = (radii_M[begin : begin + len(a)] / norms_L).clamp(max=1.0)
-        kept.append(torch.where(c_L < least, 1.0, c_L))
+        kept.append(torch.where(c_L >= least, c_L, 1.0))
         b *= kept[-1][:, None, None].to(b.dtype)
         begin += len(a)
     return torch.cat(kept)

@@ -139,7 +139,7 @@ def _predictions(
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Segments in one bucket. What is left over is dead places that see only themselves and weights of zero.
+    """Segments in one bucket. What is left over is dead places that no other sees, and weights of zero.
 
     `starts` are the tries' beginnings, one more at the end of what is used and then the bucket's size as often as
     there is room for further segments: cumulative lengths of a fixed number of segments, most of them empty.
@@ -165,7 +165,8 @@ class Packed:
     def longest(self) -> int:
         """Tokens of the longest row."""
         sizes = [chain.end - chain.begin for chain in self.chains]
-        return max(size + sum(sizes[i] for i in c.above) for c, size in zip(self.chains, sizes, strict=True))
+        used = [(i, *chain.above) for i, chain in enumerate(self.chains) if chain.begin < self.num_used]
+        return max(sum(sizes[i] for i in row) for row in used)
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -61,7 +61,8 @@ def inputs(model: str, num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> 
 def gradient(how: Attention, packed: Packed, tensors: list[Tensor]) -> Tensor:
     query, key, value, upstream = tensors
     query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
-    attending.attend(query, key, value, attending._parts(packed, how)).backward(upstream.transpose(1, 2))
+    parts = attending.parts_of(packed, how, query.dtype)
+    attending.attend(query, key, value, parts).backward(upstream.transpose(1, 2))
     grads = [x.grad for x in (query, key, value)]
     return torch.cat([grad.flatten() for grad in grads if grad is not None])
 
