@@ -13,12 +13,13 @@ from cltrain_kernels.apply import decoder_of, is_applied
 from cltrain.models.adapter import attach, new_factors, parameters_of, set_factors
 from cltrain.models.forward import hidden_at
 from cltrain.records import TokenRow
-from cltrain.trainer.fused import fused
+from cltrain.trainer.fused import fused, run_by
 from cltrain.trainer.shrink import Ruler
 from cltrain.trainer.update import verify_bounds
 from tests.trainer_parts import ADAPTER, LOOSE, Tiny, make_tiny, skill_rows
 
 ROWS = skill_rows(0, 6)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +40,15 @@ def test_every_setting_learns_the_same_and_the_ops_the_same_bytes(tiny):
 
 @pytest.mark.parametrize("kernels", ["auto", "reference", "off"])
 def test_the_ops_run_inside_the_block_alone(tiny, kernels, monkeypatch):
+    pytest.importorskip("triton")
     model = attach(tiny.base, new_factors(tiny.base, 4, 8.0, ADAPTER.targets, 1))
-    monkeypatch.setenv("CLTRAIN_KERNELS", "auto")
+    monkeypatch.setenv("CLTRAIN_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with fused(model, kernels):
         assert is_applied(decoder_of(model)) == (kernels != "off")
-        assert os.environ["CLTRAIN_KERNELS"] == ("auto" if kernels == "auto" else "reference")
+        assert dispatch.implementation_for("swiglu", CPU) == ("triton" if kernels == "auto" else "reference")
     assert not is_applied(decoder_of(model))
-    assert os.environ["CLTRAIN_KERNELS"] == "auto"
+    assert dispatch.implementation_for("swiglu", CPU) == "triton"
     assert not is_applied(decoder_of(tiny.base.model)), "the base's own decoder is another one"
 
 
@@ -54,28 +57,36 @@ def test_no_part_of_an_update_runs_by_triton_where_it_is_not_wanted(tiny, kernel
     """The loss head and EWC's Fisher too, although CLTRAIN_KERNELS asks for Triton, as a GPU's default does."""
     pytest.importorskip("triton")
     monkeypatch.setenv("CLTRAIN_KERNELS", "triton")
-    dispatch._chosen.cache_clear()
+    for choice in (dispatch._chosen, dispatch._plain):
+        choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="cltrain_kernels"):
         tiny.update(f"plain-{kernels}", ROWS, trainer={"kernels": kernels, "num_steps": 1, "remember": ["ewc"]})
     said = [record.getMessage() for record in caplog.records if "runs by" in record.getMessage()]
-    assert "linear_loss on cpu runs by reference: CLTRAIN_KERNELS=reference" in said
+    assert "linear_loss on cpu runs by reference: plain PyTorch was asked for" in said
     assert not [line for line in said if "triton" in line]
     assert os.environ["CLTRAIN_KERNELS"] == "triton"
 
 
-@pytest.mark.parametrize("asked", ["auto", None])
-def test_an_error_on_the_way_in_leaves_the_setting_as_it_was(asked, monkeypatch):
+def test_plain_torch_ends_with_the_last_of_overlapping_updates_and_with_one_that_fails(monkeypatch):
     class Broken:
         @property
         def peft_config(self):
             raise RuntimeError("broken")
 
-    monkeypatch.delenv("CLTRAIN_KERNELS", raising=False)
-    if asked:
-        monkeypatch.setenv("CLTRAIN_KERNELS", asked)
+    pytest.importorskip("triton")
+    monkeypatch.setenv("CLTRAIN_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="broken"), fused(Broken(), "reference"):
         pass
-    assert os.environ.get("CLTRAIN_KERNELS") == asked
+    one, other = run_by("reference"), run_by("off")
+    seen = [dispatch.implementation_for("swiglu", CPU)]
+    for change in (one.__enter__, other.__enter__, lambda: one.__exit__(None, None, None)):
+        change()
+        seen.append(dispatch.implementation_for("swiglu", CPU))
+    other.__exit__(None, None, None)
+    seen.append(dispatch.implementation_for("swiglu", CPU))
+    assert seen == ["triton", "reference", "reference", "reference", "triton"]
+    assert os.environ["CLTRAIN_KERNELS"] == "triton"
 
 
 def test_hidden_states_of_rows_are_the_same_by_both(tiny):

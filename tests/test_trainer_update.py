@@ -2,12 +2,14 @@
 
 import dataclasses
 import hashlib
+import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from cltrain.config import AdapterConfig, BoundsConfig, TrainerConfig
+from cltrain.config import AdapterConfig, BoundsConfig, HealthConfig, TrainerConfig
 from cltrain.errors import ConfigError, DataError
 from cltrain.models.adapter import new_factors, read_adapter
 from cltrain.models.anchors import load_anchors, mean_kl
@@ -85,6 +87,12 @@ def test_the_same_inputs_and_seed_give_the_same_bytes(world, tmp_path):
     assert adapter_digest(Path(third.path)) != adapter_digest(Path(one.path))
 
 
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """An update that nothing interrupted."""
+    return world.update(tmp_path_factory.mktemp("whole"))
+
+
 @pytest.mark.parametrize("last_step", [0, 1, 2, 4, 5])
 def test_an_interrupted_update_resumes_to_the_same_bytes(world, tmp_path, last_step):
     class PowerCutError(Exception):
@@ -111,6 +119,42 @@ def test_a_checkpoint_of_other_inputs_is_not_continued(world, tmp_path):
     again = world.update(tmp_path / "work", seed=8, on_step=lambda step, measured: steps.append(step))
     assert steps == list(range(6))
     assert adapter_digest(Path(again.path)) == adapter_digest(Path(world.update(tmp_path / "new", seed=8).path))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_checkpoint_with_one_other_bit_is_never_continued(world, whole, tmp_path, seed):
+    """Refused, or (a bit of what says whose it is) not known and the update starts over."""
+
+    class PowerCutError(Exception):
+        pass
+
+    def cut(step, measured):
+        if step == 3:
+            raise PowerCutError
+
+    with pytest.raises(PowerCutError):
+        world.update(tmp_path, on_step=cut)
+    file = tmp_path / "checkpoint.safetensors"
+    content = bytearray(file.read_bytes())
+    header = int.from_bytes(content[:8], "little")
+    place = random.Random(seed).randrange(*((8, 8 + header) if seed % 2 else (8 + header, len(content))))
+    content[place] ^= 1 << seed % 8
+    file.write_bytes(content)
+    said = "damaged"
+    try:
+        again = world.update(tmp_path)
+    except DataError as error:
+        said = str(error)
+        file.unlink()
+        again = world.update(tmp_path)
+    assert "damaged" in said
+    assert adapter_digest(Path(again.path)) == adapter_digest(Path(whole.path))
+
+
+def test_what_was_measured_before_an_interruption_is_judged_too(world, whole, tmp_path):
+    shutil.copytree(Path(whole.path).parent, tmp_path / "work")
+    with pytest.raises(UpdateDiscarded, match=r"at step 0, above health\.max_grad_norm"):
+        world.update(tmp_path / "work", health=HealthConfig(max_grad_norm=1e-6))
 
 
 @pytest.mark.parametrize("other", ["context", "dtype", "version"])

@@ -5,8 +5,10 @@ Written whole or not at all; it counts only for exactly the inputs that it was m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +33,8 @@ def save(work_dir: Path, fingerprint: str, checkpoint: Checkpoint) -> None:
     """Replace the checkpoint of `work_dir`, durably. Raises DataError when it cannot be written."""
     from safetensors.torch import save as to_bytes
 
-    state = {"fingerprint": fingerprint, "step": checkpoint.step, "history": checkpoint.history}
-    content = to_bytes(checkpoint.tensors, metadata={"state": json.dumps(state)})
+    said = json.dumps({"fingerprint": fingerprint, "step": checkpoint.step, "history": checkpoint.history})
+    content = to_bytes(checkpoint.tensors, metadata={"state": said, "sha256": _digest(said, checkpoint.tensors)})
     temporary = work_dir / (NAME + ".writing")
     try:
         with temporary.open("wb") as stream:
@@ -46,17 +48,32 @@ def save(work_dir: Path, fingerprint: str, checkpoint: Checkpoint) -> None:
 
 
 def load(work_dir: Path, fingerprint: str) -> Checkpoint | None:
-    """The checkpoint of `work_dir`; None when there is none, or one of other inputs."""
+    """The checkpoint of `work_dir`; None when there is none, or one of other inputs. Raises DataError for one that is
+    damaged, were it by a single bit."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(work_dir / NAME, framework="pt") as file:
-            state = json.loads((file.metadata() or {}).get("state", "{}"))
+            metadata = file.metadata() or {}
+            state = json.loads(metadata.get("state", "{}"))
             if state.get("fingerprint") != fingerprint:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{work_dir / NAME} is damaged ({error}): delete it and the update starts over") from error
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+        raise _damaged(work_dir, str(error)) from error
+    if metadata.get("sha256") != _digest(metadata["state"], tensors):
+        raise _damaged(work_dir, "not what was written")
     return Checkpoint(state["step"], tensors, state["history"])
+
+
+def _digest(state: str, tensors: Mapping[str, Tensor]) -> str:
+    whole = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        whole.update(name.encode() + tensors[name].numpy().tobytes())
+    return whole.hexdigest()
+
+
+def _damaged(work_dir: Path, why: str) -> DataError:
+    return DataError(f"{work_dir / NAME} is damaged ({why}): delete it and the update starts over")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
+from cltrain_kernels.dispatch import VARIABLE
 
 from cltrain import __version__
 from cltrain.config import TrainerConfig
@@ -34,11 +36,11 @@ def fingerprint_of(
     seed: int,
 ) -> str:
     """Hex digest over base, rows, settings, the ball of the cumulative bound, seed, where it starts, the incumbent, the
-    Fisher, the versions of this code and of torch, and its threads."""
+    Fisher, the versions of this code and of torch, its threads and the kernels that were asked for."""
     whole = hashlib.sha256()
     settings = trainer.model_dump(mode="json", exclude={"checkpoint_every", "anchors", "num_anchors", "anchor_tokens"})
     numbers = [start.rank, start.alpha, start.targets, settings, radii, least, num_steps, seed]
-    machine = [CHECKPOINTS, __version__, torch.__version__, torch.get_num_threads()]
+    machine = [CHECKPOINTS, __version__, torch.__version__, torch.get_num_threads(), os.environ.get(VARIABLE)]
     loaded = [base.digest, base.device, str(base.model.dtype), base.context]
     whole.update(json.dumps([loaded, numbers, machine], sort_keys=True).encode())
     for rows in (fresh, replay, anchors):

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from cltrain_kernels import apply
-from cltrain_kernels.dispatch import VARIABLE
+from cltrain_kernels.dispatch import in_plain_torch
 
 from cltrain.config import Kernels
 
 
-@contextmanager
-def run_by(kernels: Kernels) -> Iterator[None]:
+def run_by(kernels: Kernels) -> AbstractContextManager[None]:
     """Inside the block every op, the loss head too, runs as `kernels` says: `auto` by its device (or by
     CLTRAIN_KERNELS), `reference` and `off` in plain PyTorch everywhere."""
-    if kernels == "auto":
-        yield
-        return
-    asked = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = "reference"  # read at each op, also by the threads that run backward on a GPU
-    try:
-        yield
-    finally:
-        if asked is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = asked
+    return nullcontext() if kernels == "auto" else in_plain_torch()
 
 
 @contextmanager

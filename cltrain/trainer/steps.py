@@ -17,8 +17,10 @@ from cltrain.errors import DataError
 from cltrain.objectives.projections import agem
 from cltrain.trainer import checkpoint as checkpoints
 from cltrain.trainer.recipe import Recipe
-from cltrain.trainer.terms import Measured
+from cltrain.trainer.terms import Fresh, Measured, Replay
 
+TEACHING = (Fresh.name, Replay.name)
+NO_GRADIENT = 1e-8  # Adam's eps: less than that moves nothing by itself
 OnStep = Callable[[int, dict[str, float]], None]
 
 
@@ -44,21 +46,18 @@ def train(
     adam = AdamW(max_norm=trainer.max_grad_norm)  # no decay: shrinking A and B apart has no meaning for B A
     resumed = checkpoints.load(work_dir, fingerprint)
     history = _restore(state, resumed) if resumed else []
+    for step, measured in enumerate(history):
+        _require_sound(measured, step, max_grad_norm)
     for step in range(len(history), num_steps):
         guarding_S = _gradient_of_guard(recipe, state, step)
         measured = _set_gradients(recipe, state, step)
-        for name, value in measured.items():
-            if not math.isfinite(value):
-                raise UpdateDiscarded(f"{name} is {value} at step {step}: the update is discarded, the incumbent stays")
-        if measured["grad_norm"] > max_grad_norm:
-            raise UpdateDiscarded(
-                f"the gradient norm is {measured['grad_norm']:.3g} at step {step}, above health.max_grad_norm"
-            )
-        rates_2 = state.values.new_full((2,), trainer.lr * lr_share(step, trainer, num_steps))
-        before_S = state.values.clone() if guarding_S is not None else None
-        adamw_step(state, rates_2, adam)
-        if before_S is not None and guarding_S is not None:
-            state.values.copy_(before_S + agem(state.values - before_S, guarding_S))
+        _require_sound(measured, step, max_grad_norm)
+        if _teaches(measured):
+            rates_2 = state.values.new_full((2,), trainer.lr * lr_share(step, trainer, num_steps))
+            before_S = state.values.clone() if guarding_S is not None else None
+            adamw_step(state, rates_2, adam)
+            if before_S is not None and guarding_S is not None:
+                state.values.copy_(before_S + agem(state.values - before_S, guarding_S))
         for project in recipe.projections:
             project()
         history.append(measured)
@@ -66,6 +65,22 @@ def train(
             checkpoints.save(work_dir, fingerprint, checkpoints.Checkpoint(len(history), _tensors(state), history))
         on_step(step, dict(measured))
     return history
+
+
+def _require_sound(measured: Measured, step: int, max_grad_norm: float) -> None:
+    for name, value in measured.items():
+        if not math.isfinite(value):
+            raise UpdateDiscarded(f"{name} is {value} at step {step}: the update is discarded, the incumbent stays")
+    if measured["grad_norm"] > max_grad_norm:
+        raise UpdateDiscarded(
+            f"the gradient norm is {measured['grad_norm']:.3g} at step {step}, above health.max_grad_norm"
+        )
+
+
+def _teaches(measured: Measured) -> bool:
+    """Whether the step's rows have a gradient at all. Where they have none (answers all as good as the baseline), what
+    is left is the rounding of terms that hold back, and Adam would make whole steps of it."""
+    return max(measured.get(f"grad_norm_{term}", 0.0) for term in TEACHING) > NO_GRADIENT
 
 
 def lr_share(step: int, trainer: TrainerConfig, num_steps: int) -> float:

@@ -90,6 +90,7 @@ def train_update(
             return update.run(fresh, replay, anchors, of_base, path, on_step)
     except UpdateDiscarded:
         shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path.with_name(f".{path.name}.writing"), ignore_errors=True)
         for left in work_dir.glob("checkpoint.safetensors*"):
             left.unlink()
         raise

@@ -7,6 +7,9 @@ import functools
 import importlib.util
 import logging
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -24,7 +27,32 @@ def implementation_for(op: Op, device: torch.device) -> Implementation:
     `auto` (or unset) takes Triton on CUDA and HIP devices and the reference elsewhere. `triton` and `reference` are
     obeyed or refused: ValueError for any other word or op, RuntimeError when triton is asked for and cannot run there.
     """
+    if _num_plain:
+        return _plain(op, device.type)
     return _chosen(op, device.type, os.environ.get(VARIABLE, "auto"), os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@contextmanager
+def in_plain_torch() -> Iterator[None]:
+    """Inside the block every op of this process runs by its reference, whatever the variable says: in all threads, for
+    those that run a backward are torch's own. Blocks may overlap."""
+    global _num_plain
+    with _lock:
+        _num_plain += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _num_plain -= 1
+
+
+_num_plain, _lock = 0, threading.Lock()
+
+
+@functools.cache
+def _plain(op: Op, device: str) -> Implementation:
+    log.info("%s on %s runs by reference: plain PyTorch was asked for", op, device)
+    return "reference"
 
 
 @functools.cache
