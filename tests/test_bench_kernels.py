@@ -42,3 +42,18 @@ def test_the_command_writes_all_figures_of_a_step(tmp_path: Path) -> None:
     assert bench_kernels.main(["--device", "cpu", "--only", "step", "--tiny", "--json", str(tmp_path / "f.json")]) == 0
     figures = json.loads((tmp_path / "f.json").read_text())
     assert {"ratio_step", "ratio_memory", "gradient_cosine", "step_shape"} <= figures.keys()
+
+
+def test_a_whole_update_is_compared_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench: Any = bench_kernels.load("update")
+    found = bench.figures(tiny=True)
+    assert found["ratio_update"] == pytest.approx(found["seconds_update_peft"] / found["seconds_update"], rel=0.05)
+    assert found["update_max_relative_error"] < 1e-4
+    update = bench.update
+
+    def other_rows(base: Any, rows: Any, anchors: Any, kernels: str, path: Path) -> Any:
+        return update(base, rows[2 if kernels == "off" else 0 :], anchors, kernels, path)
+
+    monkeypatch.setattr(bench, "update", other_rows)
+    with pytest.raises(RuntimeError, match="not timed"):
+        bench.figures(tiny=True)

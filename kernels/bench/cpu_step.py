@@ -53,9 +53,8 @@ def figures(tiny: bool = False) -> dict[str, Any]:
     return {**found, "step_shape": str(shape)}
 
 
-def make_model(shape: Shape) -> Any:
-    """Random weights, and B drawn at random too: zeros would run faster."""
-    from peft import LoraConfig, get_peft_model
+def make_base(shape: Shape) -> Any:
+    """A causal language model of random weights."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(
@@ -64,8 +63,15 @@ def make_model(shape: Shape) -> Any:
         num_key_value_heads=shape.num_kv_heads, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def make_model(shape: Shape) -> Any:
+    """With LoRA, and B drawn at random too: zeros would run faster."""
+    from peft import LoraConfig, get_peft_model
+
     model = get_peft_model(
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32),
+        make_base(shape),
         LoraConfig(r=shape.rank, lora_alpha=2 * shape.rank, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     for name, parameter in model.named_parameters():

@@ -13,11 +13,11 @@ import random
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from cpu_step import TINY, Shape, make_base
 
 from cltrain.config import AdapterConfig, BoundsConfig, Kernels, TrainerConfig
 from cltrain.models.base import Base
@@ -31,30 +31,19 @@ FREE = BoundsConfig(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Shape:
-    hidden: int = 384
-    inner: int = 2080
-    num_layers: int = 8
-    num_heads: int = 6
-    num_kv_heads: int = 1
-    vocabulary: int = 21760
-    prompt: int = 150  # tokens of a system prompt
-    num_rounds: int = 3
-
-
-TINY = Shape(64, 128, 2, 2, 1, 320, 24, 1)
+NUM_ROUNDS = 3
 
 
 def figures(tiny: bool = False) -> dict[str, float]:
     """Median CPU seconds of both, their ratio, and how far apart what they measured is, relative to it."""
     torch.set_num_threads(1)
-    shape = TINY if tiny else Shape()
-    base, rows, anchors = random_base(shape), episodes(shape, 32, seed=0), episodes(shape, 4, seed=1)
+    shape, prompt = (TINY, 24) if tiny else (Shape(), 150)
+    base = random_base(shape)
+    rows, anchors = (episodes(shape.vocabulary, prompt, num, seed) for seed, num in enumerate((32, 4)))
     seconds: dict[Kernels, list[float]] = {"off": [], "auto": []}
     made: dict[Kernels, Candidate] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(shape.num_rounds + 1):  # the first is not counted
+        for turn in range(1 + (1 if tiny else NUM_ROUNDS)):  # the first is not counted
             for kernels, seen in seconds.items():
                 begin = time.process_time()
                 made[kernels] = update(base, rows, anchors, kernels, Path(folder) / f"{kernels}{turn}")
@@ -87,35 +76,26 @@ def difference(one: Candidate, other: Candidate) -> float:
 
 
 def random_base(shape: Shape) -> Base:
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    config = Qwen2Config(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
-        num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    model = make_base(shape).eval().requires_grad_(False)
     return Base(Path("random"), model, SimpleNamespace(eos_token_id=0), "random", 4096, "cpu")
 
 
-def episodes(shape: Shape, num: int, seed: int) -> list[TokenRow]:
-    """Rows of 3 to 5 turns behind one of three prompts; the agent's own tokens are a third or so."""
-    prompts = [draw(random.Random(i), shape, shape.prompt) for i in range(3)]
+def episodes(vocabulary: int, prompt: int, num: int, seed: int) -> list[TokenRow]:
+    """Rows of 3 to 5 turns behind one of three prompts of so many tokens; the agent's own are a third or so."""
+
+    def draw(rng: random.Random, size: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(1, vocabulary) for _ in range(size))
+
+    prompts = [draw(random.Random(i), prompt) for i in range(3)]
     rows = []
     for i in range(num):
         rng = random.Random(f"{seed}/{i}")
-        ids, weights = prompts[i % 3], (0.0,) * shape.prompt
+        ids, weights = prompts[i % 3], (0.0,) * prompt
         for _ in range(rng.randint(3, 5)):
-            asked = draw(rng, shape, rng.randint(5, 40))
-            answer = draw(rng, shape, rng.randint(5, 40))
+            asked, answer = draw(rng, rng.randint(5, 40)), draw(rng, rng.randint(5, 40))
             ids, weights = (*ids, *asked, *answer), (*weights, *[0.0] * len(asked), *[1.0] * len(answer))
         rows.append(TokenRow(f"{seed}-{i}", f"stratum-{i % 3}", f"user-{i % 5}", ids, weights))
     return rows
-
-
-def draw(rng: random.Random, shape: Shape, num: int) -> tuple[int, ...]:
-    return tuple(rng.randrange(1, shape.vocabulary) for _ in range(num))
 
 
 if __name__ == "__main__":
