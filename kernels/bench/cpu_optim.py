@@ -207,8 +207,8 @@ def in_turns(num_rounds: int, *sides: Callable[[], object]) -> list[float]:
     times: list[list[float]] = [[] for _ in sides]
     for _ in range(num_rounds):
         for side, seen in zip(sides, times, strict=True):
+            gc.collect()  # each side pays for its own garbage only; not between its runs, it would empty the caches
             side()
-            gc.collect()  # each side pays for its own garbage only
             begin = time.process_time()
             side()
             seen.append(time.process_time() - begin)

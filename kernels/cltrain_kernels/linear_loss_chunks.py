@@ -14,7 +14,7 @@ would lose the small weights of a long batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a step gets: logits of our own, which it overwrites by their gradient if `has_gradient`; the rest it only
+    """What a step gets: logits of our own, which it overwrites, by their gradient if `has_gradient`; the rest it only
     reads. `reference_NV` are logits, `reference_logprob_N` stands in for them."""
 
     logits_NV: Tensor
@@ -57,6 +57,8 @@ class Chunk:
     has_gradient: bool
 
 
+CACHED = 1 << 20  # logits of the rows that a CPU takes at a time (4 MiB of float32)
+BLOCK, SLAB = 512, 2048  # rows, and tokens of the vocabulary, that it multiplies at a time
 LOWEST = -1e30  # log-prob of a token that a reference forbids: 0 times it is 0 and not NaN
 Figures = list[Tensor]  # logprob_N, entropy_N; with a reference divergence_N and reference_logprob_N too
 Step = Callable[[Chunk], Figures]
@@ -147,10 +149,17 @@ class _LinearLoss(torch.autograd.Function):
         safe_R = torch.where(scale_R == 0, 1.0, scale_R)
         weights_R, divergence_weights_R = rows.weights_R / safe_R, rows.divergence_weights_R / safe_R
         gradient_RD = torch.empty_like(hidden_RD, memory_format=torch.contiguous_format) if has_gradient else None
-        buffer = head_VD.new_empty((size, head_VD.shape[0]))
+        is_online = step is torch_step and reference is None and _is_online(hidden_RD)
+        size = BLOCK if is_online else size
+        buffer = head_VD.new_empty((0 if is_online else size, head_VD.shape[0]))
         reference_buffer = None if reference_RD is None else torch.empty_like(buffer)
         parts = []
         for start in range(0, len(hidden_RD), size):
+            if is_online:
+                part = slice(start, start + size)
+                out_ND = None if gradient_RD is None else gradient_RD[part]
+                parts.append(_online(hidden_RD[part], head_VD, rows.ids_R[part], weights_R[part], out_ND))
+                continue
             part = slice(start, start + size)
             logits_NV = _multiply(hidden_RD[part], head_VD, buffer)
             reference_NV, reference_N = _given(reference, rows, part)
@@ -186,13 +195,33 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def torch_step(chunk: Chunk) -> Figures:
+    """On a CPU a few rows at a time, so that all passes find them in its cache; no bit depends on how many."""
+    if chunk.logits_NV.device.type != "cpu":
+        return _rows_step(chunk)
+    size = max(1, CACHED // chunk.logits_NV.shape[1])
+    parts = [_rows_step(_part(chunk, slice(i, i + size))) for i in range(0, len(chunk.logits_NV), size)]
+    return [torch.cat(some) for some in zip(*parts, strict=True)]
+
+
+def _part(chunk: Chunk, rows: slice) -> Chunk:
+    tensors: Any = {name: x[rows] for name, x in vars(chunk).items() if isinstance(x, Tensor)}
+    return replace(chunk, **tensors)
+
+
+def _rows_step(chunk: Chunk) -> Figures:
     ids_N1 = chunk.ids_N.clamp(min=0)[:, None]
     sums = _sums_dtype(chunk.logits_NV)
-    logp_NV = chunk.logits_NV.to(sums).log_softmax(-1)
-    p_NV = torch.exp(logp_NV, out=chunk.logits_NV) if chunk.logits_NV.dtype is sums else logp_NV.exp()
-    figures = [logp_NV.gather(1, ids_N1)[:, 0], -_row_dots(p_NV, logp_NV)]
+    logp_NV = chunk.logits_NV.to(sums)  # so far z - max z; may be the logits themselves
+    logp_NV -= logp_NV.amax(-1, keepdim=True)
+    p_NV = logp_NV.exp()
+    total_N1 = p_NV.sum(-1, keepdim=True)
+    log_total_N1 = total_N1.log()
+    entropy_N1 = log_total_N1 - _row_dots(p_NV, logp_NV)[:, None] / total_N1
+    figures = [(logp_NV.gather(1, ids_N1) - log_total_N1)[:, 0], entropy_N1[:, 0]]
+    p_NV /= total_N1
     weights_N1, slope_NV = chunk.weights_N[:, None], None
     if chunk.divergence is not None:
+        logp_NV -= log_total_N1
         logq_NV = None if chunk.reference_NV is None else chunk.reference_NV.to(sums).log_softmax(-1)
         if logq_NV is not None:
             logq_NV.clamp_(min=LOWEST)
@@ -219,9 +248,44 @@ def torch_step(chunk: Chunk) -> Figures:
             gradient_NV.addcmul_(slope_NV, chunk.divergence_weights_N[:, None])
         if chunk.has_masked:
             gradient_NV.masked_fill_(chunk.ids_N[:, None] < 0, 0.0)  # 0 times what a padded row holds may be NaN
-        if gradient_NV is not chunk.logits_NV:
-            chunk.logits_NV.copy_(gradient_NV)
+        chunk.logits_NV.copy_(gradient_NV)
     return figures
+
+
+def _is_online(hidden_RD: Tensor) -> bool:
+    return hidden_RD.device.type == "cpu" and hidden_RD.dtype is _sums_dtype(hidden_RD)
+
+
+def _online(hidden_ND: Tensor, head_VD: Tensor, ids_N: Tensor, weights_N: Tensor, out_ND: Tensor | None) -> Figures:
+    """The figures without a reference, and the hidden states' gradient in `out_ND`, slab by slab of the vocabulary.
+
+    For CPUs: no logits are kept, and a slab of the head is in the cache for both of its products. As in flash attention
+    maxima, sums, dots and sum_v exp(z_v - max) W_v go on from slab to slab; dz = w (p - e_y) is linear in p.
+    """
+    num_rows = len(hidden_ND)
+    best_N1, total_N1, dot_N1, logit_N1 = hidden_ND.new_zeros(4, num_rows, 1)
+    best_N1.fill_(LOWEST)
+    z_NS, e_NS = hidden_ND.new_empty(2, num_rows, SLAB)
+    sum_ND = torch.zeros_like(hidden_ND, memory_format=torch.contiguous_format)
+    for start in range(0, len(head_VD), SLAB):
+        slab_SD = head_VD[start : start + SLAB]
+        z, e = z_NS[:, : len(slab_SD)], e_NS[:, : len(slab_SD)]
+        torch.mm(hidden_ND, slab_SD.t(), out=z)
+        place_N1 = (ids_N - start)[:, None]
+        is_here_N1 = (place_N1 >= 0) & (place_N1 < len(slab_SD))
+        logit_N1 = torch.where(is_here_N1, z.gather(1, place_N1.clamp(0, len(slab_SD) - 1)), logit_N1)
+        before_N1, best_N1 = best_N1, torch.maximum(best_N1, z.amax(1, keepdim=True))
+        fades_N1 = torch.exp(before_N1 - best_N1)
+        torch.exp(z.sub_(best_N1), out=e)
+        dot_N1 = fades_N1 * (dot_N1 + total_N1 * (before_N1 - best_N1)) + z.mul_(e).sum(1, keepdim=True)
+        total_N1 = fades_N1 * total_N1 + e.sum(1, keepdim=True)
+        if out_ND is not None:
+            sum_ND.mul_(fades_N1).addmm_(e, slab_SD)
+    log_total_N1 = total_N1.log()
+    if out_ND is not None:
+        gradient_ND = (sum_ND.div_(total_N1) - head_VD[ids_N.clamp(min=0)]).mul_(weights_N[:, None])
+        out_ND.copy_(gradient_ND.masked_fill_(ids_N[:, None] < 0, 0.0))
+    return [(logit_N1 - best_N1 - log_total_N1)[:, 0], (log_total_N1 - dot_N1 / total_N1)[:, 0]]
 
 
 def _given(reference: Reference | None, rows: Rows, part: slice) -> tuple[Tensor | None, Tensor | None]:
