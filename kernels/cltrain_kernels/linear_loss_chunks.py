@@ -132,16 +132,20 @@ def chunked(
         step, bytes_per_logit = torch_step, _sums_dtype(hidden_MD).itemsize * (2 if reference is None else 5)
     num_chunks = -(-len(rows.ids_R) * head_VD.shape[0] * bytes_per_logit // max_chunk_bytes)
     size = -(-len(rows.ids_R) // max(1, num_chunks))  # chunks of the same size: no small one at the end
+    if is_online := not has_triton and reference is None and _may_go_online(hidden_MD):
+        size = min(BLOCK, max(1, max_chunk_bytes // (2 * min(SLAB, len(head_VD)) * hidden_MD.element_size())))
     has_gradient = torch.is_grad_enabled() and hidden_MD.requires_grad
-    loss, *figures = _LinearLoss.apply(hidden_MD, head_VD, rows, reference, step, size, has_gradient)
+    loss, *figures = _LinearLoss.apply(
+        hidden_MD, head_VD, rows, reference, None if is_online else step, size, has_gradient
+    )
     return LinearLoss(loss, rows.num_supervised, *figures, *([None] * (4 - len(figures))))
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, head_VD: Tensor, rows: Rows, reference: Reference | None, step: Step, size: int,
-        has_gradient: bool,
+        ctx: Any, hidden_MD: Tensor, head_VD: Tensor, rows: Rows, reference: Reference | None, step: Step | None,
+        size: int, has_gradient: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         hidden_RD = rows.of(hidden_MD)
         reference_RD = None if reference is None or reference.hidden_MD is None else rows.of(reference.hidden_MD)
@@ -149,18 +153,15 @@ class _LinearLoss(torch.autograd.Function):
         safe_R = torch.where(scale_R == 0, 1.0, scale_R)
         weights_R, divergence_weights_R = rows.weights_R / safe_R, rows.divergence_weights_R / safe_R
         gradient_RD = torch.empty_like(hidden_RD, memory_format=torch.contiguous_format) if has_gradient else None
-        is_online = step is torch_step and reference is None and _is_online(hidden_RD)
-        size = BLOCK if is_online else size
-        buffer = head_VD.new_empty((0 if is_online else size, head_VD.shape[0]))
+        buffer = head_VD.new_empty((0 if step is None else size, head_VD.shape[0]))
         reference_buffer = None if reference_RD is None else torch.empty_like(buffer)
         parts = []
         for start in range(0, len(hidden_RD), size):
-            if is_online:
-                part = slice(start, start + size)
+            part = slice(start, start + size)
+            if step is None:
                 out_ND = None if gradient_RD is None else gradient_RD[part]
                 parts.append(_online(hidden_RD[part], head_VD, rows.ids_R[part], weights_R[part], out_ND))
                 continue
-            part = slice(start, start + size)
             logits_NV = _multiply(hidden_RD[part], head_VD, buffer)
             reference_NV, reference_N = _given(reference, rows, part)
             if reference_RD is not None and reference_buffer is not None:
@@ -252,8 +253,8 @@ def _rows_step(chunk: Chunk) -> Figures:
     return figures
 
 
-def _is_online(hidden_RD: Tensor) -> bool:
-    return hidden_RD.device.type == "cpu" and hidden_RD.dtype is _sums_dtype(hidden_RD)
+def _may_go_online(hidden_MD: Tensor) -> bool:
+    return hidden_MD.device.type == "cpu" and hidden_MD.dtype is _sums_dtype(hidden_MD)
 
 
 def _online(hidden_ND: Tensor, head_VD: Tensor, ids_N: Tensor, weights_N: Tensor, out_ND: Tensor | None) -> Figures:
@@ -265,7 +266,7 @@ def _online(hidden_ND: Tensor, head_VD: Tensor, ids_N: Tensor, weights_N: Tensor
     num_rows = len(hidden_ND)
     best_N1, total_N1, dot_N1, logit_N1 = hidden_ND.new_zeros(4, num_rows, 1)
     best_N1.fill_(LOWEST)
-    z_NS, e_NS = hidden_ND.new_empty(2, num_rows, SLAB)
+    z_NS, e_NS = hidden_ND.new_empty(2, num_rows, min(SLAB, len(head_VD)))
     sum_ND = torch.zeros_like(hidden_ND, memory_format=torch.contiguous_format)
     for start in range(0, len(head_VD), SLAB):
         slab_SD = head_VD[start : start + SLAB]
