@@ -62,7 +62,8 @@ def train(
             project()
         history.append(measured)
         if (step + 1) % trainer.checkpoint_every == 0 or step + 1 == num_steps:
-            checkpoints.save(work_dir, fingerprint, checkpoints.Checkpoint(len(history), _tensors(state), history))
+            tensors = {name: buffer.cpu() for name, buffer in _buffers(state).items()}
+            checkpoints.save(work_dir, fingerprint, checkpoints.Checkpoint(len(history), tensors, history))
         on_step(step, dict(measured))
     return history
 
@@ -119,14 +120,13 @@ def _norm_of(gradient_S: Tensor) -> float:
     return float(torch.linalg.vector_norm(gradient_S))
 
 
-def _tensors(state: FlatLoRA) -> dict[str, Tensor]:
-    """All that the next step depends on; the count is the checkpoint's own."""
-    kept = {"values": state.values, "means": state.means, "squares": state.squares}
-    return {name: buffer.cpu() for name, buffer in kept.items()}
+def _buffers(state: FlatLoRA) -> dict[str, Tensor]:
+    """All that the next step depends on, but for the count, which is the checkpoint's own."""
+    return {"values": state.values, "means": state.means, "squares": state.squares}
 
 
 def _restore(state: FlatLoRA, saved: checkpoints.Checkpoint) -> list[Measured]:
-    for name, buffer in (("values", state.values), ("means", state.means), ("squares", state.squares)):
+    for name, buffer in _buffers(state).items():
         buffer.copy_(saved.tensors[name])
     state.num_steps.fill_(saved.step)
     return list(saved.history)

@@ -1,8 +1,8 @@
 """A decoder run over a packed bucket, with the attention that suits its device and dtype.
 
 `mask` is SDPA with a dense mask and does everything; `chains` is one causal SDPA per chain of the tries, over its own
-keys and those above it: no more work than attention asks for, but shapes that change with the batch; `varlen` is
-torch's variable-length flash attention, for rows in half precision on CUDA.
+keys and those above it: never more work than the rows by themselves, but shapes that change with the batch; `varlen`
+is torch's variable-length flash attention, for rows in half precision on CUDA.
 """
 
 from __future__ import annotations
